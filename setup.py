@@ -1,0 +1,50 @@
+"""Packaging of terramind_jax. Tool settings live in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+TEST = ["pytest>=8", "pytest-xdist>=3", "zarr>=2.18", "scikit-image>=0.22"]
+
+setup(
+    name="terramind-jax",
+    version="0.1.0",
+    description="TerraMind, the any-to-any Earth observation foundation model, in JAX for TPU pods",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["terramind_jax", "terramind_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "jax>=0.9",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "grain>=0.2.15",
+        "tensorflow-datasets>=4.9.9",
+        "numpy>=1.26",
+        "ml_collections>=1.0",
+        "numcodecs>=0.15",
+        "rasterio>=1.4",
+        "matplotlib>=3.8",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.9"],
+        "cuda": ["jax[cuda13]>=0.9"],
+        "geo": ["geopandas>=1.0", "pyarrow>=15"],
+        "torch": ["torch>=2.4", "safetensors>=0.4"],
+        "parity": ["torch>=2.4", "terratorch==1.2.11", "diffusers>=0.30"],
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.14.5", "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["terramind-jax = terramind_jax.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: GIS",
+    ],
+)

@@ -1,0 +1,196 @@
+"""Transformer blocks of TerraMind (spec 2.2). ``[B, N, D]`` in, ``[B, N, D]`` out; masks are True where attention is forbidden.
+
+Parameters carry logical axis names, which `terramind_jax.sharding` maps to the mesh. The reference's LayerNorm biases are
+buffers: values that are loaded, added and exported, and never trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform on [-bound, bound]."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def xavier(fan_in: int, fan_out: int) -> Initializer:
+    """Xavier uniform with the fans of the whole matrix, whatever shape the kernel is stored in (spec 4.8)."""
+    return uniform(math.sqrt(6 / (fan_in + fan_out)))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, eps 1e-6, statistics in float32; ``bias`` is a buffer (spec 2.2)."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        bias = self.variable("buffers", "bias", jnp.zeros, (x.shape[-1],)).value
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias).astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """``[..., *inputs]`` -> ``[..., *outputs]``; the kernel keeps the shape ``(*inputs, *outputs)`` so that heads stay an axis."""
+
+    outputs: Sequence[int]
+    axes: Sequence[str | None]
+    inputs: int = 1  # how many trailing axes are contracted
+    use_bias: bool = False
+    init: Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[-self.inputs :], *self.outputs)
+        fan_in, fan_out = math.prod(shape[: self.inputs]), math.prod(self.outputs)
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.init or xavier(fan_in, fan_out), tuple(self.axes)), shape)
+        y = x.reshape(*x.shape[: x.ndim - self.inputs], fan_in).astype(self.dtype) @ kernel.reshape(fan_in, fan_out).astype(self.dtype)
+        if self.use_bias:
+            partitioned = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.inputs :]))
+            y = y + self.param("bias", partitioned, tuple(self.outputs)).reshape(fan_out).astype(self.dtype)
+        return y.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """q ``[B, M, h, d]``, k and v ``[B, N, h, d]``, mask broadcastable to ``[B, h, M, N]`` -> ``[B, M, h, d]``; softmax in float32.
+
+    A row whose keys are all masked returns a finite average, so that gradients of padding stay finite (spec 2.2).
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else ~mask)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection, output axes ``[3, heads, d]`` (spec 2.2)."""
+
+    num_heads: int
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        dim = x.shape[-1]
+        heads = (self.num_heads, dim // self.num_heads)
+        qkv = Linear((3, *heads), ("embed", None, "heads", None), use_bias=self.use_bias, init=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
+
+
+class CrossAttention(nn.Module):
+    """Queries from `x`, keys and values from `context`; key-value axes ``[2, heads, d]`` (spec 2.2)."""
+
+    num_heads: int
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+        dim = x.shape[-1]
+        heads = (self.num_heads, dim // self.num_heads)
+        q = Linear(heads, ("embed", "heads", None), use_bias=self.use_bias, dtype=self.dtype, name="q")(x)
+        axes = ("embed", None, "heads", None)
+        kv = Linear((2, *heads), axes, use_bias=self.use_bias, init=xavier(dim, dim), dtype=self.dtype, name="kv")(context)
+        out = attend(q, kv[:, :, 0], kv[:, :, 1], mask)
+        return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
+
+
+class Mlp(nn.Module):
+    """Plain: ``fc2(gelu(fc1 x))`` with the erf GELU. Gated: ``fc2(silu(fc1 x) * fc3 x)``, hidden width times 2/3, truncated (spec 2.2)."""
+
+    mlp_ratio: float
+    gated: bool
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dim = x.shape[-1]
+        hidden = int((2 / 3 if self.gated else 1) * self.mlp_ratio * dim)
+
+        def linear(outputs: int, axes: tuple[str, str], name: str) -> Linear:
+            return Linear((outputs,), axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        h = linear(hidden, ("embed", "mlp"), "fc1")(x)
+        if self.gated:
+            h = nn.silu(h) * linear(hidden, ("embed", "mlp"), "fc3")(x)
+        else:
+            h = nn.gelu(h, approximate=False)
+        return linear(dim, ("mlp", "embed"), "fc2")(h)
+
+
+class EncoderBlock(nn.Module):
+    """``x += attn(norm1 x); x += mlp(norm2 x)``. Returns (x, None), the shape of an `nn.scan` body."""
+
+    num_heads: int
+    mlp_ratio: float
+    gated_mlp: bool
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        x = x + SelfAttention(self.num_heads, self.use_bias, self.dtype, name="attn")(norm("norm1")(x), mask)
+        x = x + Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x))
+        return nn.with_logical_constraint(x, ("batch", "tokens", None)), None
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the context (normalised again in every block), MLP (spec 2.2)."""
+
+    num_heads: int
+    mlp_ratio: float
+    gated_mlp: bool
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, self_mask: jax.Array | None, context: jax.Array, context_mask: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        x = x + SelfAttention(self.num_heads, self.use_bias, self.dtype, name="self_attn")(norm("norm1")(x), self_mask)
+        query, context = norm("query_norm")(x), norm("context_norm")(context)
+        x = x + CrossAttention(self.num_heads, self.use_bias, self.dtype, name="cross_attn")(query, context, context_mask)
+        x = x + Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x))
+        return nn.with_logical_constraint(x, ("batch", "tokens", None)), None
+
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights, recompute the rest
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
+}
+
+
+def stack(block: type[nn.Module], length: int, remat: str, unroll: int, broadcast: int) -> type[nn.Module]:
+    """`length` copies of `block` under one `nn.scan`, parameters and buffers with a leading ``layers`` axis.
+
+    `broadcast` is how many arguments after the carry are the same for every layer.
+    """
+    if REMAT_POLICIES[remat] is not None:
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "buffers": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * broadcast,
+        length=length,
+        unroll=min(unroll, length),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,273 @@
+"""TerraMind's encoder-decoder over pixel patches, image tokens and sequences (spec 3 and 4).
+
+The encoder reads *slots*: any mix of patches and tokens of one scene, each with its stream, position and content. The decoder
+predicts the tokens of target slots. Training gathers the selected patches before projecting them and never forms logits over
+another modality's vocabulary; `embed`, `encode`, `queries`, `decode` and `logits` are the same network in the steps that
+generation takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from terramind_jax import modalities
+from terramind_jax.model import loss
+from terramind_jax.model.layers import DecoderBlock, EncoderBlock, LayerNorm, Linear, stack, xavier
+from terramind_jax.model.positions import SEQUENCE_LENGTH, resize_bicubic, sincos_1d, sincos_2d
+from terramind_jax.modalities import Stream
+
+PADDING = 255  # value of input_modality and target_modality in a slot that holds nothing
+
+
+class Tables(nn.Module):
+    """One parameter per stream; calling it gives ``{stream key: array}``."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    init: Callable[..., Callable]  # called with the shape
+    axes: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        return {k: self.param(k, nn.with_logical_partitioning(self.init(*shape), self.axes), shape) for k, shape in self.shapes.items()}
+
+
+class Positions(nn.Module):
+    """One buffer of fixed positions per stream, as the reference stores them; calling it gives ``{stream key: [n, D]}`` (spec 2.3)."""
+
+    streams: tuple[Stream, ...]
+    grid: int
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        def fixed(stream: Stream) -> jax.Array:
+            is_sequence = stream.kind == "sequence"
+            return jnp.asarray(sincos_1d(SEQUENCE_LENGTH, self.dim) if is_sequence else sincos_2d(self.grid, self.grid, self.dim))
+
+        return {s.key: self.variable("buffers", s.key, fixed, s).value for s in self.streams}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of one model (spec 2.1). `encoder` and `decoder` list the streams that may be inputs and targets."""
+
+    dim: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    gated_mlp: bool
+    use_bias: bool
+    mlp_ratio: float = 4.0
+    encoder: tuple[Stream, ...] = modalities.ENCODER_STREAMS
+    decoder: tuple[Stream, ...] = modalities.DECODER_STREAMS
+    image_size: int = modalities.IMAGE_SIZE
+    patch_size: int = modalities.PATCH_SIZE
+    dtype: str = "float32"  # of activations and products; parameters, LayerNorm statistics, softmax and loss stay float32
+    remat: str = "none"  # none | dots | full
+    unroll: int = 1  # layers per iteration of the scan
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Every stream once; a stream that is both input and target has one modality embedding (spec 3.6)."""
+        return tuple({s.key: s for s in (*self.encoder, *self.decoder)}.values())
+
+
+class TerraMind(nn.Module):
+    """The pretraining model. Variables are ``{"params", "buffers"}``; every method is pure under ``module.apply``."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+
+        def shapes(streams, kind_is_pixels: bool, rows) -> dict[str, tuple[int, int]]:
+            return {s.key: (rows(s), c.dim) for s in streams if (s.kind == "pixels") == kind_is_pixels}
+
+        def tables(streams) -> dict[str, tuple[int, int]]:
+            return shapes(streams, False, lambda s: s.vocab_size)
+
+        patches = shapes(c.encoder, True, lambda s: c.patch_size**2 * s.channels)
+        self.mod_emb = Tables({s.key: (c.dim,) for s in c.streams}, lambda *_: normal, ("norm",))
+        self.patch_proj = Tables(patches, xavier, ("patch", "embed"))
+        self.encoder_token_emb = Tables(tables(c.encoder), lambda *_: normal, ("vocab", "embed"))
+        # The reference's initialisation reaches decoder tables through the tied output projection, so they are Xavier (spec 4.8).
+        self.decoder_token_emb = Tables(tables(c.decoder), xavier, ("vocab", "embed"))
+        self.encoder_pos_emb = Positions(c.encoder, c.grid, c.dim)
+        self.decoder_pos_emb = Positions(c.decoder, c.grid, c.dim)
+        self.mask_token = self.param("mask_token", nn.with_logical_partitioning(normal, ("norm",)), (c.dim,))
+        block = dict(num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, gated_mlp=c.gated_mlp, use_bias=c.use_bias, dtype=self.dtype)
+        self.encoder = stack(EncoderBlock, c.encoder_depth, c.remat, c.unroll, broadcast=1)(**block)
+        self.decoder = stack(DecoderBlock, c.decoder_depth, c.remat, c.unroll, broadcast=3)(**block)
+        self.encoder_norm = LayerNorm(self.dtype)
+        self.decoder_norm = LayerNorm(self.dtype)
+        self.decoder_proj_context = Linear((c.dim,), ("embed", None), use_bias=True, dtype=self.dtype)  # biased in every variant
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+    # ---- training: slots in, losses out ----
+
+    def losses(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """One pass over a batch of slots (the format is described in `terramind_jax.data.pipeline`).
+
+        Returns:
+          Sum of cross-entropies and number of targets per decoder stream, both ``[len(config.decoder)]`` float32.
+        """
+        content, emb = self._input_slots(batch)
+        padding = batch["input_modality"] == PADDING
+        context = self.encode(content, emb, padding)
+        y = self.decode(self._target_slots(batch), context, padding, self._target_mask(batch))
+        modality = batch["target_modality"].reshape(-1)
+        tables = list(self.decoder_token_emb().values())
+        sums = loss.cross_entropy(y.reshape(-1, self.config.dim), tables, batch["target_id"].reshape(-1), modality, self.dtype)
+        count = (modality[:, None] == jnp.arange(len(tables))).sum(0).astype(jnp.float32)
+        return sums, count
+
+    def _input_slots(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Content and position-plus-modality embedding of the input slots, both ``[B, N, D]``, zero on padding (spec 4.1)."""
+        modality, ids = batch["input_modality"], batch["input_id"]
+        b, n = modality.shape
+        content = jnp.zeros((b, n, self.config.dim), self.dtype)
+        for m, stream in enumerate(self.config.encoder):
+            if stream.kind == "pixels":
+                if stream.key in batch["patches"]:
+                    content += self._patch_slots(stream, batch["patches"][stream.key], jnp.where(modality == m, ids, -1))
+            else:
+                content += _rows(self.encoder_token_emb()[stream.key], jnp.where(modality == m, ids, -1)).astype(self.dtype)
+        return content, self._slot_embedding(self.config.encoder, self.encoder_pos_emb(), modality, batch["input_position"])
+
+    def _patch_slots(self, stream: Stream, patches: jax.Array, rows: jax.Array) -> jax.Array:
+        """Projects a buffer ``[groups, capacity, P*P*C]`` of stored values and deals its rows out; -1 takes none -> ``[B, N, D]``."""
+        groups, capacity, width = patches.shape
+        pixels = patches.reshape(groups, capacity, width // stream.channels, stream.channels)
+        pixels = modalities.standardize(stream.modality, pixels).reshape(patches.shape)
+        projected = pixels.astype(self.dtype) @ self.patch_proj()[stream.key].astype(self.dtype)
+        slots = jax.vmap(_rows)(projected, rows.reshape(groups, -1))
+        return slots.reshape(*rows.shape, self.config.dim)
+
+    def _target_slots(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Decoder inputs ``[B, M, D]``: the mask token for images, the previous token for sequences, plus embeddings (spec 4.2)."""
+        modality = batch["target_modality"]
+        is_image = sum((modality == m for m, s in enumerate(self.config.decoder) if s.kind != "sequence"), jnp.zeros(modality.shape, bool))
+        content = is_image[..., None] * self.mask_token.astype(self.dtype)
+        for m, stream in enumerate(self.config.decoder):
+            if stream.kind == "sequence":
+                content += _rows(self.decoder_token_emb()[stream.key], jnp.where(modality == m, batch["target_input"], -1)).astype(self.dtype)
+        return content + self._slot_embedding(self.config.decoder, self.decoder_pos_emb(), modality, batch["target_position"])
+
+    def _target_mask(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """``[B, 1, M, M]``, True = hidden: all-to-all within an image modality, causal within a sequence, nothing across (spec 4.3)."""
+        modality, position = batch["target_modality"], batch["target_position"]
+        causal = sum((modality == m for m, s in enumerate(self.config.decoder) if s.kind == "sequence"), jnp.zeros(modality.shape, bool))
+        other = modality[:, :, None] != modality[:, None, :]
+        future = causal[:, :, None] & (position[:, None, :] > position[:, :, None])
+        return (other | future | (modality == PADDING)[:, None, :])[:, None]
+
+    def _slot_embedding(self, streams, tables: Mapping[str, jax.Array], modality: jax.Array, position: jax.Array) -> jax.Array:
+        """Position plus modality embedding of slots, zero on padding."""
+        lengths = jnp.asarray([tables[s.key].shape[0] for s in streams])
+        rows = jnp.append(jnp.cumsum(lengths) - lengths, 0)[jnp.minimum(modality, len(streams))] + position
+        pos = _rows(jnp.concatenate([tables[s.key] for s in streams]), jnp.where(modality == PADDING, -1, rows))
+        mod_emb = self.mod_emb()
+        one_hot = jax.nn.one_hot(modality, len(streams), dtype=jnp.float32)
+        return (pos + one_hot @ jnp.stack([mod_emb[s.key] for s in streams])).astype(self.dtype)
+
+    # ---- the same network, step by step ----
+
+    def embed(self, key: str, values: jax.Array, positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """One whole modality as encoder input (spec 3.1-3.3).
+
+        Args:
+          key: an encoder stream.
+          values: pixels ``[B, H, W, C]`` standardised, or ids ``[B, n]`` or ``[B, h, w]``.
+          positions: ``[B, n]`` of ids that are not the whole grid in order.
+
+        Returns:
+          Content and position-plus-modality embedding, each ``[B, n, D]``.
+        """
+        stream = self._stream(key, self.config.encoder)
+        if stream.kind == "pixels":
+            grid = (values.shape[1] // self.config.patch_size, values.shape[2] // self.config.patch_size)
+            content = patchify(values, self.config.patch_size).astype(self.dtype) @ self.patch_proj()[key].astype(self.dtype)
+        else:
+            side = round(values[0].size ** 0.5)
+            grid = values.shape[1:] if values.ndim == 3 else (side, side)
+            content = self.encoder_token_emb()[key][values.reshape(values.shape[0], -1)].astype(self.dtype)
+        return content, self._emb(stream, self.encoder_pos_emb()[key], content.shape[:2], positions, grid)
+
+    def encode(self, content: jax.Array, emb: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Encoder and context projection (spec 4.4): ``[B, N, D]`` twice, mask ``[B, N]`` True = hidden -> context ``[B, N, D]``."""
+        mask = None if mask is None else mask[:, None, None, :]
+        x = nn.with_logical_constraint(content + emb, ("batch", "tokens", None))
+        x, _ = self.encoder(x, mask)
+        return self.decoder_proj_context(self.encoder_norm(x)) + emb
+
+    def queries(self, key: str, positions: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+        """Decoder inputs ``[B, m, D]`` at `positions` ``[B, m]``: mask tokens of an image stream, or the tokens `ids` of a sequence."""
+        stream = self._stream(key, self.config.decoder)
+        emb = self._emb(stream, self.decoder_pos_emb()[key], positions.shape, positions, (self.config.grid,) * 2)
+        if stream.kind == "sequence":
+            return self.decoder_token_emb()[key][ids].astype(self.dtype) + emb
+        return self.mask_token.astype(self.dtype) + emb
+
+    def decode(self, y: jax.Array, context: jax.Array, context_mask: jax.Array | None, self_mask: jax.Array | None = None) -> jax.Array:
+        """Decoder blocks and final norm: y ``[B, M, D]``, context ``[B, N, D]``, masks ``[B, N]`` and ``[B, (1,) M, M]``, True = hidden."""
+        context_mask = None if context_mask is None else context_mask[:, None, None, :]
+        self_mask = self_mask[:, None] if self_mask is not None and self_mask.ndim == 3 else self_mask
+        y, _ = self.decoder(y, self_mask, context, context_mask)
+        return self.decoder_norm(y)
+
+    def logits(self, key: str, y: jax.Array) -> jax.Array:
+        """``[..., D]`` -> ``[..., V]`` float32 over the vocabulary of one stream, by its tied token embedding (spec 3.4)."""
+        return jnp.dot(y.astype(self.dtype), self.decoder_token_emb()[key].astype(self.dtype).T, preferred_element_type=jnp.float32)
+
+    def _emb(self, stream: Stream, table: jax.Array, shape: tuple[int, int], positions: jax.Array | None, grid) -> jax.Array:
+        if stream.kind != "sequence" and positions is None:
+            own = (self.config.grid,) * 2
+            table = resize_bicubic(table.reshape(*own, -1), tuple(grid)).reshape(-1, self.config.dim)
+        positions = jnp.broadcast_to(jnp.arange(shape[1]), shape) if positions is None else positions
+        return (table[positions] + self.mod_emb()[stream.key]).astype(self.dtype)
+
+    def _stream(self, key: str, streams: tuple[Stream, ...]) -> Stream:
+        for stream in streams:
+            if stream.key == key:
+                return stream
+        raise ValueError(f"This model has no stream {key!r}; it has {', '.join(s.key for s in streams)}.")
+
+    def everything(self) -> jax.Array:
+        """Touches every parameter once: what `init` runs."""
+        for table in (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.decoder_token_emb, self.encoder_pos_emb, self.decoder_pos_emb):
+            table()
+        tokens = jnp.zeros((1, 1, self.config.dim), self.dtype)
+        return self.decode(tokens, self.encode(tokens, tokens), None)
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """``table[index]``, zeros where `index` is negative; those rows send no gradient back."""
+    index = jnp.where(index < 0, table.shape[0], index)
+    return table.at[index].get(mode="fill", fill_value=0)
+
+
+def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
+    """``[B, H, W, C]`` -> ``[B, H/P * W/P, P*P*C]``: patches row-major, (row, column, channel) inside, channel fastest (spec 3.1)."""
+    b, height, width, channels = pixels.shape
+    p = patch_size
+    x = pixels.reshape(b, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (height // p) * (width // p), p * p * channels)
+
+
+def init(module: TerraMind, key: jax.Array) -> dict:
+    """Fresh variables ``{"params", "buffers"}`` as spec 4.8, boxed with logical axes (`flax.core.meta.unbox` removes the boxes)."""
+    return module.init(key, method="everything")

@@ -1,0 +1,140 @@
+"""How tokens are drawn: schedules, filters and the random material of each draw (spec 8.1, 8.2).
+
+Every draw of a sample depends on that sample's seed, the target and the step, and on nothing else: not on the batch around it, nor on
+what was generated before. Keys are arrays ``[B]``, one key a sample, and all random functions here are mapped over them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terramind_jax import modalities
+
+TokenSchedule = Literal["linear", "cosine"]
+TemperatureSchedule = Literal["constant", "linear"]
+
+MIN_TEMPERATURE = 1e-9  # floor of the linear temperature schedule
+GREEDY_TEMPERATURE = 1e-10  # at or below it the most probable token is taken
+
+
+def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> tuple[int, ...]:
+    """How many of `tokens` are written in each step (spec 8.1). Never zero, and sums to `tokens`, so it can be shorter than `steps`.
+
+    ``linear`` splits evenly, larger steps first; ``cosine`` starts and ends with few.
+    """
+    if steps < 1:
+        raise ValueError(f"The number of decoding steps is {steps}; it must be at least 1.")
+    if kind == "linear":
+        edges = [step * tokens // steps for step in range(steps + 1)]
+        counts = sorted((b - a for a, b in zip(edges, edges[1:], strict=False)), reverse=True)
+    elif kind == "cosine":
+        level = [(1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps + 1)]
+        counts, left = [], tokens
+        for a, b in zip(level[: steps - 1], level[1:], strict=False):
+            counts.append(min(round(tokens * (a - b)), left))
+            left -= counts[-1]
+        counts.append(left)
+    else:
+        raise ValueError(f"Unknown token schedule {kind!r}; known schedules: linear, cosine.")
+    return tuple(count for count in counts if count)
+
+
+def temperature_schedule(kind: TemperatureSchedule, temperature: float, counts: tuple[int, ...]) -> np.ndarray:
+    """The temperature of each step, ``[steps]`` float32 (spec 8.1). ``linear`` falls with the share of tokens that are still missing."""
+    if not temperature >= 0:
+        raise ValueError(f"The temperature is {temperature}; it must be 0 (always the most probable token) or more.")
+    if kind == "constant" or temperature <= GREEDY_TEMPERATURE:
+        return np.full(len(counts), temperature, np.float32)
+    if kind != "linear":
+        raise ValueError(f"Unknown temperature schedule {kind!r}; known schedules: constant, linear.")
+    written = np.cumsum([0, *counts[:-1]])
+    return np.maximum(temperature * (1 - written / sum(counts)), MIN_TEMPERATURE).astype(np.float32)
+
+
+def seed_words(seed: int | np.ndarray, batch_size: int) -> np.ndarray:
+    """`seed` as two 32-bit words a sample, ``[B, 2]`` uint32.
+
+    An integer `seed` gives every sample the same random material, so a sample's result is the same in any batch and at any place in it.
+    An array ``[B]`` of seeds gives each sample its own.
+    """
+    seeds = np.asarray(seed)
+    if seeds.dtype.kind not in "iu":
+        raise ValueError(f"The seed has dtype {seeds.dtype}; expected an integer or an array of integers, one a sample.")
+    if seeds.shape not in ((), (batch_size,)):
+        raise ValueError(f"The seed has shape {seeds.shape}; expected one integer or [{batch_size}], one a sample.")
+    wide = np.broadcast_to(seeds, (batch_size,)).astype(np.uint64)
+    return np.stack([wide >> np.uint64(32), wide & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
+
+
+def sample_keys(words: jax.Array, target: str) -> jax.Array:
+    """One key a sample, ``[B]``, for everything drawn for stream `target`; `words` as from `seed_words`."""
+    # Threefry whatever the default is: hardware generators give other bits under vmap, so a sample would depend on its batch.
+    keys = jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.vmap(lambda key: jax.random.fold_in(key, modalities.stream_id(target)))(keys)
+
+
+def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The keys ``[B]`` of one step."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
+def random_orders(keys: jax.Array, length: int) -> jax.Array:
+    """One random order of ``0 ... length - 1`` a sample: ``[B, length]`` int32."""
+    # Step 2**31 - 1 is never reached, so the order shares no key with a draw.
+    return jax.vmap(lambda key: jax.random.permutation(key, length))(step_keys(keys, 2**31 - 1)).astype(jnp.int32)
+
+
+def check_filters(top_k: int | float, top_p: float) -> None:
+    """Raises a ValueError unless `top_k` and `top_p` can be used by `filter_logits`."""
+    if top_k < 0 or (isinstance(top_k, float) and top_k > 1):
+        raise ValueError(f"top_k is {top_k}; expected 0 (off), a number of tokens, or a fraction of the vocabulary between 0 and 1.")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected a probability between 0 (off) and 1.")
+
+
+def filter_logits(logits: jax.Array, top_k: int | float = 0, top_p: float = 0.0) -> jax.Array:
+    """Sets improbable entries of ``[..., V]`` logits to -inf: first top-k, then top-p (spec 8.2). 0 switches either off.
+
+    `top_k` is a number of tokens, or a float: a fraction of the vocabulary. Top-p drops the tokens whose more probable
+    competitors already exceed `top_p`; the token that crosses it is kept. Equal logits are kept or dropped together.
+    """
+    check_filters(top_k, top_p)
+    vocab_size = logits.shape[-1]
+    k = max(int(top_k * vocab_size), 1) if isinstance(top_k, float) and top_k > 0 else int(top_k)
+    use_k, use_p = 0 < k < vocab_size, 0 < top_p < 1
+    if not (use_k or use_p):
+        return logits
+    descending = -jnp.sort(-logits, axis=-1)
+    threshold = descending[..., k - 1 : k] if use_k else descending[..., -1:]
+    if use_p:
+        descending = jnp.where(descending >= threshold, descending, -jnp.inf)
+        probability = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        kept = jnp.where((before <= top_p) & (descending > -jnp.inf), descending, jnp.inf)
+        threshold = jnp.min(kept, axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def draw(keys: jax.Array, logits: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Draws from ``[B, n, V]`` filtered logits: ids ``[B, n]`` int32 and their probabilities ``[B, n]`` after tempering (spec 8.2).
+
+    `temperature` must be positive; temperature 0 is `most_probable`.
+    """
+    logits = logits / temperature
+    ids = jax.vmap(jax.random.categorical)(keys, logits)
+    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return ids.astype(jnp.int32), jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def most_probable(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Temperature 0 on ``[B, n, V]`` logits: ids ``[B, n]`` int32 and their untempered probabilities ``[B, n]``.
+
+    The reference gives every token confidence 1 here, so that MaskGIT writes tokens in raster order; the probability keeps its meaning.
+    """
+    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return ids, jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))

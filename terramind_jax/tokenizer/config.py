@@ -1,0 +1,55 @@
+"""What one tokenizer is: its modality, its codebook and the size of its networks (spec 6.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Defaults are the released v1 tokenizers'; LULC has 10 channels and levels (7, 5, 5, 5, 5).
+
+    With several codebooks the latent is split into `num_codebooks` groups of ``len(levels)``, each a token of its own.
+    `image_size` only fixes the stored grid of positions: any image whose sides are multiples of `patch_size` can be encoded.
+    """
+
+    modality: str
+    channels: int
+    levels: tuple[int, ...] = (8, 8, 8, 6, 5)
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder: str = "vit"
+    num_codebooks: int = 1
+    image_size: int = 256
+    patch_size: int = 16
+    dtype: str = "float32"
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"Tokenizer dim {self.dim} must be a multiple of 4 and of num_heads {self.num_heads}.")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"Tokenizer image_size {self.image_size} must be a multiple of patch_size {self.patch_size}.")
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of tokens a codebook distinguishes."""
+        return math.prod(self.levels)
+
+    @property
+    def latent_dim(self) -> int:
+        return self.num_codebooks * len(self.levels)
+
+    @property
+    def grid(self) -> int:
+        """Side of the stored grid of positions."""
+        return self.image_size // self.patch_size
+
+    @property
+    def is_class_map(self) -> bool:
+        """Whether images are classes, one-hot on input and logits on output, rather than measurements."""
+        return self.modality == "LULC"

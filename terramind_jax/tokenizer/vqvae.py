@@ -1,0 +1,94 @@
+"""One modality's tokenizer: ViT encoder, FSQ, and a decoder chosen by name (spec 6).
+
+Inputs are standardised images, channels last; LULC comes as class maps or as ten class probabilities a pixel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from terramind_jax.tokenizer import fsq
+from terramind_jax.tokenizer.config import TokenizerConfig
+from terramind_jax.tokenizer.vit import ViTDecoder, ViTEncoder, dense, torch_default
+
+# A decoder is a module of TokenizerConfig that maps codes [B, h, w, latent_dim] to [B, H, W, C].
+DECODERS = {"vit": ViTDecoder}
+
+
+class Tokenizer(nn.Module):
+    """Images to tokens and back. Variables are ``{"params", "buffers"}``; buffers are the positions, never trained."""
+
+    config: TokenizerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        if c.decoder not in DECODERS:
+            raise ValueError(f"Unknown tokenizer decoder {c.decoder!r}; known decoders: {', '.join(DECODERS)}.")
+        self.encoder = ViTEncoder(c)
+        init = torch_default(c.dim)
+        self.quant_proj = dense(c.latent_dim, ("embed", "latent"), "float32", kernel_init=init, bias_init=init)
+        self.decoder = DECODERS[c.decoder](c)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image -> (reconstruction ``[B, H, W, C]``, codes ``[B, h, w, latent_dim]``), differentiable straight through the rounding.
+
+        For LULC the reconstruction is unnormalised logits. Use `fsq.codes_to_tokens` on codes to count tokens in use.
+        """
+        codes = self.quantize(x)
+        return self.decoder(codes), codes
+
+    def quantize(self, x: jax.Array) -> jax.Array:
+        """Image -> codes in [0, 1], ``[B, h, w, latent_dim]`` float32."""
+        z = self.quant_proj(self.encoder(prepare(self.config, x)))
+        return fsq.quantize(_grouped(self.config, z), self.config.levels).reshape(z.shape)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Image -> int32 tokens ``[B, h, w]``, or ``[B, h, w, K]`` with several codebooks."""
+        tokens = fsq.codes_to_tokens(_grouped(self.config, self.quantize(x)), self.config.levels)
+        return tokens[..., 0] if self.config.num_codebooks == 1 else tokens
+
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """Tokens as `encode` gives them -> image, or logits, ``[B, H, W, C]``."""
+        tokens = tokens[..., None] if self.config.num_codebooks == 1 else tokens
+        codes = fsq.tokens_to_codes(tokens, self.config.levels)
+        return self.decoder(codes.reshape(*codes.shape[:3], self.config.latent_dim))
+
+
+def init(module: Tokenizer, key: jax.Array) -> dict:
+    """Variables as spec 6.2 initialises them, boxed with their logical axes. Pure: jit or `jax.eval_shape` it at will."""
+    p = module.config.patch_size
+    return module.init(key, jnp.zeros((1, p, p, module.config.channels)))
+
+
+def prepare(config: TokenizerConfig, x: jax.Array) -> jax.Array:
+    """Checks an image; class maps ``[B, H, W]`` or ``[B, H, W, 1]`` become one-hot ``[B, H, W, C]``, anything else passes.
+
+    Classes outside ``0..C-1`` would become all zeros: shapes and values under jit cannot be refused, so data checks them before.
+    """
+    shape = x.shape
+    if config.is_class_map and (x.ndim == 3 or (x.ndim == 4 and x.shape[-1] == 1)):
+        x = jax.nn.one_hot(x.reshape(x.shape[:3]).astype(jnp.int32), config.channels)
+    if x.ndim != 4 or x.shape[-1] != config.channels:
+        maps = " or class maps [B, H, W] or [B, H, W, 1]" if config.is_class_map else ""
+        raise ValueError(f"{config.modality} has shape {shape}, expected [B, H, W, {config.channels}]{maps}, channels last.")
+    if x.shape[1] % config.patch_size or x.shape[2] % config.patch_size:
+        raise ValueError(f"{config.modality} has shape {shape}; height and width must be multiples of {config.patch_size}.")
+    return x
+
+
+def reconstruction_loss(config: TokenizerConfig, reconstruction: jax.Array, target: jax.Array) -> jax.Array:
+    """Loss per sample ``[B]`` float32, a mean over pixels: squared error, or cross-entropy of logits for LULC (spec 9.4, 9.5).
+
+    `target` is what was given to the tokenizer: for LULC class maps or class probabilities.
+    """
+    target = prepare(config, target)
+    if config.is_class_map:
+        return -(target * jax.nn.log_softmax(reconstruction)).sum(-1).mean((1, 2))
+    return jnp.square(reconstruction - target).mean((1, 2, 3))
+
+
+def _grouped(config: TokenizerConfig, latent: jax.Array) -> jax.Array:
+    """``[..., latent_dim]`` -> ``[..., num_codebooks, len(levels)]``."""
+    return latent.reshape(*latent.shape[:-1], config.num_codebooks, len(config.levels))

@@ -1,0 +1,116 @@
+"""Schedules, filters and keys of the sampler (spec 8.1, 8.2, 12)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terramind_jax import sampling
+
+SPEC_PROBABILITIES = np.log(np.array([0.15, 0.5, 0.06, 0.25, 0.04], np.float32))  # spec 12, shuffled
+
+
+def kept(logits, **filters):
+    return np.flatnonzero(np.isfinite(np.asarray(sampling.filter_logits(jnp.asarray(logits), **filters)))).tolist()
+
+
+def test_linear_schedule_is_the_specs():
+    assert sampling.token_schedule("linear", 10, 196) == (20,) * 6 + (19,) * 4
+    assert sampling.token_schedule("linear", 300, 196) == (1,) * 196
+    assert sampling.token_schedule("linear", 1, 196) == (196,)
+
+
+def test_cosine_schedule_is_the_specs():
+    assert sampling.token_schedule("cosine", 8, 196) == (7, 21, 32, 38, 38, 32, 21, 7)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 400])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 196])
+def test_schedules_write_every_token_and_no_empty_step(kind, steps, tokens):
+    counts = sampling.token_schedule(kind, steps, tokens)
+    assert sum(counts) == tokens and min(counts) > 0 and len(counts) <= steps
+
+
+def test_schedule_errors():
+    with pytest.raises(ValueError, match="decoding steps is 0"):
+        sampling.token_schedule("linear", 0, 4)
+    with pytest.raises(ValueError, match="known schedules: linear, cosine"):
+        sampling.token_schedule("square", 2, 4)
+    with pytest.raises(ValueError, match="known schedules: constant, linear"):
+        sampling.temperature_schedule("square", 1.0, (2, 2))
+    with pytest.raises(ValueError, match="must be 0"):
+        sampling.temperature_schedule("constant", -1.0, (2, 2))
+
+
+def test_linear_temperature_falls_with_the_missing_share():
+    np.testing.assert_allclose(sampling.temperature_schedule("linear", 2.0, (8, 6, 2)), [2.0, 1.0, 0.25])
+    np.testing.assert_allclose(sampling.temperature_schedule("constant", 2.0, (8, 6)), [2.0, 2.0])
+    assert sampling.temperature_schedule("linear", 0.0, (8, 6)).tolist() == [0.0, 0.0]
+
+
+def test_top_p_keeps_the_specs_numbers():
+    assert kept(SPEC_PROBABILITIES, top_p=0.8) == [0, 1, 3]
+    assert kept(SPEC_PROBABILITIES, top_p=0.45) == [1]
+    assert kept(SPEC_PROBABILITIES, top_p=0.5 - 1e-3) == [1]
+    assert kept(SPEC_PROBABILITIES, top_p=0.5 + 1e-3) == [1, 3]
+    assert kept(SPEC_PROBABILITIES, top_p=0.0) == kept(SPEC_PROBABILITIES, top_p=1.0) == [0, 1, 2, 3, 4]
+
+
+def test_top_k_takes_a_number_or_a_fraction():
+    assert kept(SPEC_PROBABILITIES, top_k=2) == [1, 3]
+    assert kept(SPEC_PROBABILITIES, top_k=0.4) == [1, 3]
+    assert kept(SPEC_PROBABILITIES, top_k=0) == kept(SPEC_PROBABILITIES, top_k=9) == [0, 1, 2, 3, 4]
+
+
+def test_top_k_comes_before_top_p():
+    # Of the two left by top-k, the first alone holds 0.5 / 0.75 of the mass, which exceeds 0.6; over all five it would not.
+    assert kept(SPEC_PROBABILITIES, top_k=2, top_p=0.6) == [1]
+
+
+def test_filter_errors():
+    with pytest.raises(ValueError, match="top_p is 1.5"):
+        sampling.filter_logits(jnp.zeros(3), top_p=1.5)
+    with pytest.raises(ValueError, match="top_k is -1"):
+        sampling.filter_logits(jnp.zeros(3), top_k=-1)
+    with pytest.raises(ValueError, match="fraction of the vocabulary"):
+        sampling.filter_logits(jnp.zeros(3), top_k=1.5)
+
+
+def test_draws_follow_the_probabilities():
+    keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(3, 1)), "coords")
+    logits = jnp.broadcast_to(sampling.filter_logits(jnp.asarray(SPEC_PROBABILITIES), top_p=0.8), (1, 4000, 5))
+    ids, confidence = sampling.draw(keys, logits, 1.0)
+    share = np.bincount(np.asarray(ids[0]), minlength=5) / 4000
+    np.testing.assert_allclose(share, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9, 0], atol=0.03)
+    np.testing.assert_allclose(np.unique(np.asarray(confidence)), np.array([0.15, 0.25, 0.5]) / 0.9, rtol=1e-5)
+    assert np.asarray(sampling.draw(keys, logits, 1e-9)[0] == 1).all()
+
+
+def test_keys_depend_on_seed_target_and_step_alone():
+    def numbers(seed, batch, target="coords", step=0):
+        keys = sampling.step_keys(sampling.sample_keys(jnp.asarray(sampling.seed_words(seed, batch)), target), step)
+        return np.asarray(jax.vmap(jax.random.bits)(keys))
+
+    assert len(set(numbers(5, 3))) == 1
+    assert numbers(5, 3)[0] == numbers(5, 1)[0] == numbers(np.array([1, 5]), 2)[1]
+    assert len({numbers(5, 1)[0], numbers(6, 1)[0], numbers(5 + 2**32, 1)[0], numbers(-5, 1)[0]}) == 4
+    assert numbers(5, 1)[0] != numbers(5, 1, target="tok_dem@224")[0]
+    assert numbers(5, 1)[0] != numbers(5, 1, step=1)[0]
+
+
+def test_orders_are_permutations_of_their_own():
+    keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(np.arange(3), 3)), "coords")
+    orders = np.asarray(sampling.random_orders(keys, 50))
+    assert (np.sort(orders, axis=1) == np.arange(50)).all()
+    assert (orders[0] != orders[1]).any() and (orders[1] != orders[2]).any()
+    np.testing.assert_array_equal(orders[1:2], sampling.random_orders(keys[1:2], 50))
+
+
+def test_seed_errors():
+    with pytest.raises(ValueError, match=r"shape \(3,\); expected one integer or \[2\]"):
+        sampling.seed_words(np.arange(3), 2)
+    with pytest.raises(ValueError, match="dtype float64"):
+        sampling.seed_words(1.5, 2)
