@@ -48,14 +48,14 @@ class Linear(nn.Module):
     axes: Sequence[str | None]
     inputs: int = 1  # how many trailing axes are contracted
     use_bias: bool = False
-    init: Initializer | None = None
+    initializer: Initializer | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[-self.inputs :], *self.outputs)
         fan_in, fan_out = math.prod(shape[: self.inputs]), math.prod(self.outputs)
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.init or xavier(fan_in, fan_out), tuple(self.axes)), shape)
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.initializer or xavier(fan_in, fan_out), tuple(self.axes)), shape)
         y = x.reshape(*x.shape[: x.ndim - self.inputs], fan_in).astype(self.dtype) @ kernel.reshape(fan_in, fan_out).astype(self.dtype)
         if self.use_bias:
             partitioned = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.inputs :]))
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         dim = x.shape[-1]
         heads = (self.num_heads, dim // self.num_heads)
-        qkv = Linear((3, *heads), ("embed", None, "heads", None), use_bias=self.use_bias, init=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
+        qkv = Linear((3, *heads), ("embed", None, "heads", None), use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 
@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, dim // self.num_heads)
         q = Linear(heads, ("embed", "heads", None), use_bias=self.use_bias, dtype=self.dtype, name="q")(x)
         axes = ("embed", None, "heads", None)
-        kv = Linear((2, *heads), axes, use_bias=self.use_bias, init=xavier(dim, dim), dtype=self.dtype, name="kv")(context)
+        kv = Linear((2, *heads), axes, use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="kv")(context)
         out = attend(q, kv[:, :, 0], kv[:, :, 1], mask)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 

@@ -28,12 +28,12 @@ class Tables(nn.Module):
     """One parameter per stream; calling it gives ``{stream key: array}``."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    init: Callable[..., Callable]  # called with the shape
+    initializer: Callable[..., Callable]  # called with the shape
     axes: tuple[str, ...]
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        return {k: self.param(k, nn.with_logical_partitioning(self.init(*shape), self.axes), shape) for k, shape in self.shapes.items()}
+        return {k: self.param(k, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape) for k, shape in self.shapes.items()}
 
 
 class Positions(nn.Module):
