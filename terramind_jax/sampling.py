@@ -114,7 +114,7 @@ def filter_logits(logits: jax.Array, top_k: int | float = 0, top_p: float = 0.0)
     if use_p:
         descending = jnp.where(descending >= threshold, descending, -jnp.inf)
         probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
+        before = jnp.pad(jnp.cumsum(probability, axis=-1)[..., :-1], [(0, 0)] * (logits.ndim - 1) + [(1, 0)])
         kept = jnp.where((before <= top_p) & (descending > -jnp.inf), descending, jnp.inf)
         threshold = jnp.min(kept, axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)

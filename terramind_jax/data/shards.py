@@ -236,7 +236,7 @@ def _chunk(z: zipfile.ZipFile, member: str, decoders: list[Any], dtype: np.dtype
     data: Any = z.read(member)
     for decoder in decoders:
         data = decoder.decode(data)
-    array = np.frombuffer(memoryview(np.ascontiguousarray(data)).cast("B"), dtype) if decoders else np.frombuffer(data, dtype)
+    array = np.frombuffer(data, dtype)
     if array.size != math.prod(shape):
         raise DataError(f"has a chunk {member!r} of {array.nbytes} bytes, expected {size}")
     return array.reshape(shape)

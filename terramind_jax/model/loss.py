@@ -40,12 +40,6 @@ def _pad(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(x, ((0, BLOCK), (0, 0))), jnp.pad(ids, (0, BLOCK))
 
 
-def _varying_like(value: jax.Array, like: jax.Array) -> jax.Array:
-    """Inside `shard_map`, a fresh constant must be marked as differing between devices before a loop may carry it."""
-    missing = tuple(jax.typeof(like).vma - jax.typeof(value).vma)
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sorted_cross_entropy(x: jax.Array, tables: Sequence[jax.Array], ids: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
     starts, ends = _bounds(group_sizes)
@@ -55,7 +49,7 @@ def _sorted_cross_entropy(x: jax.Array, tables: Sequence[jax.Array], ids: jax.Ar
         def body(i, total):
             return total + _block(x, table, ids, starts[m] + i * BLOCK, ends[m], dtype)[3].sum()
 
-        return jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, _varying_like(jnp.zeros(()), x))
+        return jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, jnp.zeros(()))
 
     return jnp.stack([of_modality(m, table) for m, table in enumerate(tables)])
 
@@ -65,7 +59,7 @@ def _forward(x, tables, ids, group_sizes, dtype):
     n = x.shape[0]
     starts, ends = _bounds(group_sizes)
     x, ids = _pad(x, ids)
-    dx = _varying_like(jnp.zeros_like(x), x)
+    dx = jnp.zeros_like(x)
     losses, dtables = [], []
     for m, table in enumerate(tables):
 
@@ -80,7 +74,7 @@ def _forward(x, tables, ids, group_sizes, dtype):
             dx = jax.lax.dynamic_update_slice_in_dim(dx, rows, start, 0)
             return loss + ce.sum(), dx, dtable + jnp.dot(dlogits.T, xb, preferred_element_type=jnp.float32)
 
-        start = (_varying_like(jnp.zeros(()), x), dx, _varying_like(jnp.zeros(table.shape, jnp.float32), x))
+        start = (jnp.zeros(()), dx, jnp.zeros(table.shape, jnp.float32))
         loss, dx, dtable = jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, start)
         losses.append(loss)
         dtables.append(dtable)
@@ -123,11 +117,10 @@ def cross_entropy(x: jax.Array, tables: Sequence[jax.Array], ids: jax.Array, mod
         return _local_cross_entropy(x, tables, ids, modality, dtype)
 
     def local(x, tables, ids, modality):
-        tables = [jax.lax.pcast(t, axes, to="varying") for t in tables]
-        return jax.lax.psum(_local_cross_entropy(x, tables, ids, modality, dtype), axes)
+        return _local_cross_entropy(x, tables, ids, modality, dtype)[None]
 
     rows = P(axes)
-    return jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=P())(x, tables, ids, modality)
+    return jax.shard_map(local, in_specs=(rows, P(), rows, rows), out_specs=rows, check_vma=False)(x, tables, ids, modality).sum(0)
 
 
 def combine(loss_sum: jax.Array, count: jax.Array, vocab_sizes: Sequence[int], kind: str = "mod") -> jax.Array:

@@ -5,13 +5,13 @@ Inputs are standardised images, channels last; LULC comes as class maps or as te
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from terramind_jax.tokenizer import fsq
 from terramind_jax.tokenizer.config import TokenizerConfig
-from terramind_jax.tokenizer.vit import ViTDecoder, ViTEncoder, dense, torch_default
+from terramind_jax.tokenizer.vit import ViTDecoder, ViTEncoder, patchify, pointwise
 
 # A decoder is a module of TokenizerConfig that maps codes [B, h, w, latent_dim] to [B, H, W, C].
 DECODERS = {"vit": ViTDecoder}
@@ -27,8 +27,7 @@ class Tokenizer(nn.Module):
         if c.decoder not in DECODERS:
             raise ValueError(f"Unknown tokenizer decoder {c.decoder!r}; known decoders: {', '.join(DECODERS)}.")
         self.encoder = ViTEncoder(c)
-        init = torch_default(c.dim)
-        self.quant_proj = dense(c.latent_dim, ("embed", "latent"), "float32", kernel_init=init, bias_init=init)
+        self.quant_proj = pointwise(c.dim, c.latent_dim, ("embed", None), "float32")
         self.decoder = DECODERS[c.decoder](c)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,10 +82,14 @@ def reconstruction_loss(config: TokenizerConfig, reconstruction: jax.Array, targ
 
     `target` is what was given to the tokenizer: for LULC class maps or class probabilities.
     """
-    target = prepare(config, target)
-    if config.is_class_map:
-        return -(target * jax.nn.log_softmax(reconstruction)).sum(-1).mean((1, 2))
-    return jnp.square(reconstruction - target).mean((1, 2, 3))
+    # Patch by patch, the pixels' order in which encoder and decoder have them: XLA then drops the decoder's way back to an image.
+    prediction = patchify(reconstruction, config.patch_size)
+    target = patchify(prepare(config, target), config.patch_size)
+    if not config.is_class_map:
+        return jnp.square(prediction - target).mean((1, 2, 3))
+    classes = (*target.shape[:3], -1, config.channels)
+    log_probability = jax.nn.log_softmax(prediction.reshape(classes))
+    return -(target.reshape(classes) * log_probability).sum(-1).mean((1, 2, 3))
 
 
 def _grouped(config: TokenizerConfig, latent: jax.Array) -> jax.Array:

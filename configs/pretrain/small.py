@@ -1,0 +1,29 @@
+"""TerraMind small: 124 M parameters, of which 35 M in the blocks. The recipe is that of `tiny.py`, whose notes apply.
+
+    terramind-jax pretrain --config=configs/pretrain/small.py --workdir=DIR --config.data.root=SHARDS --config.run.workers=8
+
+Hardware: one accelerator of 16 GB with a smaller batch, or eight and more.
+Hours here: not measured yet.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from terramind_jax.config import read
+
+
+def get_config() -> ConfigDict:
+    config = read(Path(__file__).with_name("tiny.py"))
+
+    config.model.dim = 384  # width
+    config.model.encoder_depth = 12
+    config.model.decoder_depth = 6
+    config.model.num_heads = 6  # of 64 channels
+    config.model.gated_mlp = False  # GELU
+    config.model.use_bias = True
+    config.model.remat = "none"  # what the backward pass recomputes
+
+    config.data.view_window = 8192  # samples between the views of one; two batches
+    config.train.batch_size = 4096  # as in the original
+    return config

@@ -1,0 +1,7 @@
+"""``python -m terramind_jax COMMAND``."""
+
+import sys
+
+from terramind_jax.cli import main
+
+sys.exit(main())

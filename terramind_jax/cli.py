@@ -1,0 +1,265 @@
+"""The command line: ``terramind-jax COMMAND``. Each command imports what it needs when it runs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
+INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 after an error of use, 143 when stopped by SIGTERM."""
+    parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        return parsed.command(parsed) or 0
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1" or not _is_users(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Errors that the input caused, told in one sentence; any other is a bug and keeps its traceback."""
+    from terramind_jax.data.shards import DataError
+
+    return isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError | DataError)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="terramind-jax", description="TerraMind in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_tokens(commands)
+    _add_generate(commands)
+    _add_quickstart(commands)
+    _add_data(commands)
+    _add(commands, "info", "versions, devices and models", _info)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and "overrides" not in parsed:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = rest
+    return parsed
+
+
+def _add(commands, name: str, text: str, command) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(command=command)
+    return parser
+
+
+# ---- training ----
+
+
+def _add_training(commands) -> None:
+    for name, text, command in (
+        ("pretrain", "train the any-to-any transformer", _pretrain),
+        ("train-tokenizer", "train one tokenizer", _train_tokenizer),
+    ):
+        parser = _add(commands, name, text, command)
+        parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
+        parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), such as configs/pretrain/tiny.py")
+        parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics; a run found there is continued")
+        parser.set_defaults(overrides=[])
+
+
+def _pretrain(parsed: argparse.Namespace) -> int:
+    from terramind_jax.train import pretrain
+
+    return _train(pretrain.train, parsed)
+
+
+def _train_tokenizer(parsed: argparse.Namespace) -> int:
+    from terramind_jax.train import tokenizer
+
+    return _train(tokenizer.train, parsed)
+
+
+def _train(train, parsed: argparse.Namespace) -> int:
+    from terramind_jax import checkpoint, config
+
+    _accept_grain_workers()
+    try:
+        metrics = train(config.load(parsed.config, parsed.overrides), parsed.workdir)
+    except checkpoint.Terminated as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
+    print("  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    return 0
+
+
+def _accept_grain_workers() -> None:
+    """Grain's worker processes insist on parsed absl flags; the flags are not used otherwise."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _add_tokens(commands) -> None:
+    parser = _add(commands, "tokenize", "turn shards into token shards", _tokenize)
+    parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards")
+    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer's work directory a modality")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the token shards; may be ROOT")
+    parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
+    parser.add_argument("--batch_size", type=int, default=32)
+
+
+def _tokenize(parsed: argparse.Namespace) -> None:
+    from terramind_jax import tokenize
+
+    tokenize.run(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size)
+
+
+# ---- using a model ----
+
+
+def _add_generate(commands) -> None:
+    parser = _add(commands, "generate", "generate modalities from GeoTIFFs", _generate)
+    parser.add_argument("--model", default=None, metavar="NAME", help="name of a released model; not needed for a work directory")
+    parser.add_argument("--weights", required=True, metavar="DIR", help="work directory of a pretrained model")
+    parser.add_argument(
+        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
+    )
+    parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, in this order; each conditions the next")
+    parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder")
+    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token")
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    inputs = _inputs(parsed.input)
+    targets = [name for name in parsed.to.split(",") if name]
+    from terramind_jax import predict
+
+    predict.run(
+        weights=parsed.weights,
+        inputs=inputs,
+        to=targets,
+        out=parsed.out,
+        model=parsed.model,
+        seed=parsed.seed,
+        timesteps=parsed.timesteps,
+        steps=parsed.steps,
+        temperature=parsed.temperature,
+    )
+
+
+def _inputs(pairs: Sequence[str]) -> dict[str, str]:
+    """``["S2L2A=a.tif"]`` -> ``{"S2L2A": "a.tif"}``."""
+    inputs = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(f"--input takes MODALITY=PATH, such as S2L2A=tile.tif, not {pair!r}.")
+        if name in inputs:
+            raise ValueError(f"--input names {name} twice.")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--input {name}: there is no file or folder {path}.")
+        inputs[name] = path
+    return inputs
+
+
+def _add_quickstart(commands) -> None:
+    parser = _add(commands, "quickstart", "train a small model here, on the embedded world or on your tiles, and generate", _quickstart)
+    parser.add_argument("--data", default=None, metavar="DIR", help="folder of GeoTIFFs, MODALITY/NAME.tif; default: the embedded world")
+    parser.add_argument("--out", default="quickstart", metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=None, help="about how long to train")
+
+
+def _quickstart(parsed: argparse.Namespace) -> None:
+    from terramind_jax import quickstart
+
+    _accept_grain_workers()
+    options = {} if parsed.minutes is None else {"minutes": parsed.minutes}
+    quickstart.run(data=parsed.data, out=parsed.out, **options)
+
+
+# ---- data ----
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="make, build, index and verify shards", allow_abbrev=False)
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    parser = _add(actions, "synthesize", "write shards of the embedded world", _synthesize)
+    parser.add_argument("--out", required=True, metavar="ROOT")
+    parser.add_argument("--scenes", type=int, default=512, help="training scenes")
+    parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, into shards", _pack)
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--lulc_codes", default="terramesh", metavar="NAME", help="codes of the LULC rasters: terramesh, esri or dynamicworld"
+    )
+    parser.add_argument("--val_fraction", type=float, default=0.0, help="share of the tiles that goes to the validation split")
+    for name, text, command in (
+        ("index", "scan the shards and store their index", _index),
+        ("check", "read every sample and report the bad ones", _check),
+        ("stats", "count samples and print mean and spread per band", _stats),
+    ):
+        _add(actions, name, text, command).add_argument("root", metavar="ROOT")
+
+
+def _synthesize(parsed: argparse.Namespace) -> None:
+    from terramind_jax.data import commands
+
+    commands.synthesize(parsed.out, scenes=parsed.scenes, val_scenes=parsed.val_scenes, seed=parsed.seed)
+
+
+def _pack(parsed: argparse.Namespace) -> None:
+    from terramind_jax.data import commands
+
+    commands.pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
+
+
+def _index(parsed: argparse.Namespace) -> None:
+    from terramind_jax.data import commands
+
+    commands.index(parsed.root)
+
+
+def _check(parsed: argparse.Namespace) -> int | None:
+    from terramind_jax.data import commands
+
+    return commands.check(parsed.root)
+
+
+def _stats(parsed: argparse.Namespace) -> None:
+    from terramind_jax.data import commands
+
+    commands.stats(parsed.root)
+
+
+# ---- info ----
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    """Prints versions, devices and models."""
+    from importlib import metadata
+
+    import jax
+
+    from terramind_jax import zoo
+
+    for name in ("terramind_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        print(f"{name:18s} {_version(metadata, name)}")
+    print(f"{'devices':18s} {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), process {jax.process_index()}")
+    for name, size in zoo.SIZES.items():
+        depth = f"{size['encoder_depth']}+{size['decoder_depth']} layers of {size['dim']}"
+        print(f"{'terramind_v1_' + name:18s} {depth}, {zoo.PARAMETERS[name] / 1e6:.0f} M parameters")
+
+
+def _version(metadata, name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

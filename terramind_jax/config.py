@@ -1,0 +1,321 @@
+"""Configurations: files with ``get_config()``, command-line overrides, what a work directory was started with.
+
+`pretraining` and `tokenizer_training` list every field with its default; the files in ``configs/`` set what differs. Group ``run``
+and the fields in `FREE` do not change what is learned, so they may differ when a run is continued; every other field may not.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What a continued run may change. `data.root` and `data.tokens` say where the shards lie; the order of samples depends on their keys alone.
+FREE = ("run", "mesh", "data.root", "data.tokens", "data.val_split")
+
+
+def pretraining() -> ConfigDict:
+    """Defaults of ``pretrain``: the released tiny model."""
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    config.model.dim = 192  # width; heads have 64 channels
+    config.model.encoder_depth = 12
+    config.model.decoder_depth = 4
+    config.model.num_heads = 3
+    config.model.mlp_ratio = 4.0
+    config.model.gated_mlp = False  # SwiGLU in base and large, GELU in tiny and small
+    config.model.use_bias = True  # of attention and MLP; off in base and large
+    config.model.image_size = 224
+    config.model.dtype = "auto"  # of activations and products: auto is bfloat16 on accelerators, float32 on CPU
+    config.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
+    config.model.unroll = 1  # layers per iteration of the scan over layers
+    config.model.codebooks = ConfigDict()  # {"DEM": 512}: vocabulary per modality; empty: as written beside the tokens, else as released
+
+    config.data = ConfigDict()
+    config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar
+    config.data.tokens = ""  # folder of token shards; empty: beside the pixels
+    config.data.train_split = "train"
+    config.data.val_split = "val"
+    config.data.inputs = (
+        "S2L2A",
+        "S2L1C",
+        "S2RGB",
+        "S1GRD",
+        "S1RTC",
+        "DEM",
+        "LULC",
+        "NDVI",
+        "coords",
+    )  # enter the encoder, as pixels and tokens
+    config.data.targets = ("S2L2A", "S1GRD", "S1RTC", "DEM", "LULC", "NDVI", "coords")  # are predicted, as tokens
+    config.data.views_per_sample = 4  # masks drawn for a sample once it is read; its views go to different batches
+    config.data.view_window = 1024  # samples between the views of one; at least a batch, best a multiple of batch times workers
+    config.data.patch_group = 4  # samples that share one buffer of selected patches; batch = a multiple of this times the devices
+    config.data.capacity_sigmas = 3.0  # room in that buffer, in standard deviations above the mean; what does not fit is counted
+
+    config.mask = ConfigDict()
+    config.mask.input_tokens = 128  # budget of input tokens a sample
+    config.mask.target_tokens = 128  # budget of target tokens a sample
+    config.mask.input_alphas = (0.5,)  # Dirichlet concentration of the inputs, one entry a mixture: a number, or {stream: number}
+    config.mask.target_alphas = (0.5,)  # the same for the targets
+    config.mask.mixture_weights = (1.0,)  # how often each mixture is drawn
+    config.mask.sequence_keep = "random"  # share of a sequence its input keeps: random | all | binary
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 2e-4  # peak
+    config.optimizer.min_learning_rate = 0.0  # at the end of the cosine
+    config.optimizer.warmup_tokens = 10e9  # input and target tokens until the peak; at most a tenth of the run
+    config.optimizer.betas = (0.9, 0.95)
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05  # not on norms and biases
+    config.optimizer.clip_norm = 0.0  # of the global gradient; 0: no clipping
+
+    config.train = ConfigDict()
+    config.train.total_tokens = 500e9  # input and target tokens of the whole run
+    config.train.steps = 0  # length of the run in steps; 0: from total_tokens
+    config.train.batch_size = 32  # samples a step, over all hosts
+    config.train.loss = "mod"  # mod: mean over modalities; token: weighted by targets and vocabulary
+    config.train.seed = 0
+
+    config.mesh = _mesh()
+    config.run = _run()
+    return config.lock()
+
+
+def tokenizer_training() -> ConfigDict:
+    """Defaults of ``train-tokenizer``: networks and optimiser of the released tokenizers, with a ViT as decoder."""
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    config.model.modality = "S2L2A"
+    config.model.levels = (8, 8, 8, 6, 5)  # of the FSQ codebook; their product is its size
+    config.model.num_codebooks = 1  # tokens a patch
+    config.model.dim = 768
+    config.model.depth = 12  # of the encoder and of the decoder
+    config.model.num_heads = 12
+    config.model.mlp_ratio = 4.0
+    config.model.decoder = "vit"
+    config.model.image_size = 256  # grid of the stored positions
+    config.model.dtype = "auto"  # auto is bfloat16 on accelerators, float32 on CPU
+    config.model.unroll = 1  # layers per iteration of the scan over layers
+
+    config.data = ConfigDict()
+    config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar
+    config.data.train_split = "train"
+    config.data.val_split = "val"
+    config.data.image_size = 224  # side of the training crops, in pixels
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1.41421e-4  # peak
+    config.optimizer.min_learning_rate = 0.0
+    config.optimizer.warmup_samples = 9e6  # one epoch of TerraMesh; at most a tenth of the run
+    config.optimizer.betas = (0.9, 0.99)
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 1.0
+
+    config.train = ConfigDict()
+    config.train.total_samples = 180e6  # samples of the whole run: 20 epochs of TerraMesh
+    config.train.steps = 0  # length of the run in steps; 0: from total_samples
+    config.train.batch_size = 2048  # samples a step, over all hosts
+    config.train.ema_decay = 0.9999  # of the averaged weights, which are the ones used afterwards
+    config.train.seed = 0
+
+    config.mesh = _mesh()
+    config.run = _run()
+    return config.lock()
+
+
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()
+    mesh.data = -1  # devices that split the batch; -1: those that remain
+    mesh.fsdp = 1  # devices that split the batch and the parameters
+    mesh.tensor = 1  # devices that split heads, MLPs and vocabularies
+    return mesh
+
+
+def _run() -> ConfigDict:
+    run = ConfigDict()
+    run.log_every = 10  # steps between lines of metrics.jsonl
+    run.eval_every = 1000  # steps between evaluations on the validation split; 0: only at the end
+    run.eval_batches = 8  # batches an evaluation takes, with fixed masks and crops
+    run.checkpoint_every = 1000  # steps between checkpoints; one is also written at the end and at SIGTERM
+    run.keep = 3  # newest checkpoints kept
+    run.workers = 0  # processes that read data; 0: this one
+    run.tensorboard = True  # write event files beside metrics.jsonl
+    run.progress = True  # show a progress bar
+    return run
+
+
+def read(path: str | os.PathLike) -> ConfigDict:
+    """The result of ``get_config()`` in the Python file `path`, locked against new fields."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No configuration file {path}.")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} does not define get_config().")
+    return module.get_config().lock()
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
+    """A configuration file with overrides as on the command line: ``--config.model.dim=192``."""
+    config = read(path)
+    for field, text in _pairs(overrides):
+        override(config, field, text)
+    return config
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """``["--config.a=1", "--config.b", "2"]`` -> ``[("a", "1"), ("b", "2")]``."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise ValueError(f"Unknown argument {name!r}; fields of the configuration are set with --config.FIELD=VALUE.")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{name} has no value; write {name}=VALUE.")
+            text = rest.pop(0)
+        pairs.append((name.removeprefix("--config."), text))
+    return pairs
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets the existing `field` (``"model.dim"``) from text, read as the type that it has."""
+    *groups, name = field.split(".")
+    node = config
+    for depth, group in enumerate(groups):
+        node = _child(node, group, groups[:depth])
+        if not isinstance(node, ConfigDict):
+            raise ValueError(f"Config field {'.'.join(groups[: depth + 1])!r} is a value, not a group of fields.")
+    value = parse(field, text, _child(node, name, groups))
+    with node.unlocked():
+        node[name] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+def _child(node: ConfigDict, name: str, groups: Sequence[str]) -> Any:
+    if name in node:
+        return node[name]
+    close = difflib.get_close_matches(name, list(node), n=1, cutoff=0.5)
+    hint = f"did you mean {'.'.join([*groups, close[0]])!r}?" if close else f"fields there: {', '.join(node)}."
+    raise ValueError(f"Config field {'.'.join([*groups, name])!r} does not exist; {hint}")
+
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse(field: str, text: str, like: Any) -> Any:
+    """`text` as a value of the type of `like`: bool, int (``1e3`` too), float, str, tuple (``1,2`` or ``(1, 2)``) or dict."""
+    try:
+        if isinstance(like, bool):
+            return _BOOLEANS[text.lower()]
+        if isinstance(like, int):
+            return _integer(text)
+        if isinstance(like, float):
+            return float(text)
+        if isinstance(like, tuple):
+            return _tuple(text, like)
+        if isinstance(like, ConfigDict):
+            return _dict(text)
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        kind = "dict" if isinstance(like, ConfigDict) else type(like).__name__
+        raise ValueError(f"Config field {field!r} takes a value of type {kind} such as {_example(like)}, not {text!r}.") from None
+    return text
+
+
+def _example(like: Any) -> str:
+    return repr({"NAME": 1} if isinstance(like, ConfigDict) else like)
+
+
+def _integer(text: str) -> int:
+    value = float(text)
+    if value != int(value):
+        raise ValueError
+    return int(text) if text.lstrip("+-").isdigit() else int(value)
+
+
+def _tuple(text: str, like: tuple) -> tuple:
+    if text[:1] in "([":
+        value = tuple(ast.literal_eval(text))
+    elif like and isinstance(like[0], str):
+        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    else:
+        value = tuple(ast.literal_eval(f"({text},)"))
+    words = bool(like) and isinstance(like[0], str)
+    if like and any(isinstance(item, str) != words for item in value):
+        raise ValueError
+    return value
+
+
+def _dict(text: str) -> dict:
+    value = ast.literal_eval(text)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as JSON; `from_json` reads it back, lists as tuples."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    return ConfigDict(_tuples(json.loads(text))).lock()
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def of_workdir(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration that `workdir` was trained with."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} has no config.json, so it is not the work directory of a training run.")
+    return from_json(path.read_text())
+
+
+def bind_workdir(config: ConfigDict, workdir: str | os.PathLike, *, write: bool = True) -> None:
+    """Ties `workdir` to `config`: writes config.json at the first start, afterwards refuses another configuration.
+
+    Only the fields in `FREE` may differ. `write` is False on all processes but the first.
+    """
+    path = Path(workdir) / "config.json"
+    if path.is_file():
+        old, new = _flat(of_workdir(workdir)), _flat(from_json(to_json(config)))
+        for field in sorted(old.keys() | new.keys()):
+            if old.get(field) != new.get(field) and not any(field == free or field.startswith(f"{free}.") for free in FREE):
+                raise ValueError(
+                    f"{workdir} holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
+                    "continue it with the same value or choose another --workdir."
+                )
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(to_json(config))
+        temporary.replace(path)
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """``{"model.dim": 192, ...}``"""
+    flat = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,247 @@
+"""Masked views, assembled in groups whose selected patches share one buffer a pixel stream.
+
+Everything about a group follows from the position of its first view: which samples, which views, which crops, which masks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from terramind_jax.data import crops, masks, order, views
+from terramind_jax.data.index import Index
+from terramind_jax.data.shards import DataError
+from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
+
+PADDING = 255  # stream index of an empty slot
+_INPUTS = ("input_modality", "input_position", "input_id")
+_TARGETS = ("target_modality", "target_position", "target_input", "target_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How samples become batches.
+
+    ``views_per_sample = k`` masks each loaded sample k times; the views of one sample are `view_window` samples apart. The window must be
+    at least the global batch; where it is a multiple of batch size times workers, later views are at hand without reading again.
+
+    The selected patches of `patch_group` consecutive samples share one buffer a pixel stream: larger groups waste less of it. Its rows
+    are ``capacity[stream key]`` or, where not given, the expected number plus `capacity_sigmas` standard deviations under the mask config
+    and the index's availability, and at least one sample's budget: groups of one never overflow. Patches without room become padding.
+    """
+
+    image_size: int = IMAGE_SIZE
+    views_per_sample: int = 1
+    view_window: int = 256
+    patch_group: int = 1
+    capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    capacity_sigmas: float = 3.0
+    threads: int = 2  # reading at once, in each process
+
+
+# ---- what the samples have --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Availability:
+    """Which streams each sample has, looked up in the index's own tables so that nothing of its length is copied."""
+
+    index: Index
+    inputs: np.ndarray  # [E] columns of (available, has_tokens, never, always)
+    targets: np.ndarray  # [T]
+
+    def __call__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        row = np.concatenate([self.index.available[i], self.index.has_tokens[i], [False, True]])
+        return row[self.inputs], row[self.targets]
+
+    def patterns(self) -> tuple[np.ndarray, np.ndarray]:
+        """One sample of each distinct pattern [P], and the pattern of every sample [n]."""
+        codes = np.zeros(len(self.index), np.int64)
+        for column in (*self.index.available.T, *self.index.has_tokens.T):
+            codes = 2 * codes + column
+        _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+        return first, inverse.reshape(-1)
+
+
+def availability_of(index: Index, encoder: Sequence[Stream], decoder: Sequence[Stream]) -> Availability:
+    names = list(index.modalities)
+
+    def column(stream: Stream) -> int:
+        if stream.kind == "sequence":
+            return 2 * len(names) + 1  # every sample is asked for its coordinates when it is read
+        if stream.modality not in names:
+            return 2 * len(names)
+        return names.index(stream.modality) + len(names) * (stream.kind == "tokens")
+
+    return Availability(index, np.array([column(s) for s in encoder], int), np.array([column(s) for s in decoder], int))
+
+
+def usable_samples(
+    availability: Availability, plan: masks.Plan, encoder: Sequence[Stream], decoder: Sequence[Stream]
+) -> tuple[np.ndarray, list]:
+    """The samples [n] that have an input and a target, and the patterns of availability among them with their number."""
+    first, pattern = availability.patterns()
+    has = [availability(int(i)) for i in first]
+    is_image = np.array([s.kind != "sequence" for s in (*encoder, *decoder)])
+    good = np.array([masks.is_possible(plan, *flags) and bool((np.concatenate(flags) & is_image).any()) for flags in has], bool)
+    if not good.any():
+        inputs, targets = ", ".join(s.key for s in encoder), ", ".join(s.key for s in decoder)
+        raise ValueError(
+            f"None of the {len(pattern)} samples has both an input among {inputs} and a target among {targets}; token streams need token "
+            "shards, made by `tokenize`."
+        )
+    counts = np.bincount(pattern, minlength=len(first))
+    return np.flatnonzero(good[pattern]).astype(np.uint32), [(*has[p], int(counts[p])) for p in np.flatnonzero(good)]
+
+
+def patch_capacity(
+    encoder: Sequence[Stream], plan: masks.Plan, patterns: Sequence[tuple[np.ndarray, np.ndarray, int]], config: DataConfig
+) -> dict[str, int]:
+    """Rows of each pixel stream's buffer for one group, by the rule that `DataConfig` states, rounded up to a multiple of 8.
+
+    `patterns` are (available inputs, available targets, number of samples).
+    """
+    unknown = sorted(set(config.capacity) - {s.key for s in encoder if s.kind == "pixels"})
+    if unknown:
+        raise ValueError(f"capacity names {unknown[0]!r}, which is no pixel stream of the encoder; expected stream keys.")
+    moments = [masks.budget_moments(plan, inputs, targets) for inputs, targets, _ in patterns]
+    weights = np.array([count for *_, count in patterns], float)
+    mean, square = (np.average([m[j] for m in moments], axis=0, weights=weights) for j in (0, 1))
+    group, limit = config.patch_group, min(plan.input_tokens, plan.positions)
+    rows = np.ceil(group * mean + config.capacity_sigmas * np.sqrt(group * np.maximum(square - mean**2, 0)))
+    rows = np.where(mean > 0, np.clip(rows, limit, group * limit), 1)
+    return {s.key: int(config.capacity.get(s.key, -(-rows[e] // 8) * 8)) for e, s in enumerate(encoder) if s.kind == "pixels"}
+
+
+# ---- masked views in groups -------------------------------------------------------------------------------------------------
+
+
+class _Memo:
+    """Later views of samples already read, until they are asked for. A miss only means reading again."""
+
+    def __init__(self, limit: int):
+        self.limit, self.views, self.lock = limit, collections.OrderedDict(), threading.Lock()
+
+    def __reduce__(self):
+        return _Memo, (self.limit,)  # workers begin with an empty one
+
+    def pop(self, key: tuple[int, int]) -> views.View | None:
+        with self.lock:
+            return self.views.pop(key, None)
+
+    def put(self, key: tuple[int, int], view: views.View) -> None:
+        with self.lock:
+            self.views[key] = view
+            while len(self.views) > self.limit:
+                self.views.popitem(last=False)
+
+
+class ViewGroups:
+    """Maps the first position of a group to the group's arrays: what Grain calls, in threads and in workers."""
+
+    def __init__(
+        self,
+        index: Index,
+        encoder: Sequence[Stream],
+        decoder: Sequence[Stream],
+        config: DataConfig,
+        mask_config: masks.MaskConfig,
+        *,
+        seed: int,
+        train: bool,
+    ):
+        self.index, self.config, self.seed, self.train = index, config, seed, train
+        self.encoder, self.decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
+        self.plan = masks.plan_masks(self.encoder, self.decoder, mask_config)
+        self.available = availability_of(index, self.encoder, self.decoder)
+        self.samples, patterns = usable_samples(self.available, self.plan, self.encoder, self.decoder)
+        self.capacity = patch_capacity(self.encoder, self.plan, patterns, config)
+        self.views = config.views_per_sample if train else 1
+        self.memo = _Memo((self.views - 1) * config.view_window)
+
+    def __call__(self, position: int) -> dict[str, Any]:
+        places = [self._place(position + g) for g in range(self.config.patch_group)]
+        group = self._empty()
+        used = collections.Counter()
+        for g, place in enumerate(places):
+            if place is not None:
+                group["sample"][g] = self.samples[place.rank]
+                self._put(group, g, self._view(place), used)
+        return group
+
+    def _place(self, position: int) -> order.Place | None:
+        if self.train:
+            return order.place(position, len(self.samples), self.seed, self.views, self.config.view_window)
+        return order.Place(position, 0, position, 0) if position < len(self.samples) else None
+
+    def _view(self, place: order.Place) -> views.View:
+        found = self.memo.pop((place.slot, place.view))
+        if found is None:
+            found, *later = self._load(place)
+            for view, value in enumerate(later, place.view + 1):
+                self.memo.put((place.slot, view), value)
+        return found
+
+    def _load(self, place: order.Place) -> list[views.View]:
+        """The view at `place` and all later ones of its sample. All masks are drawn before anything is read."""
+        i = int(self.samples[place.rank])
+        has = self.available(i)
+        drawn = [masks.draw(self.plan, *has, order.generator("mask", self.seed, place.epoch, i, v)) for v in range(place.view, self.views)]
+        sample = views.Sample(self.index, i, variant_of(self.seed, place.epoch, i, self.train), self.config.image_size)
+        try:
+            return [views.fill(sample, mask, self.encoder, self.decoder) for mask in drawn]
+        except (DataError, OSError) as error:
+            logging.warning("Skipped: %s", error)
+            return [views.BAD] * len(drawn)
+
+    def _empty(self) -> dict[str, Any]:
+        g, n, m = self.config.patch_group, self.plan.input_tokens, self.plan.target_tokens
+        pixels = [s for s in self.encoder if s.kind == "pixels"]
+        shapes = {s.key: (1, self.capacity[s.key], PATCH_SIZE**2 * s.channels) for s in pixels}
+        return {
+            "input_modality": np.full((g, n), PADDING, np.uint8),
+            "input_position": np.zeros((g, n), np.uint16),
+            "input_id": np.zeros((g, n), np.int32),
+            "patches": {s.key: np.zeros(shapes[s.key], views.stored_dtype(s.modality)) for s in pixels},
+            "target_modality": np.full((g, m), PADDING, np.uint8),
+            "target_position": np.zeros((g, m), np.uint16),
+            "target_input": np.zeros((g, m), np.int32),
+            "target_id": np.zeros((g, m), np.int32),
+            "sample": np.full(g, -1, np.int64),
+            "overflow": np.zeros(g, np.int32),
+            "bad": np.ones(g, bool),
+        }
+
+    def _put(self, group: dict[str, Any], g: int, view: views.View, used: collections.Counter) -> None:
+        """Writes one view into row `g`. Patches go behind those of earlier rows; what no longer fits, the last ones, is dropped."""
+        inputs, keep = view.inputs.copy(), np.ones(view.inputs.shape[1], bool)
+        for e, stream in enumerate(self.encoder):
+            if stream.key not in view.patches:
+                continue
+            at = np.flatnonzero(inputs[0] == e)
+            begin = used[stream.key]
+            end = min(begin + len(at), self.capacity[stream.key])
+            group["patches"][stream.key][0, begin:end] = view.patches[stream.key][: end - begin]
+            inputs[2, at[: end - begin]] = np.arange(begin, end)
+            keep[at[end - begin :]] = False
+            used[stream.key] = end
+        group["bad"][g], group["overflow"][g] = view.bad, np.count_nonzero(~keep)
+        for names, columns in ((_INPUTS, inputs[:, keep]), (_TARGETS, view.targets)):
+            for name, column in zip(names, columns, strict=True):
+                group[name][g, : len(column)] = column
+
+
+def _at_size(streams: Sequence[Stream], image_size: int) -> tuple[Stream, ...]:
+    patches = (image_size // PATCH_SIZE) ** 2
+    return tuple(s if s.kind == "sequence" else dataclasses.replace(s, max_tokens=patches) for s in streams)
+
+
+def variant_of(seed: int, epoch: int, sample: int, train: bool) -> int:
+    """The crop of a sample: pixels and tokens, transformer and tokenizer, all views of an epoch share it."""
+    return int(order.generator("crop", seed, epoch, sample).integers(crops.VARIANTS)) if train else 0

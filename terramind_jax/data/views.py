@@ -1,0 +1,141 @@
+"""From one sample and its masks to one training view: only what the masks select is kept.
+
+Reads each array of a sample at most once, however many views are made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from terramind_jax import coordinates
+from terramind_jax.data import crops, masks
+from terramind_jax.data.index import Index
+from terramind_jax.data.shards import DataError
+from terramind_jax.modalities import MODALITIES, PATCH_SIZE, Stream
+
+
+class Sample:
+    """One sample seen through one crop variant; every array is read at most once. Raises `DataError` for what is not as it should be."""
+
+    def __init__(self, index: Index, i: int, variant: int, image_size: int):
+        self.index, self.i, self.variant, self.image_size = index, i, variant, image_size
+        self.side = image_size // PATCH_SIZE
+        self._images: dict[str, np.ndarray] = {}
+        self._tokens: dict[str, np.ndarray] = {}
+
+    def patches(self, stream: Stream, positions: np.ndarray) -> np.ndarray:
+        """Selected patches ``[n, 16 * 16 * C]`` of a pixel stream."""
+        name = stream.modality
+        if name not in self._images:
+            self._images[name] = crops.crop(read_tile(self.index, self.i, name, self.image_size), self.variant, self.image_size)
+        image = self._images[name]
+        if image.shape[-1] != stream.channels:
+            raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.")
+        return _finite(cast(crops.select_patches(image, positions, PATCH_SIZE), stored_dtype(name)), f"Sample {self._key}: {name}")
+
+    def ids(self, stream: Stream, source: np.ndarray) -> np.ndarray | None:
+        """Token ids ``[n]`` of a token or sequence stream from the masks' sources; None if the sample has no such sequence."""
+        if stream.kind == "sequence":
+            return None if self._place is None else masks.resolve(source, self._place)
+        name = stream.modality
+        if name not in self._tokens:
+            grid = self.index.tokens(self.i, name)
+            if grid.shape != (crops.VARIANTS, self.side, self.side):
+                raise DataError(
+                    f"Sample {self._key}: tokens of {name} have shape {grid.shape}, expected {(crops.VARIANTS, self.side, self.side)}; "
+                    f"tokenize for image size {self.image_size}."
+                )
+            self._tokens[name] = grid[self.variant].reshape(-1)
+        return self._tokens[name][source]
+
+    @functools.cached_property
+    def _place(self) -> np.ndarray | None:
+        place = self.index.coordinates(self.i)
+        try:
+            return None if place is None else coordinates.encode(*place)
+        except ValueError as error:
+            raise DataError(f"Sample {self._key}: {error}") from error
+
+    @property
+    def _key(self) -> str:
+        return repr(self.index.keys[self.i])
+
+
+def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarray:
+    """One modality ``[H, W, C]`` of sample `i`; a tile smaller than the crop is a `DataError`."""
+    tile = index.read(i, modality)
+    if min(tile.shape[:2]) < image_size:
+        raise DataError(f"Sample {index.keys[i]!r}: {modality} is {tile.shape[0]}x{tile.shape[1]} pixels, smaller than {image_size}.")
+    return tile
+
+
+def read_variant(index: Index, i: int, modality: str, variant: int, image_size: int) -> np.ndarray:
+    """One whole crop ``[S, S, C]`` of sample `i` in the stored dtype; pixels that are not finite are a `DataError`."""
+    image = crops.crop(read_tile(index, i, modality, image_size), variant, image_size)
+    return _finite(cast(np.ascontiguousarray(image), stored_dtype(modality)), f"Sample {index.keys[i]!r}: {modality}")
+
+
+def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All distinct crops ``[U, S, S, C]`` of sample `i`, and which of them each variant is, ``[VARIANTS]``."""
+    tile = read_tile(index, i, modality, image_size)
+    variants, inverse = crops.unique_variants(*tile.shape[:2], image_size)
+    images = cast(np.stack([crops.crop(tile, int(v), image_size) for v in variants]), stored_dtype(modality))
+    return _finite(images, f"Sample {index.keys[i]!r}: {modality}"), inverse
+
+
+def _finite(x: np.ndarray, what: str) -> np.ndarray:
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise DataError(f"{what} has {int((~np.isfinite(x)).sum())} values that are not finite.")
+    return x
+
+
+def stored_dtype(modality: str) -> np.dtype:
+    return np.dtype(MODALITIES[modality].dtype if modality in MODALITIES else np.float32)
+
+
+def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """To the type that travels; what an integer type cannot hold is clipped, never wrapped."""
+    if x.dtype != dtype and dtype.kind in "iu":
+        x = np.clip(x, np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return x.astype(dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One masked view: columns of its slots, and the patches that pixel slots point to, in the order of the slots."""
+
+    inputs: np.ndarray  # [3, <=N] stream, position, id
+    targets: np.ndarray  # [4, <=M] stream, position, given id, id
+    patches: dict[str, np.ndarray]
+    bad: bool = False
+
+
+BAD = View(np.zeros((3, 0), int), np.zeros((4, 0), int), {}, bad=True)
+
+
+def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: Sequence[Stream]) -> View:
+    """Puts the sample's ids and patches where the mask points. A sequence that does not exist leaves no slots."""
+    inputs = np.stack([mask.input_stream, mask.input_position, np.zeros_like(mask.input_source)])
+    targets = np.stack([mask.target_stream, mask.target_position, np.zeros_like(mask.target_source), np.zeros_like(mask.target_source)])
+    patches = {}
+    for e in np.unique(mask.input_stream):
+        at = mask.input_stream == e
+        if encoder[e].kind == "pixels":
+            patches[encoder[e].key] = sample.patches(encoder[e], mask.input_position[at])
+        elif (found := sample.ids(encoder[e], mask.input_source[at])) is None:
+            inputs[0, at] = -1
+        else:
+            inputs[2, at] = found
+    for t in np.unique(mask.target_stream):
+        at = mask.target_stream == t
+        if (found := sample.ids(decoder[t], mask.target_source[at])) is None:
+            targets[0, at] = -1
+            continue
+        targets[3, at] = found
+        if decoder[t].kind == "sequence":
+            targets[2, at] = sample.ids(decoder[t], mask.target_previous[at])
+    return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches)

@@ -1,0 +1,114 @@
+"""What a step costs: an analytic count of the floating-point operations of the matrix products, and the rate of the devices.
+
+XLA's own count is of no use here: it counts the body of a scan once, whatever its length. One multiply-add is two operations; a
+backward pass is two forward passes; rematerialisation is not counted, so that MFU is the *model's* utilisation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from terramind_jax.model import TransformerConfig
+from terramind_jax.tokenizer import TokenizerConfig
+
+# Dense bfloat16 peak of one device as JAX counts devices, in FLOP/s; the first name found in `device_kind` decides.
+PEAK = {
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "v5p": 459e12,
+    "v5": 459e12,
+    "v4": 275e12,
+    "v3": 61.5e12,  # half a chip: JAX shows its two cores
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+
+
+def _mlp(tokens: float, dim: int, mlp_ratio: float, gated: bool) -> float:
+    hidden = int((2 / 3 if gated else 1) * mlp_ratio * dim)
+    return (6 if gated else 4) * tokens * dim * hidden
+
+
+def encoder_block(tokens: float, dim: int, mlp_ratio: float, gated: bool = False) -> float:
+    """Projections, full attention and MLP of one block, for one sample."""
+    return 8 * tokens * dim**2 + 4 * tokens**2 * dim + _mlp(tokens, dim, mlp_ratio, gated)
+
+
+def decoder_block(targets: float, context: float, dim: int, mlp_ratio: float, gated: bool = False) -> float:
+    """An encoder block over the targets plus cross-attention to the context, for one sample."""
+    cross = 4 * targets * dim**2 + 4 * context * dim**2 + 4 * targets * context * dim
+    return encoder_block(targets, dim, mlp_ratio, gated) + cross
+
+
+def transformer_forward(
+    config: TransformerConfig,
+    inputs: float,
+    targets: float,
+    patches: Mapping[str, float] | None = None,
+    heads: Mapping[str, float] | None = None,
+) -> float:
+    """Operations of one sample's forward pass.
+
+    Args:
+      inputs, targets: tokens in the encoder and the decoder.
+      patches: how many inputs are patches of each pixel stream; default: the inputs, evenly over all encoder streams.
+      heads: how many targets each decoder stream has; default: evenly. A head spans its own stream's vocabulary only.
+    """
+    c = config
+    patches = patches or {s.key: inputs / len(c.encoder) for s in c.encoder if s.kind == "pixels"}
+    heads = heads or {s.key: targets / len(c.decoder) for s in c.decoder}
+    channels = {s.key: s.channels for s in c.encoder}
+    vocab = {s.key: s.vocab_size for s in c.decoder}
+    embed = sum(2 * n * c.patch_size**2 * channels[key] * c.dim for key, n in patches.items())
+    encode = c.encoder_depth * encoder_block(inputs, c.dim, c.mlp_ratio, c.gated_mlp) + 2 * inputs * c.dim**2
+    decode = c.decoder_depth * decoder_block(targets, inputs, c.dim, c.mlp_ratio, c.gated_mlp)
+    return embed + encode + decode + sum(2 * n * c.dim * vocab[key] for key, n in heads.items())
+
+
+def transformer_step(config: TransformerConfig, batch_size: int, inputs: float, targets: float, **counts: Mapping[str, float]) -> float:
+    """Operations of one training step: forward and backward over a batch. Arguments as `transformer_forward`."""
+    return 3 * batch_size * transformer_forward(config, inputs, targets, **counts)
+
+
+def tokenizer_forward(config: TokenizerConfig, image_size: int) -> float:
+    """Operations of one image through a ViT encoder and a ViT decoder; each ends in one more MLP (spec 6.2)."""
+    c, tokens = config, (image_size // config.patch_size) ** 2
+    patch = 2 * tokens * c.patch_size**2 * c.channels * c.dim
+    latent = 2 * tokens * c.dim * c.latent_dim
+    return 2 * (patch + latent + c.depth * encoder_block(tokens, c.dim, c.mlp_ratio) + _mlp(tokens, c.dim, c.mlp_ratio, False))
+
+
+def tokenizer_step(config: TokenizerConfig, batch_size: int, image_size: int) -> float:
+    """Operations of one training step of a tokenizer."""
+    return 3 * batch_size * tokenizer_forward(config, image_size)
+
+
+def peak(device: jax.Device | None = None) -> float:
+    """FLOP/s of one device: the data sheet's for TPUs and GPUs, measured for a CPU, 0 for a device that is not in the table."""
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        return measure_matmul() / jax.local_device_count()  # forced host devices share the machine
+    return next((rate for name, rate in PEAK.items() if name in device.device_kind), 0.0)
+
+
+def measure_matmul(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a float32 product of two square matrices on the first device, the best of a few runs."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a, b: a @ b)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

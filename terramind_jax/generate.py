@@ -1,0 +1,381 @@
+"""Any modalities in, any modalities out: pure functions of (module, variables, inputs, seed) (spec 8).
+
+`generate_tokens` samples the token streams one after another; a finished stream is an input of those that follow. `generate` is the
+same between arrays in physical units. What the network sees in a step is the reference's; three things are not: the schedule is
+followed (the reference decodes everything in the first step and fails in the second), random orders belong to a sample rather than to
+the batch, and guidance works for every kind of condition.
+
+A target compiles once for its number of steps: the steps are a scan over padded counts, and the target's own tokens have
+encoder slots from the start, hidden until they are written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terramind_jax import coordinates, modalities, sampling
+from terramind_jax.model import TerraMind
+from terramind_jax.modalities import Stream
+from terramind_jax.tokenizer import Tokenizer
+
+Variables = Mapping[str, Any]
+Schedule = Literal["roar", "maskgit"]
+T = TypeVar("T")
+PerTarget = T | Mapping[str, T]  # one value for all targets, or one a target
+
+START = coordinates.SENTINEL + 1  # [S_1]: a sequence that is to be written is this one token in the encoder, and starts with it
+LAST_SENTINEL = coordinates.SENTINEL + 199
+
+
+def generate_tokens(
+    module: TerraMind,
+    variables: Variables,
+    inputs: Mapping[str, jax.Array],
+    targets: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    steps: PerTarget[int] = 1,
+    schedule: PerTarget[Schedule] = "roar",
+    token_schedule: PerTarget[sampling.TokenSchedule] = "linear",
+    temperature: PerTarget[float] = 1.0,
+    temperature_schedule: PerTarget[sampling.TemperatureSchedule] = "constant",
+    top_k: PerTarget[int | float] = 0,
+    top_p: PerTarget[float] = 0.8,
+    guidance_scale: PerTarget[float] = 1.0,
+) -> dict[str, jax.Array]:
+    """Samples the streams `targets` in their order (spec 8.1-8.4).
+
+    Args:
+      inputs: arrays by encoder stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]``, sequences ``[B, L]`` right-padded
+        with 0. May be empty.
+      targets: decoder streams. One that also is an encoder stream conditions those after it.
+      seed: one integer: a sample's result depends on it and on the sample alone, whatever batch it is in. Or ``[B]``, one a sample.
+      steps: decoding steps of an image. Sequences are written token by token.
+      schedule: ``roar`` writes a random subset in each step; ``maskgit`` draws all that is missing and keeps the most probable.
+      token_schedule: ``linear`` or ``cosine``, how many tokens each step writes.
+      temperature: 0 takes the most probable token.
+      top_k, top_p: filters of `sampling.filter_logits`.
+      guidance_scale: ``u + (c - u) * scale`` of the logits with (c) and without (u) the inputs and the finished targets; 1 is off.
+
+    Returns:
+      ``{target: ids}``, int32 ``[B, h, w]`` for images and ``[B, L]``, right-padded with 0, for sequences.
+
+    Raises:
+      ValueError: a stream that the model lacks or that is both input and target, wrong shapes, settings out of range.
+    """
+    encoder = {s.key: s for s in module.config.encoder}
+    decoder = {s.key: s for s in module.config.decoder}
+    known = {key: jnp.asarray(value) for key, value in inputs.items()}
+    batch_size = _check(module, known, targets, encoder, decoder, seed)
+    words = jnp.asarray(sampling.seed_words(seed, batch_size))
+    outputs = {}
+    for target in targets:
+        option = functools.partial(_option, target=target)
+        settings = dict(top_k=option(top_k), top_p=float(option(top_p)), guided=option(guidance_scale) != 1)
+        sampling.check_filters(settings["top_k"], settings["top_p"])
+        if decoder[target].kind == "sequence":
+            counts, run = (1,), _write_sequence
+        else:
+            counts = sampling.token_schedule(option(token_schedule), option(steps), module.config.grid**2)
+            settings |= dict(schedule=_check_schedule(option(schedule)), width=max(counts), even=len(set(counts)) == 1)
+            run = _write_image
+        temperatures = sampling.temperature_schedule(option(temperature_schedule), option(temperature), counts)
+        settings["greedy"] = option(temperature) <= sampling.GREEDY_TEMPERATURE
+        plan = (jnp.asarray(counts), jnp.asarray(temperatures), jnp.float32(option(guidance_scale)))
+        outputs[target] = run(variables, known, words, *plan, module=module, target=target, **settings)
+        if target in encoder:
+            known[target] = outputs[target]
+    return outputs
+
+
+def generate(
+    module: TerraMind,
+    variables: Variables,
+    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    standardize: bool = True,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """Generates modalities from modalities (spec 8.5).
+
+    Args:
+      tokenizers: ``{modality: (module, variables)}`` of every tokenised input and every image output.
+      inputs: arrays by user name: images ``[B, H, W, C]`` in the modality's unit, LULC also ``[B, H, W]`` classes, coords ``[B, 2]`` as
+        (lon, lat) in degrees.
+      outputs: user names in the order of generation; each conditions those after it.
+      standardize: False if the inputs are standardised already; then the outputs are, too.
+      **options: those of `generate_tokens`; mappings are keyed by the names in `outputs`.
+
+    Returns:
+      ``{name: array}`` for each of `outputs`: float32 ``[B, H, W, C]`` (LULC: logits of the 10 classes), coords ``[B, 2]``, NaN where the
+      model wrote none.
+
+    Raises:
+      ValueError: an unknown modality, a wrong array, a missing tokenizer, or anything `generate_tokens` objects to.
+    """
+    streams = {name: modalities.output_stream(name) for name in outputs}
+    _check_names(module, inputs, streams, tokenizers)
+    options = {name: _by_stream(value, streams) for name, value in options.items()}
+    values = {modalities.input_stream(name).key: encode_input(name, x, tokenizers, standardize=standardize) for name, x in inputs.items()}
+    targets = list(dict.fromkeys(stream.key for stream in streams.values()))
+    tokens = generate_tokens(module, variables, values, targets, seed=seed, **options)
+    return {name: decode_output(stream, tokens[stream.key], tokenizers, standardize=standardize) for name, stream in streams.items()}
+
+
+def encode_input(
+    name: str, x: np.ndarray, tokenizers: Mapping[str, tuple[Tokenizer, Variables]], *, standardize: bool = True
+) -> np.ndarray | jax.Array:
+    """One user array as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens."""
+    stream = modalities.input_stream(name)
+    x = np.asarray(x)
+    if stream.kind == "sequence":
+        return coordinates.encode(x)
+    x = x[..., None] if stream.modality == "LULC" and x.ndim == 3 else x
+    modalities.check_image(stream.modality, x)
+    if stream.modality == "LULC":
+        _check_classes(x)
+    elif standardize:
+        x = modalities.standardize(stream.modality, x)
+    if stream.kind == "pixels":
+        return x
+    tokenizer, variables = tokenizers[stream.modality]
+    return _apply(variables, jnp.asarray(x), module=tokenizer, method="encode")
+
+
+def decode_output(
+    stream: Stream, tokens: jax.Array, tokenizers: Mapping[str, tuple[Tokenizer, Variables]], *, standardize: bool = True
+) -> np.ndarray:
+    """Ids of one stream as the user's array; see `generate`."""
+    if stream.kind == "sequence":
+        return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
+    tokenizer, variables = tokenizers[stream.modality]
+    x = np.asarray(_apply(variables, tokens, module=tokenizer, method="decode"), np.float32)
+    return modalities.destandardize(stream.modality, x) if standardize and stream.modality != "LULC" else x
+
+
+# ---- one target, one program ----
+
+_STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "schedule", "width", "even"))
+def _write_image(
+    variables, inputs, words, counts, temperatures, guidance_scale, *, module, target, schedule, width, even, guided, **settings
+) -> jax.Array:
+    """All steps of one image stream -> ids ``[B, h, w]``. `counts` and `temperatures` ``[steps]``; `width` is the largest count."""
+    b, grid, length = words.shape[0], module.config.grid, module.config.grid**2
+    keys = sampling.sample_keys(words, target)
+    slots = _embed(module, variables, inputs)
+    sees_itself = target in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
+    order = jnp.pad(sampling.random_orders(keys, length), ((0, 0), (0, width)))
+
+    def body(state, plan):
+        ids, written = state
+        step, start, count, temperature = plan
+        own = _hide(*module.apply(variables, target, ids, method="embed"), ~written) if sees_itself else None
+        if schedule == "roar":
+            positions = jax.lax.dynamic_slice_in_dim(order, start, width, axis=1)
+            missing = jnp.broadcast_to(jnp.arange(width) < count, positions.shape)
+        else:
+            positions, missing = jnp.broadcast_to(jnp.arange(length), (b, length)), ~written
+        # Slots that need no token are hidden keys, so that the decoder works as if they were not there (spec 8.3 has no other mask).
+        needs_mask = not even if schedule == "roar" else counts.shape[0] > 1
+        self_mask = jnp.broadcast_to(~missing[:, None, :], (*missing.shape, missing.shape[1])) if needs_mask else None
+        queries = module.apply(variables, target, positions, method="queries")
+        decode = functools.partial(_decode, module, variables, target, queries, self_mask=self_mask)
+        logits = _guide(decode, slots, own, guidance_scale) if guided else decode(_join(slots, own))
+        new, confidence = _sample(sampling.step_keys(keys, step), logits, temperature, **settings)
+        chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
+        return _write(ids, written, positions, new, chosen), None
+
+    state = (jnp.zeros((b, length), jnp.int32), jnp.zeros((b, length), bool))
+    plan = (jnp.arange(counts.shape[0]), jnp.cumsum(counts) - counts, counts, temperatures)
+    (ids, _), _ = jax.lax.scan(body, state, plan)
+    return ids.reshape(b, grid, grid)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _write_sequence(variables, inputs, words, counts, temperatures, guidance_scale, *, module, target, guided, **settings) -> jax.Array:
+    """One sequence stream, token after token -> ids ``[B, L]`` (spec 8.4). Ends at the first sentinel; the rest is padding."""
+    b = words.shape[0]
+    total = next(s.max_tokens for s in module.config.decoder if s.key == target)
+    length = total - 1  # the first place is the input's [S_1]
+    keys = sampling.sample_keys(words, target)
+    slots, own = _embed(module, variables, inputs), None
+    if target in {s.key for s in module.config.encoder}:
+        own = _hide(*module.apply(variables, target, jnp.full((b, 1), START), method="embed"), jnp.zeros((b, 1), bool))
+    positions = jnp.broadcast_to(jnp.arange(length), (b, length))
+    future = jnp.broadcast_to(jnp.arange(length)[None, :] > jnp.arange(length)[:, None], (b, length, length))
+
+    def body(ids, step):
+        queries = module.apply(variables, target, positions, ids[:, :-1], method="queries")
+        decode = functools.partial(_decode, module, variables, target, queries, self_mask=future, at=step)
+        logits = _guide(decode, slots, own, guidance_scale) if guided else decode(_join(slots, own))
+        new, _ = _sample(sampling.step_keys(keys, step), logits, temperatures[0], **settings)
+        return jax.lax.dynamic_update_slice_in_dim(ids, new, step + 1, axis=1), None
+
+    ids = jnp.full((b, total), coordinates.PAD).at[:, 0].set(START)
+    ids, _ = jax.lax.scan(body, ids, jnp.arange(length))
+    return jnp.pad(_until_sentinel(ids[:, 1:]), ((0, 0), (0, 1)), constant_values=coordinates.PAD)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "method"))
+def _apply(variables, x, *, module, method) -> jax.Array:
+    return module.apply(variables, x, method=method)
+
+
+# ---- pieces of a step ----
+
+
+def _embed(module: TerraMind, variables: Variables, inputs: Mapping[str, jax.Array]) -> list[tuple]:
+    """Encoder slots ``(content, emb, hidden)`` of each input; padding of sequences is hidden."""
+    slots = []
+    for stream in module.config.encoder:  # in the model's order, so that the caller's does not matter
+        if stream.key in inputs:
+            value = inputs[stream.key]
+            content, emb = module.apply(variables, stream.key, value, method="embed")
+            is_padding = value == coordinates.PAD if stream.kind == "sequence" else jnp.zeros(content.shape[:2], bool)
+            slots.append(_hide(content, emb, is_padding))
+    return slots
+
+
+def _hide(content: jax.Array, emb: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden slots hold zeros (spec 4.1)."""
+    return jnp.where(hidden[..., None], 0, content), jnp.where(hidden[..., None], 0, emb), hidden
+
+
+def _join(slots: list[tuple], own: tuple | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All slots side by side: content and emb ``[B, N, D]``, hidden ``[B, N]``."""
+    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*slots, *([own] if own else []), strict=True))
+
+
+def _decode(module, variables, target, queries, slots, *, self_mask, at=None) -> jax.Array:
+    """Encoder, decoder and logits of one pass ``[B, m, V]``; `at` keeps one position, ``[B, 1, V]``."""
+    context = module.apply(variables, *slots, method="encode")
+    y = module.apply(variables, queries, context, slots[2], self_mask, method="decode")
+    y = y if at is None else jax.lax.dynamic_slice_in_dim(y, at, 1, axis=1)
+    return module.apply(variables, target, y, method="logits")
+
+
+def _guide(decode, slots: list[tuple], own: tuple | None, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance: the unconditional pass hides every slot but the target's own (spec 8.3)."""
+    without = [_hide(content, emb, jnp.ones_like(hidden)) for content, emb, hidden in slots]
+    conditional, unconditional = decode(_join(slots, own)), decode(_join(without, own))
+    return unconditional + (conditional - unconditional) * scale
+
+
+def _sample(keys, logits, temperature, *, greedy, top_k, top_p) -> tuple[jax.Array, jax.Array]:
+    """Ids and confidences ``[B, m]`` of ``[B, m, V]`` logits (spec 8.2)."""
+    if greedy:
+        return sampling.most_probable(logits)
+    return sampling.draw(keys, sampling.filter_logits(logits, top_k, top_p), temperature)
+
+
+def _most_confident(confidence: jax.Array, missing: jax.Array, count: jax.Array) -> jax.Array:
+    """Mask ``[B, n]`` of the `count` most confident among the missing; ties go to the first."""
+    order = jnp.argsort(jnp.where(missing, -confidence, jnp.inf), axis=1, stable=True)
+    return jnp.argsort(order, axis=1) < count
+
+
+def _write(ids, written, positions, new, chosen) -> tuple[jax.Array, jax.Array]:
+    """Puts `new` ``[B, m]`` at those `positions` that are `chosen`."""
+    positions = jnp.where(chosen, positions, ids.shape[1])  # outside: dropped
+
+    def scatter(row, at, values):
+        return row.at[at].set(values, mode="drop")
+
+    return jax.vmap(scatter)(ids, positions, new), jax.vmap(scatter)(written, positions, chosen)
+
+
+def _until_sentinel(ids: jax.Array) -> jax.Array:
+    """What replaces [S_1]: the tokens ``[B, n]`` before the first sentinel, then padding (spec 8.4)."""
+    ended = jnp.cumsum((ids >= coordinates.SENTINEL) & (ids <= LAST_SENTINEL), axis=1) > 0
+    return jnp.where(ended, coordinates.PAD, ids)
+
+
+# ---- arguments ----
+
+
+def _option(value: PerTarget[T], target: str) -> T:
+    if isinstance(value, Mapping) and target not in value:
+        raise ValueError(f"A setting is given for {', '.join(value)} but not for the target {target!r}.")
+    return value[target] if isinstance(value, Mapping) else value
+
+
+def _by_stream(value: PerTarget[T], streams: Mapping[str, Stream]) -> PerTarget[T]:
+    """Rekeys a setting from user names to streams."""
+    if not isinstance(value, Mapping):
+        return value
+    unknown = sorted(set(value) - set(streams))
+    if unknown:
+        raise ValueError(f"A setting is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(streams)}.")
+    return {streams[name].key: setting for name, setting in value.items()}
+
+
+def _check_schedule(schedule: str) -> str:
+    if schedule not in ("roar", "maskgit"):
+        raise ValueError(f"Unknown decoding schedule {schedule!r}; known schedules: roar, maskgit.")
+    return schedule
+
+
+def _check(module, inputs, targets, encoder, decoder, seed) -> int:
+    """Raises unless these streams can be generated from those; returns the batch size."""
+    for role, keys, known in (("input", inputs, encoder), ("target", targets, decoder)):
+        unknown = [key for key in keys if key not in known]
+        if unknown:
+            raise ValueError(f"This model has no {role} stream {unknown[0]!r}; it has {', '.join(known)}.")
+    both = [key for key in targets if key in inputs]
+    if both:
+        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one.")
+    if len(set(targets)) != len(targets):
+        raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
+    if not inputs and targets and targets[0] not in encoder:
+        raise ValueError(f"{targets[0]!r} needs at least one input: it is not an input stream of this model, so there is nothing to encode.")
+    sizes = {key: value.shape[0] for key, value in inputs.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The inputs differ in batch size: {', '.join(f'{key} {size}' for key, size in sizes.items())}.")
+    for key, value in inputs.items():
+        _check_grid(module, encoder[key], value.shape)
+    return next(iter(sizes.values()), np.size(seed))
+
+
+def _check_grid(module: TerraMind, stream: Stream, shape: tuple[int, ...]) -> None:
+    config = module.config
+    if stream.kind == "pixels" and shape[1:] != (config.image_size, config.image_size, stream.channels):
+        expected = f"[B, {config.image_size}, {config.image_size}, {stream.channels}]"
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from {expected}.")
+    if stream.kind == "tokens" and shape[1:] not in ((config.grid, config.grid), (config.grid**2,)):
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from [B, {config.grid}, {config.grid}] tokens.")
+
+
+def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> None:
+    """`generate`'s errors in the user's names, before anything is computed."""
+    taken = {s.key: s.modality for s in module.config.encoder}
+    made = {s.key: s.modality for s in module.config.decoder}
+    for name in inputs:
+        stream = modalities.input_stream(name)
+        if stream.key not in taken:
+            raise ValueError(f"This model takes no {name}; it takes {', '.join(dict.fromkeys(taken.values()))}.")
+        if stream.kind == "tokens" and stream.modality not in tokenizers:
+            raise ValueError(f"The input {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
+        if any(stream.key == other.key for other in streams.values()):
+            raise ValueError(f"{name} is both an input and an output; leave it out of one.")
+    for name, stream in streams.items():
+        if stream.key not in made:
+            raise ValueError(f"This model makes no {name}; it makes {', '.join(made.values())}.")
+        if stream.kind == "tokens" and stream.modality not in tokenizers:
+            raise ValueError(f"The output {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
+
+
+def _check_classes(x: np.ndarray) -> None:
+    if x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= len(modalities.LULC_CLASSES):
+        raise ValueError(f"LULC holds {x.dtype} values from {x.min()} to {x.max()}; expected integer classes 0-{len(modalities.LULC_CLASSES) - 1}.")

@@ -1,0 +1,276 @@
+"""GeoTIFF in and out, and where a pixel lies on Earth. Arrays are channels last, in the unit and dtype of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.warp
+import rasterio.windows
+from rasterio.crs import CRS
+from rasterio.transform import Affine
+
+from terramind_jax import modalities as registry
+
+_SENTINEL2 = dict(zip("B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split(), registry.S2L1C_BANDS, strict=True))
+_ALIASES = _SENTINEL2 | {k.replace("B0", "B"): v for k, v in _SENTINEL2.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a raster lies: `crs` as "EPSG:n" or WKT (empty: unknown), affine `transform` (a, b, c, d, e, f) of pixel corners, size."""
+
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+    height: int
+    width: int
+
+    def window(self, row: int, column: int, height: int, width: int) -> Place:
+        """The place of the pixels ``[row : row + height, column : column + width]``."""
+        x, y = self.xy(row, column)
+        a, b, _, d, e, _ = self.transform
+        return Place(self.crs, (a, b, x, d, e, y), height, width)
+
+    def xy(self, row: float, column: float) -> tuple[float, float]:
+        """Map coordinates of a corner; (0, 0) is the upper left of the upper left pixel."""
+        a, b, c, d, e, f = self.transform
+        return a * column + b * row + c, d * column + e * row + f
+
+
+class Raster(np.ndarray):
+    """An array [H, W, C] that came from a file and still knows its `place`.
+
+    Only the array that `read` returned has a place: whatever is computed from it has None, because a slice or a flip lies elsewhere.
+    """
+
+    place: Place | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a raster file says of itself before any pixel is read."""
+
+    place: Place
+    bands: int
+    dtype: str
+    nodata: float | None
+    descriptions: tuple[str | None, ...]
+    tags: dict[str, str]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike, modality: str | None = None) -> Raster:
+    """A raster as [H, W, C] in the file's dtype, with its `place`.
+
+    With `modality` the number of bands is checked, and their order wherever the file names them; values are never changed.
+    Raises FileNotFoundError, or ValueError for a file that is no raster, an unknown modality or wrong bands.
+    """
+    with _open(path) as source:
+        header = _header(source)
+        check_bands(path, header, modality)
+        array = np.moveaxis(source.read(), 0, -1).view(Raster)
+    array.place = header.place
+    return array
+
+
+def read_header(path: str | os.PathLike, modality: str | None = None) -> Header:
+    """Size, grid, dtype and band names of a raster, checked against `modality` as `read` does."""
+    with _open(path) as source:
+        header = _header(source)
+    check_bands(path, header, modality)
+    return header
+
+
+def read_window(path: str | os.PathLike, row: int, column: int, height: int, width: int) -> np.ndarray:
+    """[height, width, C] from the middle of a raster, without reading the rest."""
+    with _open(path) as source:
+        return np.moveaxis(source.read(window=rasterio.windows.Window(column, row, width, height)), 0, -1)
+
+
+def place(path: str | os.PathLike) -> Place:
+    """Where a raster file lies."""
+    return read_header(path).place
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike):
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no file {os.fspath(path)}; expected a GeoTIFF.")
+    try:
+        source = rasterio.open(path)
+    except rasterio.errors.RasterioIOError as error:
+        raise ValueError(f"{os.fspath(path)} is no raster that GDAL can read; expected a GeoTIFF.") from error
+    try:
+        with source:
+            yield source
+    except rasterio.errors.RasterioIOError as error:
+        raise ValueError(f"{os.fspath(path)} is damaged or truncated: its pixels cannot be read.") from error
+
+
+def _header(source: rasterio.DatasetReader) -> Header:
+    crs = source.crs.to_string() if source.crs else ""
+    where = Place(crs, tuple(source.transform)[:6], source.height, source.width)
+    return Header(where, source.count, source.dtypes[0], source.nodata, tuple(source.descriptions), source.tags())
+
+
+def check_bands(path: str | os.PathLike, header: Header, modality: str | None) -> None:
+    """Raises a ValueError if a file cannot be `modality`: wrong number of bands, or names in another order.
+
+    Descriptions that are no band names ("bands", none at all) say nothing about the order and are passed over.
+    """
+    if modality is None:
+        return
+    names = registry.get(modality).bands
+    if not names:
+        raise ValueError(f"{modality} is no image; it cannot be read from {os.fspath(path)}.")
+    if header.bands != len(names):
+        raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {modality} ({', '.join(names)}).")
+    for position, (text, expected) in enumerate(zip(header.descriptions, names, strict=True), 1):
+        found = _band_name(text)
+        if found in names and found != expected:
+            raise ValueError(
+                f"Band {position} of {os.fspath(path)} is named {text!r}, expected {expected}; {modality} is {', '.join(names)}."
+            )
+
+
+def _band_name(text: str | None) -> str:
+    name = (text or "").strip().upper().replace(" ", "_").replace("-", "_")
+    return _ALIASES.get(name, name)
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: str | os.PathLike,
+    array: np.ndarray,
+    like: str | os.PathLike | Place | Raster | None = None,
+    *,
+    modality: str | None = None,
+    bands: Sequence[str] | None = None,
+    nodata: float | None = None,
+) -> None:
+    """Writes [H, W, C] or [H, W] as a tiled, deflated GeoTIFF on the grid of `like`: a file, a `Place` or what `read` returned.
+
+    Bands are described by `bands`, or by `modality`'s names. float16, bfloat16 and bool, which GeoTIFF lacks, become float32 and
+    uint8. The file appears whole or not at all. Raises ValueError for another size than `like`'s, channels-first arrays, or a
+    number of bands other than the modality's.
+    """
+    pixels = np.asarray(array)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    where = _place_of(like)
+    names = tuple(bands) if bands is not None else registry.get(modality).bands if modality else ()
+    _check_writable(path, pixels, where, names)
+    pixels = pixels.astype(_writable_dtype(pixels.dtype), copy=False)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        _write_file(temporary, pixels, where, names, nodata)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _write_file(path: str, pixels: np.ndarray, where: Place | None, names: Sequence[str], nodata: float | None) -> None:
+    height, width, count = pixels.shape
+    profile: dict[str, Any] = dict(driver="GTiff", height=height, width=width, count=count, dtype=pixels.dtype, nodata=nodata)
+    profile |= dict(compress="deflate", predictor=3 if pixels.dtype.kind == "f" else 2, bigtiff="if_safer")
+    profile |= dict(tiled=True, blockxsize=256, blockysize=256)
+    if where is not None:
+        profile |= dict(crs=CRS.from_user_input(where.crs) if where.crs else None, transform=Affine(*where.transform))
+    with rasterio.open(path, "w", **profile) as out:
+        out.write(np.moveaxis(pixels, -1, 0))
+        for i, name in enumerate(names, 1):
+            out.set_band_description(i, name)
+
+
+def _check_writable(path: str | os.PathLike, pixels: np.ndarray, where: Place | None, names: Sequence[str]) -> None:
+    shape, count = pixels.shape, len(names)
+    expected = f"[{where.height if where else 'H'}, {where.width if where else 'W'}, {count or 'C'}]"
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"Cannot write {os.fspath(path)}: the array has shape {shape}, expected {expected}.")
+    size = (where.height, where.width) if where else shape[:2]
+    channels_first = (where is not None and shape[:2] != size and shape[1:] == size) or (count and shape[2] != count and shape[0] == count)
+    if channels_first:
+        raise ValueError(f"Cannot write {os.fspath(path)}: shape {shape} looks channels-first; expected channels last, {expected}.")
+    if shape[:2] != size or (count and shape[2] != count):
+        raise ValueError(f"Cannot write {os.fspath(path)}: the array has shape {shape}, expected {expected}.")
+
+
+def _writable_dtype(dtype: np.dtype) -> np.dtype:
+    if dtype.kind == "b":
+        return np.dtype(np.uint8)
+    if dtype.itemsize == 2 and dtype.kind in "fV":  # ml_dtypes' bfloat16 is of kind V
+        return np.dtype(np.float32)
+    return dtype
+
+
+def _place_of(like: str | os.PathLike | Place | Raster | None) -> Place | None:
+    if like is None or isinstance(like, Place):
+        return like
+    if isinstance(like, np.ndarray):
+        if getattr(like, "place", None) is None:
+            raise ValueError("`like` is an array without a place on Earth; pass the array that read() returned, its .place, or the path.")
+        return like.place
+    return place(like)
+
+
+# ---- grids ------------------------------------------------------------------------------------------------------------------
+
+
+def same_grid(a: Place, b: Place, tolerance: float = 0.1) -> bool:
+    """Whether two rasters lie on one grid: the same size and CRS, and no corner further apart than `tolerance` pixels.
+
+    The transforms of one tile's modalities differ by about 1e-10 m, so they are never compared for equality.
+    """
+    if (a.height, a.width) != (b.height, b.width) or not _same_crs(a.crs, b.crs):
+        return False
+    pixel = math.sqrt(abs(a.transform[0] * a.transform[4] - a.transform[1] * a.transform[3]))
+    return all(math.dist(a.xy(r, c), b.xy(r, c)) <= tolerance * pixel for r in (0, a.height) for c in (0, a.width))
+
+
+def _same_crs(a: str, b: str) -> bool:
+    return a == b or bool(a and b and CRS.from_user_input(a) == CRS.from_user_input(b))
+
+
+def lonlat(where: Place, row: float | None = None, column: float | None = None) -> tuple[float, float]:
+    """(longitude, latitude) in degrees (WGS 84) of the centre, or of a pixel corner; NaN where the CRS is unknown."""
+    if not where.crs:
+        return math.nan, math.nan
+    x, y = where.xy(where.height / 2 if row is None else row, where.width / 2 if column is None else column)
+    longitude, latitude = rasterio.warp.transform(CRS.from_user_input(where.crs), CRS.from_epsg(4326), [x], [y])
+    return float(longitude[0]), float(latitude[0])
+
+
+def place_to_attributes(where: Place) -> dict[str, str]:
+    """The attributes of a ``spatial_ref`` variable, as CF and rioxarray write them."""
+    a, b, c, d, e, f = where.transform
+    wkt = CRS.from_user_input(where.crs).to_wkt() if where.crs else ""
+    return {"crs_wkt": wkt, "spatial_ref": wkt, "GeoTransform": " ".join(repr(float(v)) for v in (c, a, b, f, d, e))}
+
+
+def place_from_attributes(
+    attributes: Mapping[str, Any], shape: tuple[int, int], x: np.ndarray | None = None, y: np.ndarray | None = None
+) -> Place | None:
+    """The inverse of `place_to_attributes`; a grid without GeoTransform is taken from its pixel centres `x` and `y`. None if neither."""
+    wkt = attributes.get("crs_wkt") or attributes.get("spatial_ref") or ""
+    crs = CRS.from_user_input(wkt).to_string() if wkt else ""
+    height, width = shape
+    if "GeoTransform" in attributes:
+        c, a, b, f, d, e = map(float, str(attributes["GeoTransform"]).split())
+        return Place(crs, (a, b, c, d, e, f), height, width)
+    if x is None or y is None or x.shape != (width,) or y.shape != (height,) or min(shape) < 2:
+        return None
+    a, e = float(x[-1] - x[0]) / (width - 1), float(y[-1] - y[0]) / (height - 1)
+    return Place(crs, (a, 0.0, float(x[0]) - a / 2, 0.0, e, float(y[0]) - e / 2), height, width)

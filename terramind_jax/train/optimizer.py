@@ -1,0 +1,81 @@
+"""AdamW with the reference's decay rule and a learning rate that follows the tokens seen (spec 9.3).
+
+The update is written as one expression a leaf, so that XLA reads every gradient, moment and parameter once; chained optax transforms
+with a select for skipped steps took four times as long on a CPU, where the optimiser of a base model moves 10 GB a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+Params = Any
+
+
+class AdamWState(NamedTuple):
+    """Number of updates applied (skipped steps do not count) and the two moments, shaped as the parameters."""
+
+    count: jax.Array
+    mu: Params
+    nu: Params
+
+
+def decayed(params: Params) -> Params:
+    """Which leaves weight decay applies to: all but norms and biases; `mod_emb`, `mask_token` and token tables are decayed."""
+
+    def rule(path: tuple, _: Any) -> bool:
+        name = "." + ".".join(str(getattr(key, "key", key)) for key in path)
+        return not ("norm." in name or ".norm" in name or name.endswith("bias"))
+
+    return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def learning_rate(progress: jax.Array, warmup: float, config: ConfigDict) -> jax.Array:
+    """Linear from 0 to the peak at `warmup`, then a cosine to the minimum at 1; `progress` is the fraction of the run behind.
+
+    Counted in what the run consumes, not in steps, so that another batch size follows the same curve.
+    """
+    peak, minimum = config.learning_rate, config.min_learning_rate
+    fraction = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
+    cosine = minimum + (peak - minimum) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+    return jnp.where(progress < warmup, peak * progress / max(warmup, 1e-12), cosine)
+
+
+def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping; ``update(grads, state, params, learning_rate=…, grad_norm=…, ok=…)`` leaves all as it was unless `ok`.
+
+    Args:
+      config: `betas`, `eps`, `weight_decay`, `clip_norm` (0: none).
+    """
+    b1, b2 = config.betas
+
+    def init(params: Params) -> AdamWState:
+        return AdamWState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state: AdamWState, params, *, learning_rate, grad_norm, ok):
+        scale = jnp.minimum(1.0, config.clip_norm / grad_norm) if config.clip_norm else jnp.ones(())
+        count = state.count + ok
+        steps = jnp.maximum(count, 1).astype(jnp.float32)
+        correct1, correct2 = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
+
+        def leaf(g, m, v, p, decay):
+            g = g * scale
+            m = jnp.where(ok, b1 * m + (1 - b1) * g, m)
+            v = jnp.where(ok, b2 * v + (1 - b2) * g * g, v)
+            step = m * correct1 / (jnp.sqrt(v * correct2) + config.eps) + (config.weight_decay * p if decay else 0.0)
+            return jnp.where(ok, -learning_rate * step, 0.0), m, v
+
+        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params))
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), out)
+        return updates, AdamWState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def global_norm(grads: Params) -> jax.Array:
+    """L2 norm over all leaves, float32; not finite if any gradient is not."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))

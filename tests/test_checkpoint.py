@@ -1,0 +1,98 @@
+"""Checkpoints: what is saved comes back bit for bit, also when its arrays are donated while it is written."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from terramind_jax import checkpoint, sharding
+from terramind_jax.train import optimizer
+
+
+def trees(scale: float, mesh) -> dict:
+    split = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
+    params = {"a": jax.device_put(jnp.arange(64.0).reshape(16, 4) * scale, split), "mod_emb/x": jnp.full((3,), scale)}
+    return {"params": params, "opt_state": optimizer.AdamWState(jnp.int32(5), params, params), "buffers": {"pos": params["a"] * 0}}
+
+
+def abstract(tree, mesh):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), tree)
+
+
+def test_save_and_restore_on_another_mesh(tmp_path):
+    one, other = sharding.make_mesh(data=1, fsdp=8), sharding.make_mesh(data=8)
+    kept = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert kept.latest() is None
+    for step in (1, 2, 3):
+        kept.save(step, trees(step, one), {"step": step, "samples": 2**40 + step})
+    kept.close()
+    again = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert again.latest() == 3
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]
+    expected = trees(3.0, one)
+    restored, counters = again.restore(abstract(expected, other))
+    assert counters == {"step": 3, "samples": 2**40 + 3}
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert isinstance(restored["opt_state"], optimizer.AdamWState)
+    again.close()
+
+
+def test_donation_while_a_checkpoint_is_written(tmp_path):
+    mesh = sharding.make_mesh()
+    twice = jax.jit(lambda x: x * 2, donate_argnums=0)
+    x = jax.jit(lambda: jnp.ones(1_000_000), out_shardings=sharding.replicated(mesh))()
+    kept = checkpoint.Checkpoints(tmp_path, keep=1)
+    kept.save(1, {"params": {"x": x}}, {"step": 1})
+    for _ in range(3):
+        x = twice(x)
+    jax.block_until_ready(x)
+    shapes = abstract({"params": {"x": x}}, mesh)
+    kept.close()
+    restored, _ = checkpoint.Checkpoints(tmp_path).restore(shapes)
+    np.testing.assert_array_equal(restored["params"]["x"], np.ones(1_000_000))
+
+
+def test_an_interrupted_write_is_ignored_and_removed(tmp_path):
+    mesh = sharding.make_mesh()
+    kept = checkpoint.Checkpoints(tmp_path, keep=2)
+    kept.save(1, trees(1.0, mesh), {"step": 1})
+    kept.close()
+    partial = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    partial.mkdir()
+    (partial / "params").mkdir()
+    again = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert again.latest() == 1
+    again.close()
+    assert not partial.exists()
+
+
+def test_load_variables_prefers_the_average(tmp_path):
+    mesh = sharding.make_mesh()
+    shapes = {"params": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}, "buffers": {"b": jax.ShapeDtypeStruct((1,), jnp.float32)}}
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint"):
+        checkpoint.load_variables(tmp_path, shapes)
+    kept = checkpoint.Checkpoints(tmp_path, keep=3)
+    place = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+    saved = {"params": {"w": place(jnp.ones(2))}, "buffers": {"b": place(jnp.zeros(1))}}
+    kept.save(1, saved, {"step": 1})
+    kept.close()
+    np.testing.assert_array_equal(checkpoint.load_variables(tmp_path, shapes)["params"]["w"], [1, 1])
+    kept = checkpoint.Checkpoints(tmp_path, keep=3)
+    kept.save(2, {**saved, "ema": {"w": place(jnp.full(2, 7.0))}}, {"step": 2})
+    kept.close()
+    variables = checkpoint.load_variables(tmp_path, shapes)
+    np.testing.assert_array_equal(variables["params"]["w"], [7, 7])
+    np.testing.assert_array_equal(variables["buffers"]["b"], [0])
+
+
+def test_sigterm_sets_an_event_and_the_old_handler_returns():
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpoint.sigterm() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,91 @@
+"""The command line: help without imports, one-sentence errors, arguments that reach their functions."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from terramind_jax import cli
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys, terramind_jax.cli
+try:
+    terramind_jax.cli.main(["--help"])
+except SystemExit:
+    assert not {"jax", "numpy", "orbax"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("pretrain", "train-tokenizer", "tokenize", "generate", "quickstart", "data", "info"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--config=none.py", "--workdir=x"], "error: No configuration file none.py."),
+        (["pretrain", "--config=configs/pretrain/tiny.py", "--workdir=x", "--config.modle.dim=3"], "did you mean 'model'?"),
+        (["pretrain", "--config=configs/pretrain/tiny.py", "--workdir=x", "--nonsense=3"], "Unknown argument '--nonsense'"),
+        (["generate", "--weights=w", "--input=S2L2A", "--to=DEM", "--out=o"], "--input takes MODALITY=PATH"),
+        (["generate", "--weights=w", "--input=S2L2A=nowhere.tif", "--to=DEM", "--out=o"], "there is no file or folder nowhere.tif"),
+    ],
+)
+def test_errors_of_use_are_one_sentence(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["pretrain", "--config=none.py", "--workdir=x"])
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def fail(parsed):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "_info", fail)
+    with pytest.raises(KeyError):
+        cli.main(["info"])
+
+
+def test_stray_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", "--config.model.dim=3"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_generate_passes_its_arguments_on(monkeypatch, tmp_path):
+    seen = {}
+    fake = types.ModuleType("terramind_jax.predict")
+    fake.run = lambda **arguments: seen.update(arguments)
+    monkeypatch.setitem(sys.modules, "terramind_jax.predict", fake)
+    monkeypatch.setattr("terramind_jax.predict", fake, raising=False)
+    tile = tmp_path / "tile.tif"
+    tile.touch()
+    pair = f"--input=S2L2A={tile}"
+    assert cli.main(["generate", "--weights=w", pair, "--to=S1GRD,LULC", "--out=o", "--seed=3", "--temperature=0"]) == 0
+    assert seen["inputs"] == {"S2L2A": str(tile)}
+    assert seen["to"] == ["S1GRD", "LULC"]
+    assert (seen["seed"], seen["temperature"], seen["out"], seen["weights"]) == (3, 0.0, "o", "w")
+    with pytest.raises(ValueError, match="twice"):
+        cli._inputs([f"DEM={tile}", f"DEM={tile}"])
+
+
+def test_info_names_devices_and_models(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "terramind_v1_tiny" in text
+    assert "devices" in text

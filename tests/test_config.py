@@ -1,0 +1,113 @@
+"""Configuration files, overrides and work directories."""
+
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from terramind_jax import config as configuration
+
+REPOSITORY = Path(__file__).parents[1]
+FILES = ("pretrain/tiny", "pretrain/small", "pretrain/base", "pretrain/large") + tuple(
+    f"tokenizer/{name}" for name in ("s2l2a", "s1grd", "s1rtc", "dem", "lulc", "ndvi")
+)
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    return configuration.pretraining()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_file_loads_and_survives_json(name):
+    config = configuration.read(REPOSITORY / "configs" / f"{name}.py")
+    defaults = configuration.pretraining() if name.startswith("pretrain") else configuration.tokenizer_training()
+    assert configuration._flat(config).keys() == configuration._flat(defaults).keys()
+    assert configuration.from_json(configuration.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("model.dim", "256", 256),
+        ("run.log_every", "1e3", 1000),
+        ("model.gated_mlp", "true", True),
+        ("train.total_tokens", "5e9", 5e9),
+        ("train.loss", "token", "token"),
+        ("data.root", "", ""),
+        ("optimizer.betas", "(0.9, 0.99)", (0.9, 0.99)),
+        ("optimizer.betas", "0.9,0.99", (0.9, 0.99)),
+        ("data.inputs", "S2L2A,DEM", ("S2L2A", "DEM")),
+        ("data.inputs", "S2L2A", ("S2L2A",)),
+        ("mask.input_alphas", "({'pixels': 1.0}, 0.5)", ({"pixels": 1.0}, 0.5)),
+    ],
+)
+def test_overrides_take_the_type_of_the_field(config, field, text, value):
+    configuration.override(config, field, text)
+    group, name = field.split(".")
+    assert config[group][name] == value
+    assert type(config[group][name]) is type(value)
+
+
+def test_an_open_dict_is_replaced(config):
+    configuration.override(config, "model.codebooks", '{"DEM": 512}')
+    assert config.model.codebooks.DEM == 512
+    assert configuration.from_json(configuration.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("model.dims", "1", "Config field 'model.dims' does not exist; did you mean 'model.dim'?"),
+        ("modle.dim", "1", "Config field 'modle' does not exist; did you mean 'model'?"),
+        ("model.dim.x", "1", "Config field 'model.dim' is a value"),
+        ("model.dim", "1.5", "Config field 'model.dim' takes a value of type int such as 192, not '1.5'."),
+        ("model.gated_mlp", "maybe", "takes a value of type bool"),
+        ("optimizer.betas", "(a", "takes a value of type tuple"),
+        ("data.inputs", "(1, 2)", "takes a value of type tuple"),
+        ("model.codebooks", "[1]", "takes a value of type dict"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(config, field, text, message):
+    with pytest.raises(ValueError, match=".") as error:
+        configuration.override(config, field, text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_load_reads_both_spellings_of_an_override():
+    path = REPOSITORY / "configs/pretrain/tiny.py"
+    config = configuration.load(path, ["--config.train.steps=20", "--config.train.batch_size", "8"])
+    assert (config.train.steps, config.train.batch_size) == (20, 8)
+    with pytest.raises(ValueError, match="Unknown argument '--steps'"):
+        configuration.load(path, ["--steps=20"])
+    with pytest.raises(ValueError, match="has no value"):
+        configuration.load(path, ["--config.train.steps"])
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No configuration file"):
+        configuration.read(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="does not define get_config"):
+        configuration.read(tmp_path / "empty.py")
+
+
+def test_a_workdir_belongs_to_one_configuration(config, tmp_path):
+    configuration.bind_workdir(config, tmp_path)
+    assert configuration.of_workdir(tmp_path) == config
+    with config.unlocked():
+        config.run.log_every = 1
+        config.data.root = "elsewhere"
+        config.mesh.fsdp = 2
+    configuration.bind_workdir(config, tmp_path)
+    assert configuration.of_workdir(tmp_path).data.root == "elsewhere"
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(ValueError, match=r"holds a run with optimizer\.learning_rate=0\.000\d+, not 1\.0"):
+        configuration.bind_workdir(config, tmp_path)
+    assert configuration.of_workdir(tmp_path).optimizer.learning_rate < 1
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the work directory"):
+        configuration.of_workdir(tmp_path)

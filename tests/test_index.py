@@ -1,0 +1,199 @@
+"""The join over modalities, its cache, and what damaged shards do."""
+
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from terramind_jax.data.index import open_index, scan_tar
+from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+
+BANDS = {"S2L2A": 12, "LULC": 1, "S1GRD": 2}
+
+
+def _sample(modality, value, **extra):
+    return write_sample({"bands": np.full((1, BANDS[modality], 4, 6), value, np.uint8), **extra})
+
+
+def _npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def _zip_of_text():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr("readme.txt", "hello")
+    return out.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """S2L2A: b, c in one shard and a in another; LULC: c, d; tokens of LULC: c, z."""
+    for number, keys in enumerate(("cb", "a")):
+        with ShardWriter(tmp_path, "train", "S2L2A", "x", number) as shard:
+            for k in keys:
+                shard.add(k, _sample("S2L2A", ord(k)))
+    with ShardWriter(tmp_path, "train", "LULC", "x", 0) as shard:
+        shard.add("d", _sample("LULC", ord("d"), center_lon=np.float64(7), center_lat=np.array([-3.0])))
+        shard.add("c", _sample("LULC", ord("c"), center_lon=np.float64(np.nan), center_lat=np.float64(0)))
+    with ShardWriter(tmp_path, "train", "LULC_tokens", "x", 0) as shard:
+        shard.add("c", _npy(np.full((10, 14, 14), 5, np.uint16)), ".npy")
+        shard.add("z", _npy(np.zeros((10, 14, 14), np.uint16)), ".npy")
+    os.makedirs(tmp_path / "train" / "notes")
+    return tmp_path
+
+
+def test_join_keeps_every_location(root):
+    index = open_index(root, "train")
+    assert index.modalities == ("S2L2A", "LULC") and list(index.keys) == ["a", "b", "c", "d"] and len(index) == 4
+    np.testing.assert_array_equal(index.available, [[1, 0], [1, 0], [1, 1], [0, 1]])
+    np.testing.assert_array_equal(index.has_tokens, [[0, 0], [0, 0], [0, 1], [0, 0]])
+    for i, key in enumerate(index.keys):
+        for m, modality in enumerate(index.modalities):
+            if index.available[i, m]:
+                pixels = index.read(i, modality)
+                assert pixels.shape == (4, 6, BANDS[modality]) and (pixels == ord(key)).all() and pixels.dtype == np.uint8
+    assert index.tokens(2, "LULC").shape == (10, 14, 14) and (index.tokens(2, "LULC") == 5).all()
+
+
+def test_requested_modalities_are_columns_even_without_a_folder(root):
+    index = open_index(root, "train", ["S1GRD", "LULC", "coords"])
+    assert index.modalities == ("S1GRD", "LULC") and list(index.keys) == ["c", "d"]
+    np.testing.assert_array_equal(index.available, [[0, 1], [0, 1]])
+    with pytest.raises(ValueError, match="Unknown modality 'S2L3'"):
+        open_index(root, "train", ["S2L3"])
+
+
+def test_coordinates(root):
+    index = open_index(root, "train")
+    assert index.coordinates(3) == (7.0, -3.0)
+    assert index.coordinates(2) is None and index.coordinates(0) is None and index.place(0) is None
+
+
+def test_keys_can_be_searched(root):
+    keys = open_index(root, "train").keys
+    assert [keys.find(k) for k in keys] == [0, 1, 2, 3] and keys[-1] == "d" and keys[1:3] == ["b", "c"]
+    with pytest.raises(KeyError, match="no sample 'bb'"):
+        keys.find("bb")
+
+
+def test_a_pickled_index_reads_the_same(root):
+    index = open_index(root, "train")
+    index.read(0, "S2L2A")
+    copy = pickle.loads(pickle.dumps(index))
+    np.testing.assert_array_equal(copy.read(2, "LULC"), index.read(2, "LULC"))
+    assert list(copy.keys) == list(index.keys)
+
+
+def test_cache_is_used_until_a_shard_changes(root, monkeypatch):
+    open_index(root, "train")
+    assert sorted(p.name for p in (root / "train").glob("*.npz")) == ["LULC.index.npz", "LULC_tokens.index.npz", "S2L2A.index.npz"]
+
+    def refuse(path):
+        raise AssertionError(f"scanned {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("terramind_jax.data.index.scan_tar", refuse)
+        assert len(open_index(root, "train")) == 4
+    with ShardWriter(root, "train", "LULC", "x", 0) as shard:
+        shard.add("e", _sample("LULC", 1))
+    assert list(open_index(root, "train", ["LULC"]).keys) == ["e"]
+
+
+def test_a_damaged_cache_is_rebuilt(root):
+    open_index(root, "train")
+    (root / "train" / "LULC.index.npz").write_bytes(b"PK\3\4 nonsense")
+    assert len(open_index(root, "train")) == 4
+
+
+def test_more_files_than_may_be_open(root, monkeypatch):
+    monkeypatch.setattr("terramind_jax.data.index._OPEN_FILES", 1)
+    index = open_index(root, "train")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for i in (0, 1, 2, 0, 1):
+        index.read(i, "S2L2A")
+    assert not before or len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_empty_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No samples in .*train; expected tars like \{root\}/\{split\}/\{modality\}"):
+        open_index(tmp_path, "train")
+    os.makedirs(tmp_path / "train" / "S2L2A")
+    with pytest.raises(FileNotFoundError, match="No samples"):
+        open_index(tmp_path, "train")
+
+
+@pytest.mark.parametrize("where", ["in the first header", "in a member", "before the end mark"])
+def test_truncated_tar_names_the_file_and_what_to_do(root, where):
+    path = root / "train" / "LULC" / "x_shard_000000.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    os.truncate(path, {"in the first header": 100, "in a member": last.offset_data + 50, "before the end mark": end}[where])
+    with pytest.raises(DataError, match=r"x_shard_000000.tar is truncated: .*; delete it or copy it again\.$"):
+        open_index(root, "train")
+
+
+def test_damaged_tar_header(root):
+    path = root / "train" / "LULC" / "x_shard_000000.tar"
+    path.write_bytes(b"garbage!" * 200)
+    with pytest.raises(DataError, match="damaged: there is no tar header at byte 0"):
+        open_index(root, "train")
+
+
+def test_bad_samples_name_shard_and_key(tmp_path):
+    with ShardWriter(tmp_path, "train", "LULC", "x", 0) as shard:
+        shard.add("a", b"no zip at all")
+        shard.add("b", write_sample({"other": np.zeros(3)}))
+        shard.add("c", write_sample({"bands": np.zeros((1, 2, 4, 4), np.uint8)}))
+        shard.add("d", _zip_of_text())
+    with ShardWriter(tmp_path, "train", "LULC_tokens", "x", 0) as shard:
+        shard.add("a", b"no npy", ".npy")
+    index = open_index(tmp_path, "train")
+    for i, message in enumerate(
+        ("is no zip file", "has no array 'bands'", r"shape \(2, 4, 4\), expected \[1, y, x\]", "is a zip but no Zarr group")
+    ):
+        with pytest.raises(DataError, match=rf"x_shard_000000.tar: sample '{index.keys[i]}' .*{message}"):
+            index.read(i, "LULC")
+    with pytest.raises(DataError, match="sample 'a' is no readable .npy file"):
+        index.tokens(0, "LULC")
+    with pytest.raises(DataError, match="Sample 'b' has no tokens of LULC"):
+        index.tokens(1, "LULC")
+    with pytest.raises(DataError, match="Sample 'b' has no S2L2A"):
+        index.read(1, "S2L2A")
+
+
+def test_a_shard_cut_after_indexing(root):
+    index = open_index(root, "train")
+    path = root / "train" / "LULC" / "x_shard_000000.tar"
+    os.truncate(path, 600)
+    with pytest.raises(DataError, match="sample 'd' ends early: 88 of"):
+        index.read(3, "LULC")
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        open_index(root, "train", ["S2L2A"]) and pickle.loads(pickle.dumps(index)).read(3, "LULC")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_scan_agrees_with_tarfile(tmp_path, form):
+    names = ["short.npy", "folder/" + "n" * 90 + ".npy", "d" * 80 + "/" + "n" * 60 + ".npy"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["n" * 300 + ".npy", "é" * 60 + ".npy"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for i, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 700 * i
+            if form == tarfile.PAX_FORMAT:
+                member.pax_headers = {"comment": "x", "mtime": "1.5"}
+            tar.addfile(member, io.BytesIO(bytes([i]) * member.size))
+        folder = tarfile.TarInfo("empty")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    found = list(scan_tar(tmp_path / "a.tar"))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert found == [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]

@@ -1,0 +1,386 @@
+"""The data contract: order, slots, crops, views, groups and hosts, on an index in memory and on small shards."""
+
+import collections
+import io
+import itertools
+import logging
+import pickle
+
+import numpy as np
+import pytest
+
+from terramind_jax import coordinates, modalities
+from terramind_jax.data import crops, masks, order, pipeline
+from terramind_jax.data.index import open_index
+from terramind_jax.data.pipeline import PADDING, DataConfig
+from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+from terramind_jax.modalities import DECODER_STREAMS, ENCODER_STREAMS
+
+SIZE, TILE, SIDE = 64, 80, 4
+NAMES = ("S2L2A", "S1GRD", "S1RTC", "DEM", "LULC")
+CONFIG = DataConfig(image_size=SIZE, threads=0)
+MASKS = masks.MaskConfig(input_tokens=24, target_tokens=16)
+
+
+class MemoryIndex:
+    """The interface of `Index` over random arrays; counts what is read. Sample i has S1GRD if even, else S1RTC."""
+
+    def __init__(self, n=12, bad=(), without_place=(), tile=TILE):
+        self.keys, self.modalities, self.bad, self.without_place, self.tile = (
+            [f"k{i:03d}" for i in range(n)],
+            NAMES,
+            bad,
+            without_place,
+            tile,
+        )
+        self.available = np.ones((n, len(NAMES)), bool)
+        self.available[1::2, 1] = self.available[::2, 2] = False
+        self.has_tokens = self.available.copy()
+        self.reads = collections.Counter()
+
+    def __len__(self):
+        return len(self.keys)
+
+    def read(self, i, modality):
+        assert self.available[i, NAMES.index(modality)], "read what is not there"
+        self.reads[i, modality] += 1
+        if i in self.bad:
+            raise DataError(f"shard 7: sample {self.keys[i]!r} is damaged.")
+        m = modalities.get(modality)
+        rng = np.random.default_rng([i, NAMES.index(modality)])
+        return rng.integers(0, 100, (len(m.bands), self.tile, self.tile)).astype(m.dtype).transpose(1, 2, 0)
+
+    def tokens(self, i, modality):
+        assert self.has_tokens[i, NAMES.index(modality)], "tokens that are not there"
+        self.reads[i, modality + "_tokens"] += 1
+        rng = np.random.default_rng([i, NAMES.index(modality), 1])
+        return rng.integers(0, 4375, (crops.VARIANTS, SIDE, SIDE)).astype(np.uint16)
+
+    def coordinates(self, i):
+        self.reads[i, "coords"] += 1
+        return None if i in self.without_place else (i / 4 - 100, 45.0)
+
+
+def take(count, index=None, data=CONFIG, mask=MASKS, batch_size=4, encoder=ENCODER_STREAMS, decoder=DECODER_STREAMS, **options):
+    iterator = pipeline.batches(index or MemoryIndex(), encoder, decoder, data, mask, batch_size=batch_size, **options)
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert_equal(value, b[key]) if isinstance(value, dict) else np.testing.assert_array_equal(value, b[key], err_msg=key)
+
+
+def rows(batch):
+    """One row a view, independent of batch and group boundaries: slots, and the pixels that slots point to."""
+    group = len(batch["sample"]) // next(iter(batch["patches"].values())).shape[0]
+    found = []
+    for b, sample in enumerate(batch["sample"].tolist()):
+        row = [sample, bool(batch["bad"][b])]
+        row += [batch[k][b].tobytes() for k in batch if k.startswith("target") or k in ("input_modality", "input_position")]
+        for slot, e in enumerate(batch["input_modality"][b].tolist()):
+            value = batch["input_id"][b, slot]
+            if e != PADDING and ENCODER_STREAMS[e].kind == "pixels":
+                value = batch["patches"][ENCODER_STREAMS[e].key][b // group, value].tobytes()
+            row.append(value)
+        found.append(tuple(row))
+    return found
+
+
+# ---- the batch --------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_types_are_those_of_the_contract_and_never_change():
+    data = DataConfig(image_size=SIZE, patch_group=2, threads=0)
+    shapes = [{k: (v.shape, v.dtype) for k, v in {**b, **b.pop("patches")}.items()} for b in take(4, MemoryIndex(bad=(3,)), data)]
+    assert all(s == shapes[0] for s in shapes)
+    assert shapes[0]["input_modality"] == ((4, 24), np.uint8) and shapes[0]["target_modality"] == ((4, 16), np.uint8)
+    assert shapes[0]["input_position"] == ((4, 24), np.uint16) and shapes[0]["target_position"] == ((4, 16), np.uint16)
+    assert {shapes[0][k][1] for k in ("input_id", "target_input", "target_id", "overflow")} == {np.dtype(np.int32)}
+    assert shapes[0]["sample"] == ((4,), np.int64) and shapes[0]["bad"] == ((4,), bool)
+    for stream in (s for s in ENCODER_STREAMS if s.kind == "pixels"):
+        shape, dtype = shapes[0][stream.key]
+        assert shape[0] == 2 and shape[2] == 256 * stream.channels and dtype == modalities.get(stream.modality).dtype
+
+
+def test_slots_are_sorted_with_padding_last_and_only_what_a_sample_has():
+    for batch in take(6):
+        for b, sample in enumerate(batch["sample"]):
+            for role, streams in (("input", ENCODER_STREAMS), ("target", DECODER_STREAMS)):
+                stream, position = batch[f"{role}_modality"][b].astype(int), batch[f"{role}_position"][b]
+                used = int((stream != PADDING).sum())
+                assert (stream[used:] == PADDING).all() and (np.diff(stream[:used] * 1000 + position[:used]) > 0).all()
+                absent = "sen1rtc" if sample % 2 == 0 else "sen1grd"
+                assert not [e for e in stream[:used] if absent in streams[e].key or streams[e].modality in ("NDVI", "S2RGB", "S2L1C")]
+        assert not batch["bad"].any() and not batch["overflow"].any()
+
+
+def test_pixels_and_tokens_are_those_of_the_sample_at_one_crop():
+    index, checked = MemoryIndex(), set()
+    for batch in take(6, index):
+        for b, i in enumerate(batch["sample"].tolist()):
+            variant = int(order.generator("crop", 0, 0 if i in checked else 0, i).integers(crops.VARIANTS))
+            if i in checked:
+                continue  # another epoch, another crop
+            checked.add(i)
+            for slot, e in enumerate(batch["input_modality"][b]):
+                if e == PADDING or ENCODER_STREAMS[e].kind == "sequence":
+                    continue
+                stream, position, value = ENCODER_STREAMS[e], int(batch["input_position"][b, slot]), batch["input_id"][b, slot]
+                if stream.kind == "tokens":
+                    assert value == index.tokens(i, stream.modality)[variant].flat[position]
+                    continue
+                image = crops.crop(index.read(i, stream.modality), variant, SIZE)
+                y, x = 16 * (position // SIDE), 16 * (position % SIDE)
+                np.testing.assert_array_equal(batch["patches"][stream.key][b, value], image[y : y + 16, x : x + 16].reshape(-1))
+            for slot, t in enumerate(batch["target_modality"][b]):
+                if t != PADDING and DECODER_STREAMS[t].kind == "tokens":
+                    grid = index.tokens(i, DECODER_STREAMS[t].modality)[variant]
+                    assert (
+                        batch["target_id"][b, slot] == grid.flat[batch["target_position"][b, slot]] and not batch["target_input"][b, slot]
+                    )
+    assert len(checked) == len(index)
+
+
+def test_coordinates_enter_as_ids_and_samples_without_a_place_leave_them_out():
+    seen = 0
+    for batch in take(12, MemoryIndex(without_place=(1, 2)), mask=masks.MaskConfig(24, 16, ({"coords": 1.0, "S2L2A": 1.0},))):
+        for b, i in enumerate(batch["sample"].tolist()):
+            inputs = batch["input_id"][b][batch["input_modality"][b] == 0]
+            targets, given = (batch[k][b][batch["target_modality"][b] == 0] for k in ("target_id", "target_input"))
+            if i in (1, 2):
+                assert not len(inputs) and not len(targets) and not batch["bad"][b]
+                continue
+            ids = coordinates.encode(i / 4 - 100, 45.0)
+            allowed = {*ids.tolist(), *range(coordinates.SENTINEL + 1, coordinates.SENTINEL + 5)}
+            assert {*inputs.tolist(), *targets.tolist(), *given.tolist()} <= allowed
+            assert (given[1:] == targets[:-1]).all()
+            seen += len(targets)
+    assert seen
+
+
+def test_a_full_buffer_drops_the_last_patches_of_the_group_and_counts_them():
+    data, pixels = DataConfig(image_size=SIZE, patch_group=4, threads=0), ("S2L2A",)
+    mask = masks.MaskConfig(input_tokens=12, target_tokens=8, input_alphas=({name: 1.0 for name in pixels},))
+    key = "untok_sen2l2a@224"
+    (full,) = take(1, data=data, mask=mask)
+    (small,) = take(1, data=DataConfig(image_size=SIZE, patch_group=4, capacity={key: 20}, threads=0), mask=mask)
+    wanted = (full["input_modality"] != PADDING).sum(1)
+    kept = (small["input_modality"] != PADDING).sum(1)
+    assert not full["overflow"].any() and small["patches"][key].shape[1] == 20
+    np.testing.assert_array_equal(wanted - kept, small["overflow"])
+    assert small["overflow"].tolist() == [0, 4, *wanted[2:].tolist()] if wanted[0] == wanted[1] == 12 else small["overflow"].sum() > 0
+    valid = small["input_modality"] != PADDING
+    assert sorted(small["input_id"][valid].tolist()) == list(range(20))
+    np.testing.assert_array_equal(small["patches"][key][0], full["patches"][key][0, :20])
+
+
+def test_default_capacity_follows_availability_and_rarely_overflows():
+    data = DataConfig(image_size=SIZE, patch_group=8, threads=0)
+    batch = take(12, data=data, batch_size=16)
+    dropped, used = sum(b["overflow"].sum() for b in batch), sum((b["input_modality"] != PADDING).sum() for b in batch)
+    assert dropped <= 0.01 * used
+    capacity = {k: v.shape[1] for k, v in batch[0]["patches"].items()}
+    assert capacity["untok_sen2rgb@224"] == 8 and 16 <= capacity["untok_sen1grd@224"] <= capacity["untok_sen2l2a@224"] < 8 * 16
+
+
+def test_a_bad_sample_keeps_its_slot_and_stops_nothing(caplog):
+    with caplog.at_level(logging.WARNING):
+        found = take(3, MemoryIndex(bad=(3, 5)), mask=masks.MaskConfig(24, 16, ({"S2L2A": 1.0, "DEM": 1.0},)))
+    good = take(3, mask=masks.MaskConfig(24, 16, ({"S2L2A": 1.0, "DEM": 1.0},)))
+    for batch, reference in zip(found, good, strict=True):
+        np.testing.assert_array_equal(batch["sample"], reference["sample"])
+        np.testing.assert_array_equal(batch["bad"], np.isin(batch["sample"], (3, 5)))
+        assert (batch["input_modality"][batch["bad"]] == PADDING).all() and (batch["target_modality"][batch["bad"]] == PADDING).all()
+        np.testing.assert_array_equal(batch["target_id"][~batch["bad"]], reference["target_id"][~batch["bad"]])
+    assert sum(b["bad"].sum() for b in found) == 2
+    assert "shard 7: sample 'k003' is damaged" in caplog.text
+
+
+# ---- order, position, hosts -------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_visits_every_sample_once_in_another_order():
+    samples = np.concatenate([b["sample"] for b in take(9, MemoryIndex(12))])
+    epochs = samples.reshape(3, 12)
+    assert all(sorted(e) == list(range(12)) for e in epochs.tolist())
+    assert len({tuple(e) for e in epochs.tolist()}) == 3
+
+
+def test_resuming_from_what_was_consumed_continues_the_same_run():
+    data = DataConfig(image_size=SIZE, patch_group=2, views_per_sample=2, view_window=8, threads=0)
+    whole = take(8, data=data)
+    for start in (1, 3, 6):
+        for a, b in zip(take(2, data=data, consumed=4 * start), whole[start:], strict=False):
+            assert_equal(a, b)
+
+
+@pytest.mark.parametrize("consumed", [0, 20])
+def test_hosts_and_batch_size_only_deal_out_the_same_views(consumed):
+    data = DataConfig(image_size=SIZE, patch_group=2, threads=0)
+    whole = [row for b in take(2, data=data, batch_size=12, consumed=consumed) for row in rows(b)]
+    for hosts, batch_size in ((2, 8), (3, 12), (1, 4)):
+        parts = [
+            row
+            for h in range(hosts)
+            for b in take(24 // batch_size, data=data, batch_size=batch_size, consumed=consumed, host=h, hosts=hosts)
+            for row in rows(b)
+        ]
+        assert collections.Counter(parts) == collections.Counter(whole)
+
+
+def test_another_seed_or_epoch_gives_other_masks_and_the_same_seed_the_same():
+    first, again, other = (take(3, seed=s) for s in (5, 5, 6))
+    for a, b in zip(first, again, strict=True):
+        assert_equal(a, b)
+    assert not set(sum(map(rows, first), [])) & set(sum(map(rows, other), []))
+    later = sum(map(rows, take(3, seed=5, consumed=12)), [])
+    assert len(later) == 12 and not set(sum(map(rows, first), [])) & set(later)
+
+
+def test_views_of_a_sample_go_to_different_batches_and_it_is_read_once():
+    index = MemoryIndex()
+    data = DataConfig(image_size=SIZE, views_per_sample=3, view_window=4, threads=0)
+    found = take(9, index, data)
+    for batch in found:
+        assert len(set(batch["sample"].tolist())) == 4
+    for b in range(0, 9, 3):
+        assert all(set(found[b]["sample"]) == set(batch["sample"]) for batch in found[b : b + 3])
+    assert len({row for batch in found for row in rows(batch)}) == 36
+    first_reads = {(0, m) for m in (*NAMES, *(f"{m}_tokens" for m in NAMES))}  # the probe before the start
+    assert all(count <= 1 + (key in first_reads or key[0] == 1) for key, count in index.reads.items())
+
+
+def test_views_do_not_depend_on_what_was_kept_in_memory():
+    data = DataConfig(image_size=SIZE, views_per_sample=3, view_window=4, threads=0)
+    dataset = pipeline.make_dataset(MemoryIndex(), ENCODER_STREAMS, DECODER_STREAMS, data, MASKS, batch_size=4)
+    in_order = [dataset[b] for b in range(6)]
+    fresh = pickle.loads(
+        pickle.dumps(pipeline.ViewGroups(MemoryIndex(), ENCODER_STREAMS, DECODER_STREAMS, data, MASKS, seed=0, train=True))
+    )
+    for b in (5, 1, 4, 0):
+        assert_equal(dataset[b], in_order[b])
+        np.testing.assert_array_equal(fresh(4 * b)["target_id"][0], in_order[b]["target_id"][0])
+
+
+def test_validation_is_one_pass_in_order_with_the_centre_crop_and_padded_shapes():
+    index = MemoryIndex(10)
+    found = take(99, index, train=False, data=DataConfig(image_size=SIZE, views_per_sample=4, threads=0))
+    assert np.concatenate([b["sample"] for b in found]).tolist() == [*range(10), -1, -1]
+    assert np.concatenate([b["bad"] for b in found]).tolist() == [False] * 10 + [True] * 2
+    assert_equal(found[-1], take(99, index, train=False, consumed=8)[0])
+    assert [len(take(99, index, train=False, host=h, hosts=2)) for h in (0, 1)] == [3, 3]
+    for slot in np.flatnonzero(found[0]["target_modality"][0] == 5):
+        assert found[0]["target_id"][0, slot] == index.tokens(0, "S2L2A")[0].flat[found[0]["target_position"][0, slot]]
+
+
+# ---- whole crops ------------------------------------------------------------------------------------------------------------
+
+
+def test_image_batches_visit_what_has_the_modality_with_a_new_fixed_crop_each_epoch():
+    index = MemoryIndex(12, bad=(4,))
+    options = {"batch_size": 2, "image_size": SIZE, "threads": 0}
+    found = list(itertools.islice(pipeline.image_batches(index, "S1GRD", **options), 6))
+    samples = np.concatenate([b["sample"] for b in found])
+    assert sorted(samples[:6]) == sorted(samples[6:]) == [0, 2, 4, 6, 8, 10]
+    for batch in found[:3]:
+        assert batch["image"].shape == (2, SIZE, SIZE, 2) and batch["image"].dtype == np.float16
+        for image, bad, i in zip(batch["image"], batch["bad"], batch["sample"].tolist(), strict=True):
+            variant = int(order.generator("crop", 0, 0, i).integers(crops.VARIANTS))
+            assert bad == (i == 4)
+            np.testing.assert_array_equal(image, 0 if bad else crops.crop(index.read(i, "S1GRD"), variant, SIZE))
+    assert_equal(found[4], next(pipeline.image_batches(index, "S1GRD", consumed=8, **options)))
+    halves = [next(pipeline.image_batches(index, "S1GRD", host=h, hosts=2, **options))["sample"] for h in (0, 1)]
+    assert sorted(np.concatenate(halves)) == sorted(samples[:2])
+    last = list(pipeline.image_batches(index, "S1GRD", train=False, **{**options, "batch_size": 4}))
+    assert np.concatenate([b["sample"] for b in last]).tolist() == [0, 2, 4, 6, 8, 10, -1, -1]
+
+
+def test_variant_images_cover_all_variants_in_index_order():
+    index = MemoryIndex(4, bad=(2,))
+    found = list(pipeline.variant_images(index, "DEM", image_size=SIZE, threads=0))
+    assert [f["sample"] for f in found] == [0, 1, 2, 3] and [f["bad"] for f in found] == [False, False, True, False]
+    for v in range(crops.VARIANTS):
+        np.testing.assert_array_equal(found[1]["images"][found[1]["inverse"][v]], crops.crop(index.read(1, "DEM"), v, SIZE))
+    assert len(next(pipeline.variant_images(index, "DEM", image_size=TILE, threads=0))["images"]) == 2
+    assert [f["sample"] for f in pipeline.variant_images(index, "DEM", image_size=SIZE, samples=[3, 1], threads=0)] == [3, 1]
+
+
+def test_pixels_that_are_not_finite_make_a_sample_bad():
+    index, read = MemoryIndex(2), MemoryIndex.read
+    index.read = lambda i, m: (
+        np.where(np.arange(TILE)[:, None, None] >= 0, np.nan, read(index, i, m)) if m == "S1GRD" else read(index, i, m)
+    )
+    batch = next(pipeline.image_batches(index, "S1GRD", batch_size=1, image_size=SIZE, threads=0))
+    assert batch["bad"].all() and not batch["image"].any()
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"batch_size": 6, "data": DataConfig(image_size=SIZE, patch_group=4)},
+            "batch_size 6 is no multiple of hosts x patch_group = 1 x 4",
+        ),
+        ({"data": DataConfig(image_size=60)}, "image_size is 60; expected a multiple of the patch size 16"),
+        ({"data": DataConfig(image_size=SIZE, views_per_sample=2, view_window=2)}, "two views of a sample would meet in one batch"),
+        ({"data": DataConfig(image_size=SIZE, capacity={"S2L2A": 3})}, "capacity names 'S2L2A', which is no pixel stream"),
+        ({"data": DataConfig(image_size=96)}, "Tiles of S2L2A are 80x80 pixels, smaller than image_size 96"),
+        ({"data": DataConfig(image_size=48)}, r"expected \(10, 3, 3\); tokenize for image_size 48"),
+        ({"host": 2, "hosts": 2}, "host 2 one of 2"),
+        ({"decoder": (modalities.STREAMS["tok_ndvi@224"],)}, "None of the 12 samples has both an input among .* made by `tokenize`"),
+    ],
+)
+def test_requests_that_cannot_work_say_why(options, message):
+    with pytest.raises(ValueError, match=message):
+        take(1, **options)
+
+
+def test_a_modality_that_is_nowhere_is_named():
+    with pytest.raises(ValueError, match="No sample of the index has NDVI; it holds S2L2A, S1GRD"):
+        pipeline.image_batches(MemoryIndex(), "NDVI", batch_size=1, image_size=SIZE)
+    with pytest.raises(ValueError, match="Sample 'k001' has no S1GRD"):
+        pipeline.variant_images(MemoryIndex(), "S1GRD", image_size=SIZE, samples=[1])
+
+
+# ---- shards and workers -----------------------------------------------------------------------------------------------------
+
+
+def write_shards(root, n=6, size=72):
+    """Small real shards: S2L2A and DEM pixels, tokens of both; one S2L2A sample is damaged."""
+    rng = np.random.default_rng(0)
+    place = {"center_lon": np.array([8.5]), "center_lat": np.array([47.0])}
+    for name in ("S2L2A", "DEM"):
+        bands = len(modalities.get(name).bands)
+        with ShardWriter(root, "train", name, "world", 1) as writer, ShardWriter(root, "train", f"{name}_tokens", "world", 1) as tokens:
+            for i in range(n):
+                array = rng.integers(0, 3000, (1, bands, size, size)).astype(modalities.get(name).dtype)
+                payload = write_sample({"bands": array, **place})
+                writer.add(f"k{i}", b"PK" + bytes(40) if (name, i) == ("S2L2A", 2) else payload)
+                file = io.BytesIO()
+                np.save(file, rng.integers(0, 4000, (crops.VARIANTS, SIDE, SIDE), dtype=np.uint16))
+                tokens.add(f"k{i}", file.getvalue(), ".npy")
+
+
+def test_shards_give_batches_in_threads_and_mark_the_damaged_sample(tmp_path):
+    write_shards(tmp_path)
+    index, data = open_index(tmp_path, "train"), DataConfig(image_size=SIZE, patch_group=2, threads=2)
+    found = take(3, index, data, batch_size=2)
+    for a, b in zip(found, take(3, index, CONFIG, batch_size=2), strict=True):
+        assert rows(a) == rows(b)
+    bad = np.concatenate([b["sample"][b["bad"]] for b in found]).tolist()
+    assert bad in ([2], [])  # its mask may not need the damaged array
+    images = list(pipeline.image_batches(index, "S2L2A", batch_size=3, image_size=SIZE, train=False))
+    assert np.concatenate([b["bad"] for b in images]).tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(tmp_path):
+    write_shards(tmp_path)
+    index, data = open_index(tmp_path, "train"), DataConfig(image_size=SIZE, patch_group=2, views_per_sample=2, view_window=4)
+    for a, b in zip(take(5, index, data, batch_size=2, workers=2), take(5, index, data, batch_size=2), strict=True):
+        assert_equal(a, b)

@@ -1,0 +1,283 @@
+"""Tokenizers: shapes and counts of the released ones (spec 6, 10.4, 10.5), and what must hold for a small one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terramind_jax import tokenizer
+from terramind_jax.model.positions import resize_bicubic, sincos_2d
+from terramind_jax.tokenizer import fsq
+from terramind_jax.tokenizer.vit import patchify, unpatchify
+
+SMALL = tokenizer.TokenizerConfig("S2L2A", 3, dim=32, depth=2, num_heads=2, image_size=64)
+LULC = dataclasses.replace(SMALL, modality="LULC", channels=4, levels=(7, 5, 5, 5, 5))
+RELEASED_LULC = tokenizer.TokenizerConfig("LULC", 10, levels=(7, 5, 5, 5, 5))
+
+
+def build(config):
+    module = tokenizer.Tokenizer(config)
+    return module, nn.unbox(jax.jit(lambda key: tokenizer.init(module, key))(jax.random.key(0)))
+
+
+def shapes(config):
+    module = tokenizer.Tokenizer(config)
+    return nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build(SMALL)
+
+
+@pytest.fixture(scope="module")
+def lulc():
+    return build(LULC)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return jax.random.normal(jax.random.key(1), (2, 48, 32, 3))
+
+
+# The released models
+
+
+def test_released_lulc_has_the_references_parameter_count():
+    variables = shapes(RELEASED_LULC)
+    assert count(variables) == 183_894_021  # spec 6.1; the reference counts both pos_emb, parameters to it, buffers to us
+    assert count(variables["buffers"]) == 2 * 768 * 16 * 16
+
+
+@pytest.mark.parametrize(("channels", "millions"), [(12, 92.3), (2, 90.4), (1, 90.2)])
+def test_released_encoders_have_the_references_parameter_count(channels, millions):
+    variables = shapes(tokenizer.TokenizerConfig("S2L2A", channels))
+    assert count([variables["params"]["encoder"], variables["buffers"]["encoder"]]) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_released_lulc_has_the_references_parameters():
+    params = shapes(RELEASED_LULC)["params"]
+    got = {
+        "/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    block = {
+        **{f"{n}/{p}": (12, 768) for n in ("norm1", "norm2") for p in ("scale", "bias")},
+        "attn/qkv/kernel": (12, 768, 3, 12, 64),
+        "attn/qkv/bias": (12, 3, 12, 64),
+        "attn/proj/kernel": (12, 12, 64, 768),
+        "attn/proj/bias": (12, 768),
+        "mlp/fc1/kernel": (12, 768, 3072),
+        "mlp/fc1/bias": (12, 3072),
+        "mlp/fc2/kernel": (12, 3072, 768),
+        "mlp/fc2/bias": (12, 768),
+    }
+    trunk = {f"blocks/{k}": v for k, v in block.items()} | {
+        "norm_mlp/scale": (768,),
+        "norm_mlp/bias": (768,),
+        "post_mlp/fc1/kernel": (768, 3072),
+        "post_mlp/fc1/bias": (3072,),
+        "post_mlp/fc2/kernel": (3072, 768),
+        "post_mlp/fc2/bias": (768,),
+    }
+    encoder = trunk | {"proj/kernel": (16, 16, 10, 768), "proj/bias": (768,)}
+    decoder = trunk | {
+        "out_proj/kernel": (768, 2560),
+        "out_proj/bias": (2560,),
+        "post_quant_proj/kernel": (5, 768),
+        "post_quant_proj/bias": (768,),
+    }
+    expected = {f"encoder/{k}": v for k, v in encoder.items()} | {f"decoder/{k}": v for k, v in decoder.items()}
+    assert got == expected | {"quant_proj/kernel": (768, 5), "quant_proj/bias": (5,)}
+
+
+def test_positions_at_224_are_the_references():
+    grid = resize_bicubic(sincos_2d(16, 16, 768).reshape(16, 16, 768), (14, 14))  # spec 12
+    channels = np.array([0, 1, 192, 384, 576])
+    np.testing.assert_allclose(grid[0, 0, channels], [0.047904, 0.046187, 0.977096, 0.047904, 0.977096], atol=2e-6)
+    np.testing.assert_allclose(grid[3, 5, channels], [-0.360910, -0.198820, -0.963489, -0.507056, 0.877304], atol=2e-6)
+
+
+# Initialisation
+
+
+def test_initialisation_bounds(small):
+    params = small[1]["params"]
+
+    def fills(x, bound):
+        assert 0.8 * bound < np.abs(x).max() <= bound
+
+    encoder, decoder = params["encoder"], params["decoder"]
+    fills(encoder["proj"]["kernel"], (256 * 3) ** -0.5)  # convolutions: PyTorch's default, bias too
+    fills(encoder["proj"]["bias"], (256 * 3) ** -0.5)
+    fills(params["quant_proj"]["kernel"], 32**-0.5)
+    fills(decoder["post_quant_proj"]["kernel"], 5**-0.5)
+    fills(decoder["post_quant_proj"]["bias"], 5**-0.5)
+    fills(encoder["blocks"]["attn"]["qkv"]["kernel"], (6 / 64) ** 0.5)  # q, k and v each as a matrix of its own
+    fills(encoder["blocks"]["attn"]["proj"]["kernel"], (6 / 64) ** 0.5)
+    fills(encoder["blocks"]["mlp"]["fc1"]["kernel"], (6 / (32 + 128)) ** 0.5)
+    fills(decoder["post_mlp"]["fc2"]["kernel"], (6 / (32 + 128)) ** 0.5)
+    fills(decoder["out_proj"]["kernel"], (6 / (32 + 768)) ** 0.5)
+    for bias in (decoder["out_proj"]["bias"], encoder["blocks"]["attn"]["qkv"]["bias"], encoder["post_mlp"]["fc1"]["bias"]):
+        assert not bias.any()
+    layers = encoder["blocks"]["mlp"]["fc1"]["kernel"]
+    assert (layers[0] != layers[1]).any()
+
+
+def test_parameters_carry_logical_axes():
+    specs = nn.get_partition_spec(jax.eval_shape(lambda: tokenizer.init(tokenizer.Tokenizer(SMALL), jax.random.key(0))))["params"]
+    assert specs["encoder"]["blocks"]["mlp"]["fc1"]["kernel"] == ("layers", "embed", "mlp")
+    assert specs["encoder"]["blocks"]["norm1"]["scale"] == ("layers", "norm")
+    assert specs["decoder"]["out_proj"]["kernel"][0] == "embed"
+
+
+# Encoding and decoding
+
+
+def test_encode_decode_is_the_forward_pass(small, image):
+    module, variables = small
+    reconstruction, codes = module.apply(variables, image)
+    tokens = module.apply(variables, image, method="encode")
+    assert tokens.shape == (2, 3, 2) and tokens.dtype == jnp.int32
+    assert reconstruction.shape == image.shape and reconstruction.dtype == jnp.float32
+    np.testing.assert_array_equal(fsq.codes_to_tokens(codes, SMALL.levels), tokens)
+    np.testing.assert_allclose(module.apply(variables, tokens, method="decode"), reconstruction, atol=1e-5)
+
+
+def test_several_codebooks_are_several_tokens_a_patch(image):
+    config = dataclasses.replace(SMALL, num_codebooks=3, levels=(8, 5))
+    module, variables = build(config)
+    tokens = module.apply(variables, image, method="encode")
+    assert tokens.shape == (2, 3, 2, 3) and tokens.max() < config.codebook_size == 40
+    reconstruction, codes = module.apply(variables, image)
+    assert codes.shape == (2, 3, 2, 6)
+    np.testing.assert_array_equal(fsq.codes_to_tokens(codes[..., 2:4], (8, 5)), tokens[..., 1])
+    np.testing.assert_allclose(module.apply(variables, tokens, method="decode"), reconstruction, atol=1e-5)
+
+
+def test_samples_do_not_see_each_other(small, image):
+    module, variables = small
+    alone = module.apply(variables, image[:1])[0]
+    np.testing.assert_allclose(module.apply(variables, image)[0][:1], alone, atol=1e-5)
+
+
+def test_unrolled_scan_is_the_scan(small, image):
+    module, variables = small
+    unrolled = tokenizer.Tokenizer(dataclasses.replace(SMALL, unroll=2))
+    np.testing.assert_allclose(unrolled.apply(variables, image)[0], module.apply(variables, image)[0], atol=1e-5)
+
+
+def test_patch_embedding_is_the_strided_convolution(small, image):
+    module, variables = small
+    kernel = variables["params"]["encoder"]["proj"]["kernel"]
+    expected = jax.lax.conv_general_dilated(image, kernel, (16, 16), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    got = patchify(image, 16) @ kernel.reshape(-1, 32)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_patches_are_row_major_and_return(image):
+    patches = patchify(image, 16)
+    np.testing.assert_array_equal(patches[1, 2, 1], image[1, 32:48, 16:32].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(patches, 16), image)
+
+
+def test_decoder_stores_its_outputs_channel_major(small, image):
+    """Output (c, row, column) of `out_proj` is pixel (row, column), channel c of the patch (spec 6.4)."""
+    module, variables = small
+    tokens = jnp.zeros((1, 1, 1), jnp.int32)
+    plain = module.apply(variables, tokens, method="decode")
+    bias = jnp.zeros((3, 16, 16)).at[2, 5, 7].set(10.0).reshape(-1)
+    variables = jax.tree.map(lambda x: x, variables)
+    variables["params"]["decoder"]["out_proj"]["bias"] = bias
+    difference = module.apply(variables, tokens, method="decode") - plain
+    assert np.argwhere(np.abs(difference) > 1).tolist() == [[0, 5, 7, 2]]
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(small, image):
+    module = tokenizer.Tokenizer(dataclasses.replace(SMALL, dtype="bfloat16"))
+    reconstruction, _ = module.apply(small[1], image)
+    assert reconstruction.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(module.config))} == {jnp.dtype("float32")}
+
+
+# LULC
+
+
+def test_class_maps_are_their_one_hot(lulc):
+    module, variables = lulc
+    classes = jax.random.randint(jax.random.key(2), (2, 32, 32), 0, 4)
+    soft = jax.nn.one_hot(classes, 4)
+    expected = module.apply(variables, soft, method="encode")
+    np.testing.assert_array_equal(module.apply(variables, classes, method="encode"), expected)
+    np.testing.assert_array_equal(module.apply(variables, classes[..., None].astype(jnp.uint8), method="encode"), expected)
+
+
+def test_loss_of_class_maps_is_cross_entropy():
+    logits = jax.random.normal(jax.random.key(3), (2, 16, 32, 4))
+    classes = jax.random.randint(jax.random.key(4), (2, 16, 32), 0, 4)
+    log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), classes[..., None], -1)
+    expected = -log_probability[..., 0].mean((1, 2))
+    np.testing.assert_allclose(tokenizer.reconstruction_loss(LULC, logits, classes), expected, rtol=1e-5)
+    soft = jax.nn.softmax(jax.random.normal(jax.random.key(5), logits.shape))
+    expected = -(soft * jax.nn.log_softmax(logits)).sum(-1).mean((1, 2))
+    np.testing.assert_allclose(tokenizer.reconstruction_loss(LULC, logits, soft), expected, rtol=1e-5)
+
+
+# Training
+
+
+def test_loss_of_measurements_is_mean_squared_error(image):
+    reconstruction = image + jnp.array([1.0, 2.0])[:, None, None, None]
+    np.testing.assert_allclose(tokenizer.reconstruction_loss(SMALL, reconstruction, image), [1.0, 4.0], rtol=1e-5)
+
+
+def test_gradients_reach_every_parameter(small, image):
+    module, variables = small
+
+    def loss(params):
+        return tokenizer.reconstruction_loss(SMALL, module.apply({**variables, "params": params}, image)[0], image).mean()
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (SMALL, (2, 3, 32, 32), r"S2L2A has shape \(2, 3, 32, 32\), expected \[B, H, W, 3\], channels last"),
+        (SMALL, (2, 32, 32), "channels last"),
+        (SMALL, (2, 32, 40, 3), "must be multiples of 16"),
+        (LULC, (2, 32, 32, 3), "or class maps"),
+        (LULC, (2, 20, 32), "must be multiples of 16"),
+    ],
+)
+def test_wrong_shapes_are_refused(config, shape, message):
+    module = tokenizer.Tokenizer(config)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda x: module.apply(shapes(config), x, method="encode"), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder": "unet"}, "Unknown tokenizer decoder 'unet'; known decoders: vit"),
+        ({"num_heads": 3}, "multiple of 4 and of num_heads 3"),
+        ({"image_size": 100}, "image_size 100 must be a multiple of patch_size 16"),
+    ],
+)
+def test_wrong_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(dataclasses.replace(SMALL, **change))
