@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-TEST = ["pytest>=8", "pytest-xdist>=3", "zarr>=2.18", "scikit-image>=0.22"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.14", "zarr>=2.18"]
 
 setup(
     name="terramind-jax",
@@ -39,11 +39,10 @@ setup(
         "torch": ["torch>=2.4", "safetensors>=0.4"],
         "parity": ["torch>=2.4", "terratorch==1.2.11", "diffusers>=0.30"],
         "test": TEST,
-        "dev": [*TEST, "ruff==0.14.5", "pre-commit>=4"],
+        "dev": [*TEST, "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["terramind-jax = terramind_jax.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: GIS",
     ],

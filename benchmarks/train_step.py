@@ -233,7 +233,9 @@ def report(arguments: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|",
     ]
     for size in arguments.sizes.split(","):
-        rounds = [(child("ours", size, arguments), child("peer", size, arguments) if arguments.peer else None) for _ in range(arguments.rounds)]
+        rounds = [
+            (child("ours", size, arguments), child("peer", size, arguments) if arguments.peer else None) for _ in range(arguments.rounds)
+        ]
         mine = statistics.median(a["seconds"] for a, _ in rounds)
         floor = min(a["matmul_floor"] for a, _ in rounds), min(a["optimizer_floor"] for a, _ in rounds)
         theirs = statistics.median(b["seconds"] for _, b in rounds) if arguments.peer else None

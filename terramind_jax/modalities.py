@@ -86,8 +86,36 @@ MODALITIES: dict[str, Modality] = {
         Modality(
             name="S2L1C",
             bands=S2L1C_BANDS,
-            mean=(2357.089, 2137.385, 2018.788, 2082.986, 2295.651, 2854.537, 3122.849, 3040.56, 3306.481, 1473.847, 506.07, 2472.825, 1838.929),
-            std=(1624.683, 1675.806, 1557.708, 1833.702, 1823.738, 1733.977, 1732.131, 1679.732, 1727.26, 1024.687, 442.165, 1331.411, 1160.419),
+            mean=(
+                2357.089,
+                2137.385,
+                2018.788,
+                2082.986,
+                2295.651,
+                2854.537,
+                3122.849,
+                3040.56,
+                3306.481,
+                1473.847,
+                506.07,
+                2472.825,
+                1838.929,
+            ),
+            std=(
+                1624.683,
+                1675.806,
+                1557.708,
+                1833.702,
+                1823.738,
+                1733.977,
+                1732.131,
+                1679.732,
+                1727.26,
+                1024.687,
+                442.165,
+                1331.411,
+                1160.419,
+            ),
             dtype="uint16",
             unit="reflectance x 10000",
             pixels="untok_sen2l1c@224",
@@ -205,8 +233,8 @@ def get(name: str) -> Modality:
     """The modality called `name`; an unknown name is a ValueError that lists the known ones."""
     if name not in MODALITIES:
         close = difflib.get_close_matches(name.upper(), MODALITIES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"Unknown modality {name!r}{hint} Known modalities: {', '.join(MODALITIES)}.".replace("? Known", "? Known"))
+        hint = f"did you mean {close[0]}? Known" if close else "known"
+        raise ValueError(f"Unknown modality {name!r}; {hint} modalities: {', '.join(MODALITIES)}.")
     return MODALITIES[name]
 
 

@@ -145,6 +145,14 @@ def test_coordinates_are_predicted_one_id_after_the_other():
         assert rebuild(masks.resolve(m.input_source, IDS), ids)[0] == IDS.tolist()
 
 
+def test_one_mixture_need_not_stand_in_a_tuple():
+    for bare, listed in ((0.25, (0.25,)), ({"S2L2A": 1.0, "pixels": 0.5}, ({"S2L2A": 1.0, "pixels": 0.5},))):
+        a, b = (masks.plan_masks(ENCODER_STREAMS, DECODER_STREAMS, masks.MaskConfig(input_alphas=x)) for x in (bare, listed))
+        np.testing.assert_array_equal(a.input_alphas, b.input_alphas)
+    by_key = {s.key: alpha for s, alpha in zip(ENCODER_STREAMS, a.input_alphas[0], strict=True)}
+    assert (by_key["tok_sen2l2a@224"], by_key["untok_sen2l2a@224"], by_key["untok_dem@224"], by_key["tok_dem@224"]) == (1.0, 1.0, 0.5, 0.0)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -22,8 +23,12 @@ RELEASED_LULC = tokenizer.TokenizerConfig("LULC", 10, levels=(7, 5, 5, 5, 5))
 
 
 def build(config):
-    module = tokenizer.Tokenizer(config)
-    return module, nn.unbox(jax.jit(lambda key: tokenizer.init(module, key))(jax.random.key(0)))
+    """A jitted module and variables drawn by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(config))
+    positions = sincos_2d(config.grid, config.grid, config.dim).reshape(config.grid, config.grid, config.dim)
+    variables["buffers"] = jax.tree.map(lambda _: positions, variables["buffers"])
+    return jax.jit(tokenizer.Tokenizer(config).apply, static_argnames="method"), variables
 
 
 def shapes(config):
@@ -67,9 +72,7 @@ def test_released_encoders_have_the_references_parameter_count(channels, million
 
 def test_released_lulc_has_the_references_parameters():
     params = shapes(RELEASED_LULC)["params"]
-    got = {
-        "/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    got = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     block = {
         **{f"{n}/{p}": (12, 768) for n in ("norm1", "norm2") for p in ("scale", "bias")},
         "attn/qkv/kernel": (12, 768, 3, 12, 64),
@@ -110,8 +113,11 @@ def test_positions_at_224_are_the_references():
 # Initialisation
 
 
-def test_initialisation_bounds(small):
-    params = small[1]["params"]
+def test_initialisation_bounds():
+    variables = nn.unbox(jax.jit(lambda key: tokenizer.init(tokenizer.Tokenizer(SMALL), key))(jax.random.key(0)))
+    params = variables["params"]
+    for part in ("encoder", "decoder"):
+        np.testing.assert_array_equal(variables["buffers"][part]["pos_emb"].reshape(16, 32), sincos_2d(4, 4, 32))
 
     def fills(x, bound):
         assert 0.8 * bound < np.abs(x).max() <= bound
@@ -135,49 +141,53 @@ def test_initialisation_bounds(small):
 
 def test_parameters_carry_logical_axes():
     specs = nn.get_partition_spec(jax.eval_shape(lambda: tokenizer.init(tokenizer.Tokenizer(SMALL), jax.random.key(0))))["params"]
-    assert specs["encoder"]["blocks"]["mlp"]["fc1"]["kernel"] == ("layers", "embed", "mlp")
-    assert specs["encoder"]["blocks"]["norm1"]["scale"] == ("layers", "norm")
+    assert specs["encoder"]["blocks"]["mlp"]["fc1"]["kernel"] == jax.P("layers", "embed", "mlp")
+    assert specs["encoder"]["blocks"]["norm1"]["scale"] == jax.P("layers", "norm")
     assert specs["decoder"]["out_proj"]["kernel"][0] == "embed"
 
 
 # Encoding and decoding
 
 
-def test_encode_decode_is_the_forward_pass(small, image):
-    module, variables = small
-    reconstruction, codes = module.apply(variables, image)
+@functools.partial(jax.jit, static_argnums=0)
+def everything(config, variables, image):
+    """(reconstruction, codes, tokens, decoded tokens) in one program."""
+    module = tokenizer.Tokenizer(config)
     tokens = module.apply(variables, image, method="encode")
+    return *module.apply(variables, image), tokens, module.apply(variables, tokens, method="decode")
+
+
+def test_encode_decode_is_the_forward_pass(small, image):
+    reconstruction, codes, tokens, decoded = everything(SMALL, small[1], image)
     assert tokens.shape == (2, 3, 2) and tokens.dtype == jnp.int32
     assert reconstruction.shape == image.shape and reconstruction.dtype == jnp.float32
     np.testing.assert_array_equal(fsq.codes_to_tokens(codes, SMALL.levels), tokens)
-    np.testing.assert_allclose(module.apply(variables, tokens, method="decode"), reconstruction, atol=1e-5)
+    np.testing.assert_allclose(decoded, reconstruction, atol=1e-5)
 
 
 def test_several_codebooks_are_several_tokens_a_patch(image):
     config = dataclasses.replace(SMALL, num_codebooks=3, levels=(8, 5))
-    module, variables = build(config)
-    tokens = module.apply(variables, image, method="encode")
+    reconstruction, codes, tokens, decoded = everything(config, build(config)[1], image)
     assert tokens.shape == (2, 3, 2, 3) and tokens.max() < config.codebook_size == 40
-    reconstruction, codes = module.apply(variables, image)
     assert codes.shape == (2, 3, 2, 6)
     np.testing.assert_array_equal(fsq.codes_to_tokens(codes[..., 2:4], (8, 5)), tokens[..., 1])
-    np.testing.assert_allclose(module.apply(variables, tokens, method="decode"), reconstruction, atol=1e-5)
+    np.testing.assert_allclose(decoded, reconstruction, atol=1e-5)
 
 
 def test_samples_do_not_see_each_other(small, image):
-    module, variables = small
-    alone = module.apply(variables, image[:1])[0]
-    np.testing.assert_allclose(module.apply(variables, image)[0][:1], alone, atol=1e-5)
+    apply, variables = small
+    changed = image.at[1].set(0)
+    np.testing.assert_array_equal(apply(variables, image)[0][0], apply(variables, changed)[0][0])
 
 
 def test_unrolled_scan_is_the_scan(small, image):
-    module, variables = small
-    unrolled = tokenizer.Tokenizer(dataclasses.replace(SMALL, unroll=2))
-    np.testing.assert_allclose(unrolled.apply(variables, image)[0], module.apply(variables, image)[0], atol=1e-5)
+    apply, variables = small
+    unrolled, _ = build(dataclasses.replace(SMALL, unroll=2))
+    np.testing.assert_allclose(unrolled(variables, image)[0], apply(variables, image)[0], atol=1e-5)
 
 
 def test_patch_embedding_is_the_strided_convolution(small, image):
-    module, variables = small
+    apply, variables = small
     kernel = variables["params"]["encoder"]["proj"]["kernel"]
     expected = jax.lax.conv_general_dilated(image, kernel, (16, 16), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     got = patchify(image, 16) @ kernel.reshape(-1, 32)
@@ -192,33 +202,35 @@ def test_patches_are_row_major_and_return(image):
 
 def test_decoder_stores_its_outputs_channel_major(small, image):
     """Output (c, row, column) of `out_proj` is pixel (row, column), channel c of the patch (spec 6.4)."""
-    module, variables = small
-    tokens = jnp.zeros((1, 1, 1), jnp.int32)
-    plain = module.apply(variables, tokens, method="decode")
+    apply, variables = small
+    tokens = jnp.zeros((2, 3, 2), jnp.int32)
+    plain = apply(variables, tokens, method="decode")
     bias = jnp.zeros((3, 16, 16)).at[2, 5, 7].set(10.0).reshape(-1)
-    variables = jax.tree.map(lambda x: x, variables)
-    variables["params"]["decoder"]["out_proj"]["bias"] = bias
-    difference = module.apply(variables, tokens, method="decode") - plain
-    assert np.argwhere(np.abs(difference) > 1).tolist() == [[0, 5, 7, 2]]
+    changed = jax.tree.map(lambda x: x, variables)
+    changed["params"]["decoder"]["out_proj"]["bias"] += bias
+    difference = apply(changed, tokens, method="decode") - plain
+    moved = np.argwhere(np.abs(difference[0]) > 1)
+    assert (moved % [16, 16, 3] == [5, 7, 2]).all() and len(moved) == 6  # one pixel in each of the 3 x 2 patches
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(small, image):
-    module = tokenizer.Tokenizer(dataclasses.replace(SMALL, dtype="bfloat16"))
-    reconstruction, _ = module.apply(small[1], image)
-    assert reconstruction.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(module.config))} == {jnp.dtype("float32")}
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    jaxpr = str(jax.make_jaxpr(tokenizer.Tokenizer(config).apply)(small[1], image))
+    assert jaxpr.count("bf16[2,6,128]") > 2  # the hidden layer of the blocks' MLP
+    assert jax.eval_shape(tokenizer.Tokenizer(config).apply, small[1], image)[0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(config))} == {jnp.dtype("float32")}
 
 
 # LULC
 
 
 def test_class_maps_are_their_one_hot(lulc):
-    module, variables = lulc
+    apply, variables = lulc
     classes = jax.random.randint(jax.random.key(2), (2, 32, 32), 0, 4)
     soft = jax.nn.one_hot(classes, 4)
-    expected = module.apply(variables, soft, method="encode")
-    np.testing.assert_array_equal(module.apply(variables, classes, method="encode"), expected)
-    np.testing.assert_array_equal(module.apply(variables, classes[..., None].astype(jnp.uint8), method="encode"), expected)
+    expected = apply(variables, soft, method="encode")
+    np.testing.assert_array_equal(apply(variables, classes, method="encode"), expected)
+    np.testing.assert_array_equal(apply(variables, np.asarray(classes[..., None]), method="encode"), expected)
 
 
 def test_loss_of_class_maps_is_cross_entropy():
@@ -241,10 +253,10 @@ def test_loss_of_measurements_is_mean_squared_error(image):
 
 
 def test_gradients_reach_every_parameter(small, image):
-    module, variables = small
+    apply, variables = small
 
     def loss(params):
-        return tokenizer.reconstruction_loss(SMALL, module.apply({**variables, "params": params}, image)[0], image).mean()
+        return tokenizer.reconstruction_loss(SMALL, apply({**variables, "params": params}, image)[0], image).mean()
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:

@@ -29,11 +29,14 @@ class DataConfig:
     """How samples become batches.
 
     ``views_per_sample = k`` masks each loaded sample k times; the views of one sample are `view_window` samples apart. The window must be
-    at least the global batch; where it is a multiple of batch size times workers, later views are at hand without reading again.
+    at least the global batch; where it is a multiple of batch size times workers, later views are at hand without reading again. They
+    wait in memory, at 128 tokens about 0.15 MB each, up to ``(k - 1) * view_window`` of them over all hosts and workers together.
 
     The selected patches of `patch_group` consecutive samples share one buffer a pixel stream: larger groups waste less of it. Its rows
     are ``capacity[stream key]`` or, where not given, the expected number plus `capacity_sigmas` standard deviations under the mask config
     and the index's availability, and at least one sample's budget: groups of one never overflow. Patches without room become padding.
+    With 128 tokens of 12 streams and alpha 0.5, a view uses 58 rows; groups of 8 declare 136 and drop 0.2 % of the patches, groups of 32
+    declare 98 and drop almost none.
     """
 
     image_size: int = IMAGE_SIZE
@@ -194,11 +197,15 @@ class ViewGroups:
         has = self.available(i)
         drawn = [masks.draw(self.plan, *has, order.generator("mask", self.seed, place.epoch, i, v)) for v in range(place.view, self.views)]
         sample = views.Sample(self.index, i, variant_of(self.seed, place.epoch, i, self.train), self.config.image_size)
+        return [self._fill(sample, mask) for mask in drawn]
+
+    def _fill(self, sample: views.Sample, mask: masks.Masks) -> views.View:
+        """Each view is good or bad by itself: it must not matter whether the one before it was made in the same go."""
         try:
-            return [views.fill(sample, mask, self.encoder, self.decoder) for mask in drawn]
+            return views.fill(sample, mask, self.encoder, self.decoder)
         except (DataError, OSError) as error:
             logging.warning("Skipped: %s", error)
-            return [views.BAD] * len(drawn)
+            return views.BAD
 
     def _empty(self) -> dict[str, Any]:
         g, n, m = self.config.patch_group, self.plan.input_tokens, self.plan.target_tokens

@@ -190,7 +190,7 @@ class _Descriptor:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self):
-        if hasattr(self, "number"):
+        if hasattr(self, "number") and os is not None:  # modules are already gone at interpreter exit
             os.close(self.number)
 
 
@@ -333,7 +333,8 @@ class Index:
             raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.")
         size, offset = int(column.size[i]), int(column.offset[i])
         try:
-            payload = os.pread(self._open(column.path(i)).number, size, offset)
+            opened = self._open(column.path(i))  # held until the read is over: another thread may evict it meanwhile
+            payload = os.pread(opened.number, size, offset)
         except OSError as error:
             raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror}).") from error
         if len(payload) != size:

@@ -26,16 +26,20 @@ _KEEP = ("random", "all", "binary")
 class MaskConfig:
     """How budgets are drawn. Budgets count tokens of one view; the defaults are 4M's.
 
-    `input_alphas` and `target_alphas` hold one entry a mixture (a single entry serves all): one Dirichlet alpha for every stream, or a
-    mapping from stream key, modality name, kind ("pixels", "tokens", "sequence") or "default" to alpha, the first that applies; what is
-    not named has alpha 0 and is never drawn. `mixture_weights` need not sum to one; empty means uniform. `sequence_keep` says how much
-    of a sequence its input keeps: "random" (a uniform share), "all" or "binary", one for all mixtures or one each.
+    `input_alphas` and `target_alphas` hold one entry a mixture; a single entry serves all and need not stand in a tuple. An entry is one
+    Dirichlet alpha for every stream, or a mapping from stream key, modality name, kind ("pixels", "tokens", "sequence") or "default" to
+    alpha, the first that applies; what is not named has alpha 0 and is never drawn. `mixture_weights` need not sum to one; empty means
+    uniform. `sequence_keep` says how much of a sequence its input keeps, for all mixtures or one each: "random" (a uniform share), "all"
+    or "binary".
+
+    Budgets are clipped to what a stream holds, as in 4M: with even alphas `coords`, of four tokens, leaves an eighth of the target
+    slots empty; a small alpha for it, ``{"default": 0.5, "coords": 0.05}``, fills them.
     """
 
     input_tokens: int = 128
     target_tokens: int = 128
-    input_alphas: Sequence[float | Mapping[str, float]] = (0.5,)
-    target_alphas: Sequence[float | Mapping[str, float]] = (0.5,)
+    input_alphas: float | Mapping[str, float] | Sequence[float | Mapping[str, float]] = (0.5,)
+    target_alphas: float | Mapping[str, float] | Sequence[float | Mapping[str, float]] = (0.5,)
     mixture_weights: Sequence[float] = ()
     sequence_keep: str | Sequence[str] = "random"
 
@@ -84,8 +88,8 @@ def plan_masks(encoder: Sequence[Stream], decoder: Sequence[Stream], config: Mas
     """Checks `config` against the streams and lays it out as arrays. Raises ValueError for a config that cannot work."""
     if config.input_tokens < 1 or config.target_tokens < 1:
         raise ValueError(f"Budgets are {config.input_tokens} input and {config.target_tokens} target tokens; both must be at least 1.")
-    mixtures = max(len(config.input_alphas), len(config.target_alphas), len(config.mixture_weights), 1)
-    keep = (config.sequence_keep,) if isinstance(config.sequence_keep, str) else tuple(config.sequence_keep)
+    given_in, given_out, keep = _listed(config.input_alphas), _listed(config.target_alphas), _listed(config.sequence_keep)
+    mixtures = max(len(given_in), len(given_out), len(config.mixture_weights), len(keep))
     if unknown := set(keep) - set(_KEEP):
         raise ValueError(f"sequence_keep holds {unknown.pop()!r}; expected one of {', '.join(_KEEP)}.")
     images = list(dict.fromkeys(s.key for s in (*encoder, *decoder) if s.kind != "sequence"))
@@ -96,8 +100,8 @@ def plan_masks(encoder: Sequence[Stream], decoder: Sequence[Stream], config: Mas
     return Plan(
         input_tokens=config.input_tokens,
         target_tokens=config.target_tokens,
-        input_alphas=_alphas("input_alphas", config.input_alphas, encoder, mixtures),
-        target_alphas=_alphas("target_alphas", config.target_alphas, decoder, mixtures),
+        input_alphas=_alphas("input_alphas", given_in, encoder, mixtures),
+        target_alphas=_alphas("target_alphas", given_out, decoder, mixtures),
         weights=_weights(config.mixture_weights, mixtures),
         keep=_one_each("sequence_keep", keep, mixtures),
         input_limit=np.array([s.max_tokens for s in encoder]),
@@ -110,12 +114,16 @@ def plan_masks(encoder: Sequence[Stream], decoder: Sequence[Stream], config: Mas
     )
 
 
+def _listed(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, int | float | str) or hasattr(value, "items") else tuple(value)
+
+
 def _lookup(keys: list[str], table: list[str]) -> np.ndarray:
     return np.array([table.index(k) if k in table else -1 for k in keys], int)
 
 
 def _one_each(name: str, values: Sequence[Any], mixtures: int) -> tuple[Any, ...]:
-    if len(values) not in (1, mixtures):
+    if len(values) not in {1, mixtures}:
         raise ValueError(f"{name} has {len(values)} entries; expected 1 or one for each of the {mixtures} mixtures.")
     return tuple(values) * (mixtures // len(values))
 
@@ -130,7 +138,7 @@ def _weights(weights: Sequence[float], mixtures: int) -> np.ndarray:
 def _alphas(name: str, mixtures: Sequence[Any], streams: Sequence[Stream], count: int) -> np.ndarray:
     known = {"default", "pixels", "tokens", "sequence", *STREAMS, *MODALITIES} | {s.key for s in streams} | {s.modality for s in streams}
     rows = []
-    for mixture in _one_each(name, tuple(mixtures), count):
+    for mixture in _one_each(name, mixtures, count):
         table = {"default": float(mixture)} if isinstance(mixture, int | float) else dict(mixture.items())
         if unknown := sorted(set(table) - known):
             raise ValueError(f"{name} names {unknown[0]!r}, which is no stream, modality or kind; known: {', '.join(sorted(known))}.")
@@ -164,7 +172,7 @@ def draw_masks(
     rng: np.random.Generator,
 ) -> Masks:
     """Draws one view's masks for a sample that has the streams marked in bool ``[E]`` and ``[T]``; a loop plans once and calls `draw`."""
-    return draw(plan_masks(encoder, decoder, config), available_inputs, available_targets, rng)
+    return draw(plan_masks(encoder, decoder, config), np.asarray(available_inputs, bool), np.asarray(available_targets, bool), rng)
 
 
 def draw(plan: Plan, available_inputs: np.ndarray, available_targets: np.ndarray, rng: np.random.Generator) -> Masks:

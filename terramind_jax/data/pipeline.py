@@ -108,7 +108,7 @@ def _check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, 
 
 def _check_samples(index: Index, streams: Sequence[Stream], image_size: int) -> None:
     """Reads the first sample of each modality, so that what is wrong with all of them is said at once and not skipped for ever."""
-    for modality, kind in dict.fromkeys((s.modality, s.kind) for s in streams if s.modality in index.modalities):
+    for modality, kind in sorted({(s.modality, s.kind) for s in streams if s.modality in index.modalities}, key=lambda pair: pair[::-1]):
         table = index.available if kind == "pixels" else index.has_tokens
         there = table[:, index.modalities.index(modality)]
         if there.any():

@@ -82,7 +82,8 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         dim = x.shape[-1]
         heads = (self.num_heads, dim // self.num_heads)
-        qkv = Linear((3, *heads), ("embed", None, "heads", None), use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
+        axes = ("embed", None, "heads", None)
+        qkv = Linear((3, *heads), axes, use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 

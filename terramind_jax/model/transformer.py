@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from terramind_jax import modalities
+from terramind_jax.modalities import Stream
 from terramind_jax.model import loss
 from terramind_jax.model.layers import DecoderBlock, EncoderBlock, LayerNorm, Linear, stack, xavier
 from terramind_jax.model.positions import SEQUENCE_LENGTH, resize_bicubic, sincos_1d, sincos_2d
-from terramind_jax.modalities import Stream
 
 PADDING = 255  # value of input_modality and target_modality in a slot that holds nothing
 
@@ -33,7 +33,10 @@ class Tables(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        return {k: self.param(k, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape) for k, shape in self.shapes.items()}
+        def table(key: str, shape: tuple[int, ...]) -> jax.Array:
+            return self.param(key, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape)
+
+        return {key: table(key, shape) for key, shape in self.shapes.items()}
 
 
 class Positions(nn.Module):
@@ -164,7 +167,8 @@ class TerraMind(nn.Module):
         content = is_image[..., None] * self.mask_token.astype(self.dtype)
         for m, stream in enumerate(self.config.decoder):
             if stream.kind == "sequence":
-                content += _rows(self.decoder_token_emb()[stream.key], jnp.where(modality == m, batch["target_input"], -1)).astype(self.dtype)
+                previous = jnp.where(modality == m, batch["target_input"], -1)
+                content += _rows(self.decoder_token_emb()[stream.key], previous).astype(self.dtype)
         return content + self._slot_embedding(self.config.decoder, self.decoder_pos_emb(), modality, batch["target_position"])
 
     def _target_mask(self, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -248,7 +252,8 @@ class TerraMind(nn.Module):
 
     def everything(self) -> jax.Array:
         """Touches every parameter once: what `init` runs."""
-        for table in (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.decoder_token_emb, self.encoder_pos_emb, self.decoder_pos_emb):
+        tables = (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.decoder_token_emb)
+        for table in (*tables, self.encoder_pos_emb, self.decoder_pos_emb):
             table()
         tokens = jnp.zeros((1, 1, self.config.dim), self.dtype)
         return self.decode(tokens, self.encode(tokens, tokens), None)

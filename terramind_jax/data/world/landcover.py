@@ -140,7 +140,7 @@ def _canopy(rng, place: Place, terrain: Terrain, size: int, warmest, moisture, f
     """Tree cover: below the tree line where it is wet, in patches; cleared where people live, kept on slopes and along streams."""
     patch = draws.smooth_field(rng, size, 13.0)
     line = sigmoid((warmest - 9.5) / 0.8)
-    wet = (moisture - 0.50) / 0.12 + 0.9 * np.clip(terrain.slope / 0.25, 0, 1.5)
+    wet = (moisture - 0.48) / 0.12 + 0.9 * np.clip(terrain.slope / 0.25, 0, 1.5)
     cleared = 3.2 * sigmoid((place.humans - 0.45) / 0.1)
     gallery = 1.3 * terrain.bank * (moisture > 0.25)
     cover = line * sigmoid(2.2 * (wet + 1.5 * patch - cleared + gallery))
@@ -156,7 +156,7 @@ def _bare(rng, place: Place, terrain: Terrain, size: int, warmest, moisture) -> 
     cliff = (terrain.slope - 0.75) / 0.1 + 1.5 * sigmoid((6 - warmest) / 2)
     score = np.maximum(np.maximum(desert, alpine), cliff) + 0.9 * patch
     beach = (terrain.bank > 0.55) & (place.coastal | (moisture < 0.4)) & (patch > -0.3)
-    rock = sigmoid((terrain.slope - 0.3) / 0.08 + 0.6 * patch) + sigmoid((terrain.elevation - 1500) / 300 + 0.5 * patch)
+    rock = sigmoid((terrain.slope - 0.3) / 0.08 + 0.6 * patch) + sigmoid((terrain.elevation - 1300) / 250 + 0.5 * patch)
     return (score > 0.35) | beach, np.where(beach, 0.05, np.clip(rock, 0, 1)).astype(np.float32)
 
 
@@ -223,16 +223,16 @@ def _compose(rng, place: Place, terrain: Terrain, size: int, c: dict) -> Cover:
     tint = draws.smooth_field(rng, size, 16.0)
     wooded = np.isin(classes, (TREES, RANGELAND, FLOODED))
     trees = np.where(wooded, canopy * (1 - 0.12 * np.abs(c["grain"])), 0) + 0.8 * town["park"] + 0.12 * (classes == BUILT)
-    needle = sigmoid((15.5 - c["warmest"]) / 1.6 + 0.6 * tint + rng.normal(0, 0.8))
+    needle = sigmoid((15.5 - c["warmest"]) / 1.6 + 0.6 * tint + rng.normal(0, 0.8) + np.clip((terrain.elevation - 1000) / 250, 0, 5))
     herbs = np.select(
         [classes == CROPS, classes == RANGELAND, classes == BARE, classes == FLOODED, classes == BUILT, classes == WATER],
         [0.93, 0.12 + 1.1 * np.clip(c["moisture"], 0, 0.75), 0.05, 0.75, 0.25, 0.0],
         0.9,
     )
     warm = sigmoid((c["warmest"] - 14) / 2)
-    thin = 1 - 0.55 * sigmoid((terrain.elevation - 1900) / 300) * (classes == RANGELAND)  # mountain soils are young and grey
+    thin = 1 - 0.55 * sigmoid((terrain.elevation - 1600) / 300) * (classes == RANGELAND)  # mountain soils are young and grey
     sand = warm * sigmoid((0.20 - c["moisture"]) / 0.05 + 0.7 * tint + 2 * (terrain.bank > 0.5) - 1.0)
-    red = sigmoid((26 - abs(place.lat)) / 7 + rng.normal(0, 1.2) + 0.5 * tint) * sigmoid((1400 - terrain.elevation) / 250)
+    red = sigmoid((26 - abs(place.lat)) / 7 + rng.normal(0, 1.2) + 0.5 * tint) * sigmoid((1100 - terrain.elevation) / 200)
     texture = 1 + 0.05 * c["grain"] + 0.07 * tint + np.where(classes == CROPS, fields.tone - 1, 0) + _dunes(rng, place, terrain, size, classes)
     snow = np.where(classes == TREES, c["snow"] * 0.55, c["snow"]) * np.where(town["roofs"], 0.8, 1)
     classes = np.where((snow > 0.5) | ((classes == WATER) & (snow > 0.4)), SNOW, classes).astype(np.uint8)

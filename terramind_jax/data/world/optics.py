@@ -55,7 +55,7 @@ def _cirrus(rng: np.random.Generator, place: Place, size: int) -> np.ndarray:
     if rng.random() > 0.06 + 0.45 * (place.cloudiness > 0):
         return np.zeros((size, size), np.float32)
     veil = sigmoid(1.5 * draws.smooth_field(rng, size, 20.0, slope=2.0) - 1.0)
-    return (rng.uniform(0.05, 0.4) * veil).astype(np.float32)
+    return (rng.uniform(0.03, 0.35) * veil).astype(np.float32)
 
 
 def materials(cover: Cover) -> np.ndarray:
@@ -137,15 +137,15 @@ def _air(rng: np.random.Generator, place: Place, aerosol: float) -> _Air:
     through[spectra.VAPOUR] *= np.exp(-1.25 * vapour**0.5)
     through[spectra.CIRRUS_BAND] = np.exp(-5 - 6 * vapour)
     path[spectra.CIRRUS_BAND] = 0.001
-    haze = np.clip(rng.normal(0.35, 0.3), -0.2, 1.2) * 0.075 * thick * spectra.AEROSOL
+    haze = np.clip(rng.normal(0.25, 0.2), -0.2, 1.0) * 0.075 * thick * spectra.AEROSOL
     residual = np.ones(13, np.float32)
-    residual[spectra.VAPOUR] = np.exp(-0.16 * vapour**0.5)  # water vapour is never quite corrected in its own band
+    residual[spectra.VAPOUR] = np.exp(-0.10 * vapour**0.5)  # water vapour is never quite corrected in its own band
     return _Air(path.astype(np.float32), through.astype(np.float32), haze.astype(np.float32), residual)
 
 
 def products(rng: np.random.Generator, place: Place, terrain: Terrain, cover: Cover, sky: Sky, size: int) -> tuple[dict, dict]:
     """(noisy, noise-free) products: S2L1C ``[13, S, S]`` and S2L2A ``[12, S, S]`` uint16, S2RGB ``[3, S, S]`` uint8, NDVI float16."""
-    ground = np.einsum("mb,mp->bp", spectra.REFLECTANCE, materials(cover).reshape(len(spectra.MATERIALS), -1), optimize=True)
+    ground = np.einsum("mb,mp->bp", spectra.REFLECTANCE, materials(cover).reshape(len(spectra.MATERIALS), -1))
     direct = sunlight(place, terrain, size) * (1 - 0.92 * sky.shadow)
     clear = (1 - sky.cloud) * (1 - sky.cirrus)
     air = _air(rng, place, sky.aerosol)
@@ -156,7 +156,7 @@ def products(rng: np.random.Generator, place: Place, terrain: Terrain, cover: Co
         cloud = spectra.CLOUD[b] * sky.cloud * sky.bright * (1 - sky.cirrus) + spectra.CIRRUS[b] * sky.cirrus
         surface, cloud = _native(surface, step), _native(cloud, step)
         open_air = _native(clear, step)
-        top = surface * air.through[b] + air.path[b] * (0.25 + 0.75 * open_air) + cloud * (0.45 + 0.4 * air.through[b])
+        top = surface * air.through[b] + air.path[b] * (0.25 + 0.75 * open_air) + cloud * (0.36 + 0.4 * air.through[b])
         bottom = surface * air.residual[b] + cloud + air.haze[b] * open_air
         noise = rng.standard_normal(top.shape, dtype=np.float32) * (spectra.NOISE[b] * np.sqrt(0.4 + 4 * np.clip(top, 0, None)))
         for name, value, error in (("S2L1C", top, noise), ("S2L2A", bottom, noise / max(air.through[b], 0.3))):
@@ -175,7 +175,7 @@ def _derived(s2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds S2RGB, one stretch for the three bands of the scene, and NDVI, both from the stored L2A as in the published products."""
     rgb = s2["S2L2A"][[spectra.RED, spectra.GREEN, spectra.BLUE]].astype(np.float32)
     low, high = np.percentile(rgb[:, ::3, ::3], (0.5, 99.7))
-    low = 0.6 * low
+    low = 0.5 * low
     high = low + 1.15 * max(high - low, 1800)
     stretched = np.clip((rgb - low) * (255 / (high - low)), 0, 255)
     red, nir = s2["S2L2A"][spectra.RED].astype(np.float32), s2["S2L2A"][spectra.NIR].astype(np.float32)

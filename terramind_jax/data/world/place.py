@@ -1,7 +1,7 @@
 """Where and when a scene lies: a fixed planet, location blocks, and the latent climate that all modalities share.
 
-The planet is the same for every seed. Latitude, elevation and a hidden date set temperature; latitude and two smooth fields of the
-globe set moisture. Train and validation scenes come from different blocks of 10 by 10 degrees.
+The planet is the same for every seed. Latitude, elevation and a hidden date set temperature; latitude, a smooth field of the
+globe and height set moisture. Train and validation scenes come from different blocks of 10 by 10 degrees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from terramind_jax.data.world import draws
 
 BLOCK = 10  # degrees
 LAPSE = 6.5e-3  # K per metre
-_OFFSET_SHARE = {"S2L1C": 0.42, "S2L2A": 0.20}
+_OFFSET_SHARE = {"S2L1C": 0.42, "S2L2A": 0.16}
 
 # How land lies over the latitudes, and how wet each latitude is.
 _LAND_LATITUDE = ((-56, -40, -30, -20, -10, 0, 10, 20, 30, 40, 50, 60, 70, 74), (0, 3, 9, 18, 27, 34, 43, 52, 63, 73, 84, 93, 98.5, 100))
@@ -57,15 +57,13 @@ def split_of(lon: float, lat: float) -> str:
     return "val" if (column + 3 * row) % 8 == 0 else "train"
 
 
-def planet(lon: float, lat: float) -> tuple[float, float]:
-    """Two smooth fields of the globe, about standard normal: (mountains, wetness)."""
+def wetness(lon: float, lat: float) -> float:
+    """A smooth field of the globe, about standard normal: rainy and dry sides of continents."""
     rng = np.random.Generator(np.random.Philox(key=2024))
-    waves = rng.standard_normal((2, 24, 3)) * 3.0
-    phases = rng.random((2, 24)) * 2 * np.pi
+    waves, phases = rng.standard_normal((24, 3)) * 3.0, rng.random(24) * 2 * np.pi
     a, b = np.radians(lon), np.radians(lat)
     point = np.array([np.cos(b) * np.cos(a), np.cos(b) * np.sin(a), np.sin(b)])
-    mountains, wetness = np.cos(waves @ point + phases).sum(axis=1) / np.sqrt(12)
-    return float(mountains), float(wetness)
+    return float(np.cos((waves * point).sum(axis=1) + phases).sum() / np.sqrt(12))
 
 
 def sun(lat: float, doy: int) -> tuple[float, float]:
@@ -83,13 +81,13 @@ def draw(seed: int, split: str, index: int) -> Place:
     u = draws.quasi_uniform(seed, split, index)
     rng = draws.stream(seed, split, index, "place")
     lat = round(float(np.interp(100 * u[0], _LAND_LATITUDE[1], _LAND_LATITUDE[0])), 5)
-    lon = _longitude(split, u[1], lat)
-    mountains, wetness = planet(lon, lat)
-    score = 0.3 * mountains + np.sqrt(1 - 0.3**2) * draws.normal_quantile(u[2])
-    elevation, coastal = _elevation(score)
+    lon = _longitude(split, u[3], lat)
+    coastal = u[1] < 0.09
+    elevation = float(2 + 30 * u[1] / 0.09) if coastal else float(25 + 3750 * u[1] ** 4.5)
     relief = float(np.clip(0.14 * (elevation + 60) ** 0.92 * np.exp(0.55 * draws.normal_quantile(u[7])), 3, 340))
-    doy = _day(lat, u[3])
-    moisture = np.interp(abs(lat), *_LATITUDE_MOISTURE) + 0.13 * wetness + 0.12 * draws.normal_quantile(u[4])
+    doy = _day(lat, u[2])
+    moisture = np.interp(abs(lat), *_LATITUDE_MOISTURE) + 0.13 * wetness(lon, lat) + 0.12 * draws.normal_quantile(u[4])
+    moisture -= 0.10 * np.clip((elevation - 900) / 1000, 0, 2)  # high plateaus lie in the rain shadow
     annual = 29 - 39 * np.sin(np.radians(lat)) ** 2 + rng.normal(0, 1.0)
     swing = 2 + 20 * np.sin(np.radians(abs(lat))) ** 1.3
     season = float(np.cos(2 * np.pi * (doy - 200) / 365) * (1 if lat >= 0 else -1))
@@ -108,8 +106,8 @@ def draw(seed: int, split: str, index: int) -> Place:
         year=int(rng.integers(2017, 2025)),
         radar_days=int(rng.integers(1, 9) * rng.choice((-1, 1))),
         humans=_humans(u[6], elevation, annual),
-        cloudiness=0.0 if u[5] < 0.6 else float(0.66 * ((u[5] - 0.6) / 0.4) ** 1.8 + 0.02),
-        coastal=coastal,
+        cloudiness=0.0 if u[5] < 0.6 else float(0.62 * ((u[5] - 0.6) / 0.4) ** 2 + 0.02),
+        coastal=bool(coastal),
         sun_zenith=zenith,
         sun_azimuth=azimuth,
         offsets={name: 1000 if rng.random() < share else 0 for name, share in _OFFSET_SHARE.items()},
@@ -124,16 +122,10 @@ def _longitude(split: str, u: float, lat: float) -> float:
     raise RuntimeError(f"No block of {split} at latitude {lat}.")
 
 
-def _elevation(score: float) -> tuple[float, bool]:
-    if score < -1.35:
-        return float(np.clip(14 + 30 * (score + 1.7), 1, 40)), True
-    return float(min(np.exp(5.62 + 1.35 * score), 4600)), False
-
-
 def _day(lat: float, u: float) -> int:
-    for k in range(200):  # no acquisitions in the polar night
+    for k in range(200):  # no acquisitions in the polar night, few in the depth of winter
         doy = 1 + int((u + k * 0.3819660113) % 1.0 * 365)
-        if sun(lat, doy)[0] < np.radians(70):
+        if sun(lat, doy)[0] < np.radians(66):
             return doy
     raise RuntimeError(f"The sun never rises at latitude {lat}.")
 

@@ -54,15 +54,17 @@ def flood(z: np.ndarray, outlets: np.ndarray, step: np.ndarray) -> tuple[np.ndar
     for _, i in heap:
         seen[i] = True
     heapq.heapify(heap)
+    push, pop = heapq.heappush, heapq.heappop
     while heap:
-        level, i = heapq.heappop(heap)
+        level, i = pop(heap)
         order.append(i)
         for j in around[i]:
             if not seen[j]:
                 seen[j], parent[j] = True, i
-                if height[j] < level + step[j]:
-                    height[j] = level + step[j]
-                heapq.heappush(heap, (height[j], j))
+                floor = level + step[j]
+                if height[j] < floor:
+                    height[j] = floor
+                push(heap, (height[j], j))
     return np.array(height, np.float32), parent, order
 
 
@@ -75,10 +77,10 @@ def _carve(filled: np.ndarray, parent: list[int], order: list[int], inflow: tupl
             flow[parent[i]] += flow[i]
     height = filled.tolist()
     stream = height[:]
+    power = (rate * np.sqrt(np.minimum(flow, 4000.0))).tolist()
     for i in order:
-        p = parent[i]
+        p, f = parent[i], power[i]
         if p >= 0:
-            f = rate * min(flow[i], 4000.0) ** 0.5
             height[i] = (height[i] + f * height[p]) / (1 + f)
             stream[i] = height[i] if flow[i] > channel else stream[p]
         else:
@@ -87,11 +89,8 @@ def _carve(filled: np.ndarray, parent: list[int], order: list[int], inflow: tupl
 
 
 def _relief(rng: np.random.Generator, place: Place, n: int) -> np.ndarray:
-    """Coarse elevation before erosion: smooth hills in the plains, ridged noise in the mountains, and a tilt."""
-    rugged = float(np.clip(place.relief / 160, 0, 1))
-    hills = draws.fractal(rng, n, slope=2.3, shortest=3.0)
-    ridges = 1 - 1.6 * np.abs(draws.fractal(rng, n, slope=1.9, shortest=1.5))
-    z = (1 - 0.7 * rugged) * hills + 0.7 * rugged * ridges
+    """Coarse elevation before erosion: spectral hills, rougher where relief is high, and a tilt."""
+    z = draws.fractal(rng, n, slope=2.3 if place.relief < 60 else 2.0, shortest=3.0 if place.relief < 60 else 2.0)
     y, x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j]
     angle = rng.uniform(0, 2 * np.pi)
     z = z + rng.uniform(0.5, 1.6) * (x * np.cos(angle) + y * np.sin(angle))
@@ -141,7 +140,8 @@ def _river_field(rng, place: Place, size: int, flow: np.ndarray, parent: list[in
     a, b, c = node[cells], node[up[cells]], node[up[up[cells]]]
     t = np.linspace(0, 1, 9)[:, None, None]
     path = (1 - t) ** 2 * (a + b) / 2 + 2 * t * (1 - t) * b + t**2 * (b + c) / 2  # quadratic curves through the mid-points
-    half = np.clip(0.055 * np.sqrt(flow[cells]) ** 0.9, 0.3, 9.0).astype(np.float32)
+    young = np.clip(flow[cells] / channel - 1, 0.2, 1)  # springs start narrow
+    half = np.clip(young * 0.055 * np.sqrt(flow[cells]) ** 0.9, 0.3, 9.0).astype(np.float32)
     row, column = np.floor(path).astype(int).reshape(-1, 2).T
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     np.maximum.at(field, (row[inside], column[inside]), np.tile(half**2, 9)[inside])
@@ -157,7 +157,7 @@ def make(rng: np.random.Generator, place: Place, size: int) -> Terrain:
     filled, parent, order = flood(raw, outlets, 0.05 * rng.random(n * n) ** 2 + 1e-3)
     inflow = 10 ** rng.uniform(3.2, 4.9) * place.moisture if rng.random() < 0.55 else 0.0
     channel = 90 / (0.15 + place.moisture)
-    rate = float(rng.uniform(0.08, 0.3))
+    rate = float(rng.uniform(0.1, 0.4)) * (1 + place.relief / 100)
     height, flow, stream = _carve(filled, parent, order, (entry, inflow), rate, channel)
     depth = (filled - raw.ravel()) * lakes
     pond = draws.upsample((depth > 0.12 * place.relief + 0.5).reshape(n, n), size, wide=True) > 0.5

@@ -1,0 +1,42 @@
+# make quickstart            train a small TerraMind on the embedded world and generate (about 12 minutes on 2 cores)
+# make quickstart DATA=DIR   the same on your own GeoTIFFs: DIR/MODALITY/NAME.tif
+# make test                  lint and the fast tests
+# make test-full             all tests, the slow ones included
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= quickstart
+LULC_CODES ?= terramesh
+BIN := $(VENV)/bin
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: quickstart test test-full lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@ $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/terramind-jax quickstart --out=$(OUT) $(if $(DATA),--data=$(DATA) --lulc_codes=$(LULC_CODES))
+
+lint: $(VENV)/.installed-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+test-full: lint
+	$(BIN)/python -m pytest -m "" --durations=20
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .cache

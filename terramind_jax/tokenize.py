@@ -1,0 +1,195 @@
+"""Turns shards into token shards: every distinct crop of every sample through its tokenizer, once, before pretraining.
+
+Beside ``{split}/{modality}/SUBSET_shard_000001.tar`` comes ``{split}/{modality}_tokens/SUBSET_shard_000001.tar`` of ``KEY.npy``, ids
+``[VARIANTS, 14, 14]`` in the order of `data.crops`. Shards that are there are kept, so a run that stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from terramind_jax import modalities as registry
+from terramind_jax.data.index import Index, open_index, scan_tar
+from terramind_jax.data.pipeline import variant_images
+from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX, ShardWriter
+from terramind_jax.modalities import IMAGE_SIZE
+from terramind_jax.tokenizer import Tokenizer
+from terramind_jax.train import tokenizer as training
+
+RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
+
+Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
+
+
+def tokenize(
+    data: str | os.PathLike,
+    weights: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    splits: Sequence[str] | None = None,
+    modalities: Sequence[str] | None = None,
+    batch_size: int = 16,
+    image_size: int = IMAGE_SIZE,
+) -> None:
+    """Stores tokens of the shards under `data` for each modality that has a tokenizer ``{weights}/{modality}``.
+
+    `out` is where the token shards go, by default beside the pixels. `splits` are by default those of train and val that exist,
+    `modalities` those with a tokenizer; `image_size` is the side of the crops. Samples that cannot be read are left out. Raises
+    FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another tokenizer or image size lie already.
+    """
+    out = data if out is None else out
+    splits = [s for s in ("train", "val") if (Path(data) / s).is_dir()] if splits is None else splits
+    if not splits:
+        raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
+    for modality in _with_tokenizer(weights, modalities):
+        module, variables = training.load(Path(weights) / modality)
+        record = describe(f"{Path(weights).name}/{modality}", module, variables, image_size)
+        encode = encoder(module, variables, batch_size)
+        for split in splits:
+            if modalities is None and not (Path(data) / split / modality).is_dir():
+                continue
+            index = open_index(data, split, [modality])
+            claim(Path(out) / split / f"{modality}_tokens", record)
+            tokenize_split(index, Path(data) / split / modality, Path(out), encode, _dtype(module), image_size)
+
+
+def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
+    there = [m.name for m in registry.MODALITIES.values() if m.levels and (Path(weights) / m.name).is_dir()]
+    absent = sorted(set(wanted or ()) - set(there))
+    if absent or not there:
+        raise FileNotFoundError(
+            f"{weights} has no tokenizer {', '.join(absent) or 'at all'}; expected a work directory like {weights}/S2L2A."
+        )
+    return there if wanted is None else list(wanted)
+
+
+def _dtype(module: Tokenizer) -> type:
+    return np.uint16 if module.config.codebook_size <= 1 << 16 else np.int32
+
+
+# ---- which tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str, module: Tokenizer, variables: Any, image_size: int) -> dict[str, Any]:
+    """What tells one folder of tokens from another: the tokenizer's vocabulary, a hash of its weights, the side of the crops."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    config = module.config
+    vocabulary = {"codebook_size": config.codebook_size, "num_codebooks": config.num_codebooks, "levels": list(config.levels)}
+    return {"name": name, "weights_sha256": digest.hexdigest(), "image_size": image_size, **vocabulary}
+
+
+def claim(folder: Path, record: dict[str, Any]) -> None:
+    """Marks a folder as holding tokens of this tokenizer; a ValueError if it holds another's. A tokenizer may be renamed."""
+    path = folder / RECORD
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if {**found, "name": ""} != {**record, "name": ""}:
+            raise ValueError(
+                f"{folder} holds tokens of another tokenizer, {_title(found)}, not of {_title(record)}; choose another folder or delete it."
+            )
+        return
+    if any(folder.glob("*.tar")):
+        raise ValueError(f"{folder} holds tokens of an unknown tokenizer, for it has no {RECORD}; choose another folder or delete it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _title(record: dict[str, Any]) -> str:
+    return f"{record.get('name')} with weights {str(record.get('weights_sha256'))[:12]} at {record.get('image_size')} pixels"
+
+
+# ---- encoding ---------------------------------------------------------------------------------------------------------------
+
+
+def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
+    """A function from a stream of images ``[S, S, C]``, as stored, to the stream of their tokens ``[h, w]``; one compiled shape."""
+
+    @jax.jit
+    def compiled(variables: Any, images: jax.Array) -> jax.Array:
+        config = module.config
+        images = images if config.is_class_map else registry.standardize(config.modality, images)
+        return module.apply(variables, images, method="encode")
+
+    def encode(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        while some := list(itertools.islice(images, batch_size)):
+            batch = np.zeros((batch_size, *some[0].shape), some[0].dtype)
+            np.stack(some, out=batch[: len(some)])
+            yield from np.asarray(compiled(variables, batch))[: len(some)]
+
+    return encode
+
+
+def encode_variants(samples: Iterable[dict[str, Any]], encode: Encode) -> Iterator[tuple[int, np.ndarray]]:
+    """Samples as `variant_images` gives them -> (sample, tokens ``[VARIANTS, h, w]``); batches run across samples, bad ones drop out."""
+    waiting: collections.deque[tuple[int, int, np.ndarray]] = collections.deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for sample in samples:
+            if not sample["bad"]:
+                waiting.append((sample["sample"], len(sample["images"]), sample["inverse"]))
+                yield from sample["images"]
+
+    tokens = encode(images())
+    for first in tokens:
+        sample, distinct, inverse = waiting.popleft()
+        yield sample, np.stack([first, *itertools.islice(tokens, distinct - 1)])[inverse]
+
+
+# ---- one split --------------------------------------------------------------------------------------------------------------
+
+
+def tokenize_split(index: Index, folder: Path, out: Path, encode: Encode, dtype: type, image_size: int) -> None:
+    """Writes the token shards that are missing under `out` for the pixel shards in `folder`, ``{root}/{split}/{modality}``."""
+    split, modality = folder.parts[-2:]
+    shards = [s for s in sorted(folder.glob("*.tar")) if not (out / split / f"{modality}_tokens" / s.name).is_file()]
+    keys = {shard: _keys(shard) for shard in shards}
+    left_out = 0
+    with tqdm(total=sum(map(len, keys.values())), desc=f"tokenize {split}/{modality}", unit="sample", disable=not shards) as bar:
+        for shard in shards:
+            wanted = [index.keys.find(key) for key in keys[shard]]
+            subset, number = _shard_name(shard)
+            with ShardWriter(out, split, f"{modality}_tokens", subset, number) as writer:
+                samples = variant_images(index, modality, image_size=image_size, samples=wanted) if wanted else ()
+                for i, tokens in encode_variants(samples, encode):
+                    writer.add(index.keys[i], _npy(tokens.astype(dtype)), TOKEN_SUFFIX)
+                    wanted.remove(i)
+                    bar.update()
+            left_out += len(wanted)
+            bar.update(len(wanted))
+    if left_out:
+        print(f"{split}/{modality}: {left_out} samples cannot be read and have no tokens.")
+
+
+def _keys(shard: Path) -> list[str]:
+    names = (os.path.basename(name) for name, _, _ in scan_tar(shard))
+    return list(dict.fromkeys(name.removesuffix(SAMPLE_SUFFIX) for name in names if name.endswith(SAMPLE_SUFFIX)))
+
+
+def _shard_name(shard: Path) -> tuple[str, int]:
+    subset, separator, number = shard.stem.rpartition("_shard_")
+    if not separator or not number.isdigit() or len(number) != 6:
+        raise ValueError(f"{shard} is not named like a shard, SUBSET_shard_000001.tar; rename it in every modality.")
+    return subset, int(number)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

@@ -1,0 +1,171 @@
+"""Tokens beside the shards: keyed like the pixels, right for every crop, written once, never of two tokenizers."""
+
+from __future__ import annotations
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from terramind_jax import modalities, tokenize, tokenizer
+from terramind_jax.data import crops
+from terramind_jax.data.index import open_index
+from terramind_jax.data.shards import ShardWriter, write_sample
+from terramind_jax.train import tokenizer as training
+
+SIZE = 32
+
+
+def tile(number, side=48, dtype=np.int16):
+    return np.random.default_rng(number).integers(0, 3000, (1, 1, side, side)).astype(dtype)
+
+
+def write_shard(root, number, tiles, modality="DEM", split="train"):
+    with ShardWriter(root, split, modality, "world", number) as writer:
+        for key, bands in tiles.items():
+            writer.add(key, b"damaged" if bands is None else write_sample({"bands": bands}))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two shards; sample b is as small as a crop, sample d cannot be read."""
+    write_shard(tmp_path / "data", 1, {"a": tile(1), "b": tile(2, SIZE)})
+    write_shard(tmp_path / "data", 7, {"d": None, "c": tile(3)})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A folder of tokenizers DEM and LULC; `load` gives random weights, others for each number in the folder's `seed`."""
+
+    def load(workdir):
+        channels = modalities.get(workdir.name).channels
+        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(workdir.name, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
+        shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
+        rng = np.random.default_rng(int((workdir / "seed").read_text()))
+        return module, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
+
+    monkeypatch.setattr(training, "load", load)
+    for name in ("DEM", "LULC"):
+        (tmp_path / "tokenizers" / name).mkdir(parents=True)
+        (tmp_path / "tokenizers" / name / "seed").write_text("0")
+    return tmp_path / "tokenizers"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Instead of encoding, tokens that differ from image to image: nothing is compiled where only files matter."""
+    monkeypatch.setattr(tokenize, "encoder", lambda *_: lambda images: (np.full((2, 2), image.sum() % 15360) for image in images))
+
+
+def run(root, weights, **options):
+    tokenize.tokenize(root, weights, image_size=SIZE, **{"batch_size": 4, **options})
+
+
+def encoded(weights, modality, images):
+    module, variables = training.load(weights / modality)
+    images = images if modality == "LULC" else modalities.standardize(modality, images)
+    return np.asarray(jax.jit(lambda v, x: module.apply(v, x, method="encode"))(variables, images))
+
+
+def test_tokens_are_those_of_each_crop(root, weights, capsys):
+    run(root, weights)
+    index = open_index(root, "train", ["DEM"])
+    assert index.has_tokens[:, 0].tolist() == [True, True, True, False]  # a, b, c, and d that cannot be read
+    assert "train/DEM: 1 samples cannot be read" in capsys.readouterr().out
+    for i in range(3):
+        tokens = index.tokens(i, "DEM")
+        assert tokens.shape == (crops.VARIANTS, 2, 2) and tokens.dtype == np.uint16
+        images = np.stack([crops.crop(index.read(i, "DEM"), v, SIZE) for v in range(crops.VARIANTS)])
+        np.testing.assert_array_equal(tokens, encoded(weights, "DEM", images))
+    assert len(np.unique(index.tokens(0, "DEM"))) > 4
+
+
+def test_shards_are_named_and_filled_like_the_pixels(root, weights, quick):
+    run(root, weights)
+    folder = root / "train" / "DEM_tokens"
+    assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "world_shard_000001.tar", "world_shard_000007.tar"]
+    record = json.loads((folder / "tokenizer.json").read_text())
+    assert record["name"] == "tokenizers/DEM" and record["codebook_size"] == 15360 and len(record["weights_sha256"]) == 64
+
+
+def test_batches_do_not_matter(root, weights, tmp_path):
+    for size in (3, 16):
+        run(root, weights, out=tmp_path / str(size), batch_size=size)
+    few, many = (open_index(root, "train", ["DEM"], tokens_root=tmp_path / str(size)) for size in (3, 16))
+    for i in range(3):
+        np.testing.assert_array_equal(few.tokens(i, "DEM"), many.tokens(i, "DEM"))
+
+
+def test_shards_that_are_there_are_kept(root, weights, quick):
+    run(root, weights)
+    first, second = sorted((root / "train" / "DEM_tokens").glob("*.tar"))
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    run(root, weights)
+    assert first.stat().st_mtime_ns == kept
+    assert open_index(root, "train", ["DEM"]).has_tokens.sum() == 3
+
+
+def test_class_maps_are_tokenized_as_they_are(root, weights):
+    classes = np.random.default_rng(0).integers(0, 10, (1, 1, SIZE, SIZE)).astype(np.uint8)
+    write_shard(root, 1, {"a": classes}, "LULC", "val")
+    run(root, weights)
+    index = open_index(root, "val", ["LULC"])
+    expected = encoded(weights, "LULC", np.stack([classes[0, 0], classes[0, 0, :, ::-1]]))
+    np.testing.assert_array_equal(index.tokens(0, "LULC"), np.tile(expected, (5, 1, 1)))
+
+
+def test_another_tokenizer_is_refused(root, weights, quick):
+    run(root, weights)
+    (weights / "DEM" / "seed").write_text("1")
+    with pytest.raises(ValueError, match="DEM_tokens holds tokens of another tokenizer, tokenizers/DEM with weights .* choose another"):
+        run(root, weights)
+
+
+def test_a_renamed_folder_of_tokenizers_is_the_same_tokenizer(root, weights, quick):
+    run(root, weights)
+    run(root, weights.rename(weights.with_name("renamed")))
+
+
+def test_tokens_of_unknown_origin_are_refused(root, weights, quick):
+    run(root, weights)
+    (root / "train" / "DEM_tokens" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="an unknown tokenizer, for it has no tokenizer.json"):
+        run(root, weights)
+
+
+def test_what_is_missing_is_said(root, weights, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer NDVI; expected a work directory like"):
+        run(root, weights, modalities=["NDVI"])
+    with pytest.raises(FileNotFoundError, match="has no tokenizer at all"):
+        run(root, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no folder train or val"):
+        run(tmp_path / "nowhere", weights)
+    with pytest.raises(FileNotFoundError, match="No samples in"):
+        run(root, weights, splits=["test"], modalities=["DEM"])
+
+
+def test_a_shard_of_another_name_is_refused(root, weights, quick):
+    (root / "train" / "DEM" / "world_shard_000001.tar").rename(root / "train" / "DEM" / "world.tar")
+    with pytest.raises(ValueError, match="world.tar is not named like a shard"):
+        run(root, weights)
+
+
+def test_large_codebooks_are_stored_in_32_bits_and_several_as_an_axis(root, weights, monkeypatch):
+    load = training.load
+
+    def wide(workdir):
+        module, variables = load(workdir)
+        config = tokenizer.TokenizerConfig("DEM", 1, levels=(300, 300), dim=8, depth=1, num_heads=1, num_codebooks=2, image_size=SIZE)
+        bias, kernel = np.zeros(4, np.float32), np.ones((8, 4), np.float32)
+        variables["params"]["quant_proj"] = {"kernel": kernel, "bias": bias}
+        variables["params"]["decoder"]["post_quant_proj"]["kernel"] = np.ones((4, 8), np.float32)
+        return tokenizer.Tokenizer(config), variables
+
+    monkeypatch.setattr(training, "load", wide)
+    run(root, weights, modalities=["DEM"])
+    tokens = open_index(root, "train", ["DEM"]).tokens(0, "DEM")
+    assert tokens.shape == (crops.VARIANTS, 2, 2, 2) and tokens.dtype == np.int32

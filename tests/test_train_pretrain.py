@@ -1,0 +1,178 @@
+"""The pretraining loop: it learns, stops, continues with the same numbers, and refuses what cannot work."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from terramind_jax import checkpoint, modalities
+from terramind_jax import config as configuration
+from terramind_jax.train import logging, pretrain
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tiny_run.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory) -> Path:
+    """The work directory of a run of eight steps."""
+    workdir = tmp_path_factory.mktemp("finished")
+    pretrain.train(tiny_run.pretraining(root), workdir)
+    return workdir
+
+
+def parameters(workdir) -> dict:
+    return pretrain.load(workdir)[1]["params"]
+
+
+def assert_equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_run_learns_and_reports(root, tmp_path):
+    config = tiny_run.pretraining(root, steps=40)
+    config.run.update(eval_every=20, tensorboard=True)
+    last = pretrain.train(config, tmp_path)
+    lines = logging.read(tmp_path)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert np.mean([line["loss"] for line in steps[-5:]]) < 0.8 * steps[0]["loss"]
+    assert steps[0]["learning_rate"] == 0
+    assert steps[-1]["loss/S1GRD"] is None  # never there, never a target
+    assert {"loss/DEM", "loss/LULC", "grad_norm", "tokens_per_second", "mfu", "data_wait", "skipped", "bad", "overflow"} <= steps[-1].keys()
+    validations = [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in validations] == [20, 40]
+    assert validations[1]["val/loss/LULC"] < validations[0]["val/loss/LULC"]
+    assert last["val/loss"] == validations[1]["val/loss"]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_load_gives_module_and_variables(finished):
+    module, variables, config = pretrain.load(finished)
+    assert config.train.steps == 8
+    assert {s.key: s.vocab_size for s in module.config.decoder} == {
+        "tok_dem@224": 30,
+        "tok_lulc@224": 20,
+        "tok_sen1grd@224": 10,
+    }
+    ids = np.zeros((1, 4), np.int32)
+    content, _ = module.apply(variables, "tok_lulc@224", ids, method="embed")
+    assert content.shape == (1, 4, 64)
+
+
+def test_a_finished_run_is_left_alone(root, finished):
+    before = (finished / "metrics.jsonl").read_text()
+    assert pretrain.train(tiny_run.pretraining(root), finished)["step"] == 8
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(root, finished, tmp_path, monkeypatch):
+    write = logging.Writer.write
+
+    def interrupting(self, step, scalars):
+        write(self, step, scalars)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logging.Writer, "write", interrupting)
+    with pytest.raises(checkpoint.Terminated, match=r"Stopped by SIGTERM at step 6 of 8; the checkpoint is saved"):
+        pretrain.train(tiny_run.pretraining(root), tmp_path)
+    monkeypatch.undo()
+    pretrain.train(tiny_run.pretraining(root), tmp_path)
+    assert_equal(parameters(tmp_path), parameters(finished))
+    losses = [[(line["step"], line["loss"]) for line in logging.read(w) if "loss" in line] for w in (tmp_path, finished)]
+    assert losses[0] == losses[1]
+
+
+def test_a_continued_run_drops_the_lines_it_will_write_again(root, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    logging.Writer(tmp_path, step=2, total=9, tensorboard=False, progress=False).write(3, {"loss": np.float32(np.nan)})
+    assert logging.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": None}]
+
+
+def test_another_mesh_gives_the_same_losses(root, finished, tmp_path):
+    config = tiny_run.pretraining(root)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    pretrain.train(config, tmp_path)
+    losses = [[line["loss"] for line in logging.read(w) if "loss" in line] for w in (tmp_path, finished)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_an_unreadable_sample_is_counted_and_trained_around(tmp_path):
+    root = tiny_run.write_shards(tmp_path / "shards", broken=3)
+    last = pretrain.train(tiny_run.pretraining(root, steps=6), tmp_path / "run")
+    assert last["bad"] > 0
+    assert last["skipped"] == 0
+    assert np.isfinite(last["loss"])
+
+
+def test_streams_of_the_released_model():
+    encoder, decoder = pretrain.streams(configuration.pretraining())
+    assert (encoder, decoder) == (modalities.ENCODER_STREAMS, modalities.DECODER_STREAMS)
+
+
+def test_vocabularies_are_read_beside_the_tokens(root, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"DEM": {"codebook_size": 64}}))
+    config = configuration.pretraining()
+    config.data.tokens = str(tmp_path)
+    _, decoder = pretrain.streams(pretrain.with_codebooks(config))
+    assert {s.modality: s.vocab_size for s in decoder}["DEM"] == 64
+    assert not config.model.codebooks
+
+
+def test_what_cannot_work_is_one_sentence(root, finished, tmp_path):
+    untokenized = tiny_run.write_shards(tmp_path / "shards", tokens=False)
+    with pytest.raises(ValueError, match=r"There are no token shards under .*train; make them with terramind-jax tokenize"):
+        pretrain.train(tiny_run.pretraining(untokenized), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"config\.data\.root is empty"):
+        pretrain.train(tiny_run.pretraining(""), tmp_path / "b")
+    config = tiny_run.pretraining(root)
+    config.train.batch_size = 4
+    with pytest.raises(ValueError, match=r"train\.batch_size=4 must be a multiple of 8"):
+        pretrain.train(config, tmp_path / "c")
+    config = tiny_run.pretraining(root)
+    config.model.dim = 128
+    with pytest.raises(ValueError, match=r"holds a run with model\.dim=64, not 128"):
+        pretrain.train(config, finished)
+
+
+def command(config: Path, workdir: Path) -> list[str]:
+    return [sys.executable, "-m", "terramind_jax", "pretrain", f"--config={config}", f"--workdir={workdir}"]
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_started_again(root, tmp_path):
+    """SIGKILL through the command line, on one device: bit-identical parameters, and no step is reported twice."""
+    config = tiny_run.pretraining(root, steps=120)
+    config.run.checkpoint_every = 7
+    path = tiny_run.write_config(tmp_path / "config.py", config)
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(path, whole), env=environment, check=True, capture_output=True)
+    for _ in range(3):
+        limit = random.randrange(5, 110)
+        process = subprocess.Popen(command(path, broken), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        metrics = broken / "metrics.jsonl"
+        while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= limit):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    subprocess.run(command(path, broken), env=environment, check=True, capture_output=True)
+    assert_equal(parameters(broken), parameters(whole))
+    losses = [[(line["step"], line["loss"]) for line in logging.read(w) if "loss" in line] for w in (broken, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 120
