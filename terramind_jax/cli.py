@@ -13,7 +13,7 @@ INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 after an error of use, 143 when stopped by SIGTERM."""
+    """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 143 when stopped by SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
         return parsed.command(parsed) or 0
@@ -106,15 +106,15 @@ def _add_tokens(commands) -> None:
     parser = _add(commands, "tokenize", "turn shards into token shards", _tokenize)
     parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards")
     parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer's work directory a modality")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the token shards; may be ROOT")
+    parser.add_argument("--out", metavar="DIR", help="folder for the token shards; default: beside the pixels")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once")
 
 
 def _tokenize(parsed: argparse.Namespace) -> None:
-    from terramind_jax import tokenize
+    from terramind_jax.tokenize import tokenize
 
-    tokenize.run(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size)
+    tokenize(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size)
 
 
 # ---- using a model ----
@@ -187,7 +187,8 @@ def _quickstart(parsed: argparse.Namespace) -> None:
 
 
 def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="make, build, index and verify shards", allow_abbrev=False)
+    text = "make, build, index and verify shards"
+    data = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     parser = _add(actions, "synthesize", "write shards of the embedded world", _synthesize)
     parser.add_argument("--out", required=True, metavar="ROOT")
@@ -198,45 +199,50 @@ def _add_data(commands) -> None:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument(
-        "--lulc_codes", default="terramesh", metavar="NAME", help="codes of the LULC rasters: terramesh, esri or dynamicworld"
+        "--lulc_codes", choices=("terramesh", "esri", "dynamicworld"), help="codes of the LULC rasters; needed if there are any"
     )
-    parser.add_argument("--val_fraction", type=float, default=0.0, help="share of the tiles that goes to the validation split")
+    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
     for name, text, command in (
         ("index", "scan the shards and store their index", _index),
-        ("check", "read every sample and report the bad ones", _check),
-        ("stats", "count samples and print mean and spread per band", _stats),
+        ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
+        ("stats", "mean and spread per band beside the released ones", _stats),
     ):
         _add(actions, name, text, command).add_argument("root", metavar="ROOT")
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import commands
+    from terramind_jax.data.synthesize import synthesize
 
-    commands.synthesize(parsed.out, scenes=parsed.scenes, val_scenes=parsed.val_scenes, seed=parsed.seed)
+    synthesize(parsed.out, scenes=parsed.scenes, val_scenes=parsed.val_scenes, seed=parsed.seed)
 
 
 def _pack(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import commands
+    from terramind_jax.data import check
+    from terramind_jax.data.pack import pack
 
-    commands.pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
+    pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
+    print(check.format_index(check.index(parsed.out)))
 
 
 def _index(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import commands
+    from terramind_jax.data import check
 
-    commands.index(parsed.root)
+    print(check.format_index(check.index(parsed.root)))
 
 
-def _check(parsed: argparse.Namespace) -> int | None:
-    from terramind_jax.data import commands
+def _check(parsed: argparse.Namespace) -> int:
+    from terramind_jax.data import check
 
-    return commands.check(parsed.root)
+    results = [check.check(parsed.root, split) for split in check.splits(parsed.root)]
+    print("\n\n".join(map(check.format_check, results)))
+    return 0 if all(result.ok for result in results) else 1
 
 
 def _stats(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import commands
+    from terramind_jax.data import check
 
-    commands.stats(parsed.root)
+    for split in check.splits(parsed.root):
+        print(f"{split}\n{check.format_stats(check.stats(parsed.root, split))}")
 
 
 # ---- info ----

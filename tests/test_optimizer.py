@@ -55,9 +55,7 @@ def test_decay_spares_norms_and_biases_only(params):
 def test_decay_of_the_whole_model():
     config = networks.TransformerConfig(dim=64, encoder_depth=1, decoder_depth=1, num_heads=1, gated_mlp=False, use_bias=True)
     boxed = jax.eval_shape(partial(networks.init, networks.TerraMind(config)), jax.random.key(0))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(
-        optimizer.decayed(meta.unbox(boxed))
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(optimizer.decayed(meta.unbox(boxed)))
     spared = {jax.tree_util.keystr(path, simple=True, separator=".") for path, decay in leaves if not decay}
     kept = {jax.tree_util.keystr(path, simple=True, separator=".") for path, decay in leaves if decay}
     assert all(name.endswith(("scale", "bias")) for name in spared)

@@ -16,21 +16,45 @@ def root(tmp_path_factory):
     return tiny_run.write_shards(tmp_path_factory.mktemp("shards"), tokens=False)
 
 
-@pytest.mark.parametrize(("modality", "quality"), [("DEM", "val/rmse"), ("LULC", "val/accuracy")])
-def test_a_run_learns_and_loads(root, tmp_path, modality, quality):
-    config = tiny_run.tokenizer_training(root, modality, steps=60)
-    last = tokenizer.train(config, tmp_path)
-    lines = [line for line in logging.read(tmp_path) if "loss" in line]
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    assert {"images_per_second", "mfu", "codes_in_batch"} <= lines[-1].keys()
-    assert 0 < last["val/codes"] <= 1
-    assert 1 <= last["val/perplexity"] <= 16
-    assert last[quality] == logging.read(tmp_path)[-1][quality]
-    module, variables = tokenizer.load(tmp_path)
-    image = np.zeros((2, 32, 32) if modality == "LULC" else (2, 32, 32, 1), np.float32)
-    assert module.apply(variables, image, method="encode").shape == (2, 2, 2)
-    trees = checkpoint.Checkpoints(tmp_path)
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """The work directory of a finished run on DEM."""
+    workdir = tmp_path_factory.mktemp("finished")
+    tokenizer.train(tiny_run.tokenizer_training(root), workdir)
+    return workdir
+
+
+def losses(workdir) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in logging.read(workdir) if "loss" in line]
+
+
+def test_a_run_learns_and_reports(finished):
+    lines = logging.read(finished)
+    assert losses(finished)[-1][1] < 0.7 * losses(finished)[0][1]
+    assert {"images_per_second", "mfu", "codes_in_batch"} <= lines[-2].keys()
+    assert 0 < lines[-1]["val/codes"] <= 1
+    assert 1 <= lines[-1]["val/perplexity"] <= 16
+    assert lines[-1]["val/rmse"] < 1000
+
+
+def test_load_gives_the_averaged_weights(finished):
+    module, variables = tokenizer.load(finished)
+    assert module.apply(variables, np.zeros((2, 32, 32, 1), np.float32), method="encode").shape == (2, 2, 2)
+    trees = checkpoint.Checkpoints(finished)
     assert trees.items() == {"params", "buffers", "opt_state", "ema"}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables["params"])
+    saved, _ = trees.restore({"params": shapes, "ema": shapes})
+    trees.close()
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], saved["ema"])
+    assert not np.array_equal(saved["ema"]["quant_proj"]["kernel"], saved["params"]["quant_proj"]["kernel"])
+
+
+def test_class_maps(root, tmp_path):
+    last = tokenizer.train(tiny_run.tokenizer_training(root, "LULC"), tmp_path)
+    assert losses(tmp_path)[-1][1] < losses(tmp_path)[0][1]
+    assert 0 <= last["val/accuracy"] <= 1
+    module, variables = tokenizer.load(tmp_path)
+    assert module.apply(variables, np.zeros((2, 32, 32), np.uint8), method="encode").shape == (2, 2, 2)
 
 
 def test_rmse_is_in_the_modalitys_unit():
@@ -64,24 +88,21 @@ def test_unreadable_images_weigh_nothing(root):
     assert float(one) == pytest.approx(float(two), rel=1e-5)
 
 
-def test_a_stopped_run_continues_with_the_same_numbers(root, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    tokenizer.train(tiny_run.tokenizer_training(root), whole)
+def test_a_killed_run_continues_with_the_same_numbers(root, finished, tmp_path, monkeypatch):
     add = logging.Meter.add
 
     def failing(self, step, metrics, waited):
         add(self, step, metrics, waited)
-        if step == 6:
+        if step == 20:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(logging.Meter, "add", failing)
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.train(tiny_run.tokenizer_training(root), broken)
+        tokenizer.train(tiny_run.tokenizer_training(root), tmp_path)
     monkeypatch.undo()
-    tokenizer.train(tiny_run.tokenizer_training(root), broken)
-    jax.tree.map(np.testing.assert_array_equal, tokenizer.load(broken)[1], tokenizer.load(whole)[1])
-    losses = [[(line["step"], line["loss"]) for line in logging.read(w) if "loss" in line] for w in (broken, whole)]
-    assert losses[0] == losses[1]
+    tokenizer.train(tiny_run.tokenizer_training(root), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, tokenizer.load(tmp_path)[1], tokenizer.load(finished)[1])
+    assert losses(tmp_path) == losses(finished)
 
 
 def test_what_cannot_work_is_one_sentence(root, tmp_path):

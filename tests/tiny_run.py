@@ -32,9 +32,9 @@ def write_split(root: Path, split: str, n: int, *, tokens: bool = True, broken: 
                     shard.add(f"s{i:03d}", buffer.getvalue(), ".npy")
 
 
-def write_shards(root: Path, *, tokens: bool = True, broken: int | None = None) -> Path:
-    """12 training and 5 validation samples."""
-    write_split(root, "train", 12, tokens=tokens, broken=broken)
+def write_shards(root: Path, *, tokens: bool = True) -> Path:
+    """12 training samples, one of them without a readable DEM, and 5 validation samples."""
+    write_split(root, "train", 12, tokens=tokens, broken=3)
     write_split(root, "val", 5, tokens=tokens)
     return root
 
@@ -44,10 +44,10 @@ def _shorten(config: ConfigDict, root: Path, steps: int) -> None:
     config.optimizer.learning_rate = 3e-3
     config.train.steps = steps
     config.train.batch_size = 8
-    config.run.update(log_every=1, eval_every=0, eval_batches=2, checkpoint_every=4, progress=False, tensorboard=False)
+    config.run.update(log_every=1, eval_every=0, eval_batches=2, checkpoint_every=16, progress=False, tensorboard=False)
 
 
-def pretraining(root: Path, steps: int = 8) -> ConfigDict:
+def pretraining(root: Path, steps: int = 32) -> ConfigDict:
     config = configuration.pretraining()
     config.model.update(dim=64, encoder_depth=1, decoder_depth=1, num_heads=1, image_size=SIZE)
     with config.unlocked():
@@ -59,7 +59,7 @@ def pretraining(root: Path, steps: int = 8) -> ConfigDict:
     return config
 
 
-def tokenizer_training(root: Path, modality: str = "DEM", steps: int = 8) -> ConfigDict:
+def tokenizer_training(root: Path, modality: str = "DEM", steps: int = 32) -> ConfigDict:
     config = configuration.tokenizer_training()
     config.model.update(modality=modality, levels=(4, 4), dim=32, depth=1, num_heads=2, image_size=SIZE)
     config.data.image_size = SIZE

@@ -46,6 +46,26 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
     return rows.reshape(batch, h * patch_size, w * patch_size, -1)
 
 
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x @ kernel``. Its own gradient for the kernel is a product that starts from `x`: JAX starts from the gradient of the output, which
+    here is as large as an image, and which XLA's CPU backend would first transpose."""
+    return x @ kernel
+
+
+def _project_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _project_backward(saved, g):
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return g @ kernel.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Block(nn.Module):
     """One pre-norm layer, ``[B, N, D]`` -> ``[B, N, D]``; the None makes it the body of a scan."""
 
@@ -120,7 +140,7 @@ class PatchProject(nn.Module):
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (size,))
         kernel = jnp.moveaxis(kernel.reshape(c.dim, *stored), 1, -1).reshape(c.dim, size).astype(c.dtype)
         bias = jnp.moveaxis(bias.reshape(stored), 0, -1).reshape(size)
-        return unpatchify((x.astype(c.dtype) @ kernel).astype(jnp.float32) + bias, p)
+        return unpatchify(project(x.astype(c.dtype), kernel).astype(jnp.float32) + bias, p)
 
 
 class ViTEncoder(nn.Module):

@@ -149,14 +149,23 @@ def validate(sums_fn, data: Iterator[Mapping[str, jax.Array]], n: int, decoder: 
 
 
 def with_codebooks(config: ConfigDict) -> ConfigDict:
-    """The configuration with the vocabularies of the tokenizers that made the token shards, unless it names its own."""
-    path = Path(config.data.tokens or config.data.root) / "tokenizer.json"
-    if config.model.codebooks or not path.is_file():
-        return config
-    sizes = {name: facts["codebook_size"] for name, facts in json.loads(path.read_text()).items()}
+    """The configuration with the vocabularies of the tokenizers that made the token shards, as recorded beside these."""
+    codebooks = config.model.codebooks.to_dict()
+    for name in sorted({*config.data.inputs, *config.data.targets}):
+        path = Path(config.data.tokens or config.data.root) / config.data.train_split / f"{name}_tokens" / "tokenizer.json"
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        size = record.get("codebook_size", codebooks.get(name))
+        if codebooks.get(name, size) != size:
+            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path.parent} come from a codebook of {size}.")
+        if record.get("num_codebooks", 1) != 1:
+            raise ValueError(
+                f"The tokens in {path.parent} have {record['num_codebooks']} codebooks; the transformer takes one token a patch."
+            )
+        if size is not None:
+            codebooks[name] = size
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.model.codebooks = ConfigDict(sizes)
+        config.model.codebooks = ConfigDict(codebooks)
     return config.lock()
 
 

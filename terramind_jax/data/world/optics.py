@@ -12,7 +12,8 @@ import numpy as np
 
 from terramind_jax.data.world import draws, spectra
 from terramind_jax.data.world.draws import MARGIN, PIXEL, sigmoid
-from terramind_jax.data.world.landcover import WATER, Cover
+from terramind_jax.data.world.landcover import SNOW as SNOW_CLASS
+from terramind_jax.data.world.landcover import Cover
 from terramind_jax.data.world.place import Place
 from terramind_jax.data.world.terrain import Terrain
 
@@ -39,8 +40,8 @@ def sky(rng: np.random.Generator, place: Place, size: int) -> Sky:
     high = _cirrus(rng, place, size)
     if place.cloudiness == 0:
         return Sky(zero, high, zero, zero, aerosol)
-    puffy = rng.uniform(0.9, 1.6)
-    field = draws.fractal(rng, n, slope=puffy, shortest=3.0) + 0.12 * draws.fractal(rng, n, slope=0.9, shortest=1.2)
+    puffy = rng.uniform(1.0, 1.8)
+    field = draws.fractal(rng, n, slope=puffy, shortest=5.0) + 0.06 * draws.fractal(rng, n, slope=0.9, shortest=1.5)
     excess = field - np.quantile(field, 1 - place.cloudiness)
     opacity = 1 - np.exp(-6.0 * np.clip(excess + 0.05, 0, None))
     reach = min(rng.uniform(90, 220) * np.tan(place.sun_zenith), MARGIN * PIXEL - 1) / PIXEL
@@ -59,15 +60,14 @@ def _cirrus(rng: np.random.Generator, place: Place, size: int) -> np.ndarray:
 
 
 def materials(cover: Cover) -> np.ndarray:
-    """Shares of the materials ``[15, S, S]``, summing to the texture's brightness for soils and to one otherwise."""
-    water = (cover.classes == WATER).astype(np.float32)
+    """Shares of the materials ``[15, S, S]``: they sum to the brightness of the texture, under snow to nearly one."""
+    water = (cover.water | cover.ice).astype(np.float32)
     ground = (1 - np.clip(cover.trees, 0, 0.95)) * (1 - water)
     hard = np.maximum(cover.built, cover.paved) * 0.9
     soil = ground * (1 - hard) * (1 - cover.herbs)
     herb = ground * (1 - hard) * cover.herbs
     dry = herb * (1 - cover.green)
-    dirt = np.where(cover.rock > 0, 1 - cover.rock, 1)
-    frozen = cover.snow * water
+    dirt = 1 - cover.rock
     shares = {
         "clear water": water * (1 - cover.turbid),
         "turbid water": water * cover.turbid,
@@ -84,7 +84,7 @@ def materials(cover: Cover) -> np.ndarray:
         "asphalt": ground * hard * (cover.built == 0),
     }
     bare = np.stack([shares[name] * cover.texture for name in shares]) * (1 - cover.snow)
-    snow = np.stack([cover.snow - frozen * 0.5, frozen * 0.5]) * (0.93 + 0.07 * cover.texture)
+    snow = cover.snow * np.stack([1 - 0.5 * cover.ice, 0.5 * cover.ice]) * (0.93 + 0.07 * cover.texture)
     return np.concatenate([bare, snow]).astype(np.float32)
 
 
@@ -139,7 +139,7 @@ def _air(rng: np.random.Generator, place: Place, aerosol: float) -> _Air:
     path[spectra.CIRRUS_BAND] = 0.001
     haze = np.clip(rng.normal(0.25, 0.2), -0.2, 1.0) * 0.075 * thick * spectra.AEROSOL
     residual = np.ones(13, np.float32)
-    residual[spectra.VAPOUR] = np.exp(-0.10 * vapour**0.5)  # water vapour is never quite corrected in its own band
+    residual[spectra.VAPOUR] = np.exp(-0.07 * vapour**0.5)  # water vapour is never quite corrected in its own band
     return _Air(path.astype(np.float32), through.astype(np.float32), haze.astype(np.float32), residual)
 
 
@@ -175,8 +175,8 @@ def _derived(s2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds S2RGB, one stretch for the three bands of the scene, and NDVI, both from the stored L2A as in the published products."""
     rgb = s2["S2L2A"][[spectra.RED, spectra.GREEN, spectra.BLUE]].astype(np.float32)
     low, high = np.percentile(rgb[:, ::3, ::3], (0.5, 99.7))
-    low = 0.5 * low
-    high = low + 1.15 * max(high - low, 1800)
+    low = 0.35 * low
+    high = low + 1.25 * max(high - low, 1800)
     stretched = np.clip((rgb - low) * (255 / (high - low)), 0, 255)
     red, nir = s2["S2L2A"][spectra.RED].astype(np.float32), s2["S2L2A"][spectra.NIR].astype(np.float32)
     return s2 | {"S2RGB": np.rint(stretched).astype(np.uint8), "NDVI": ((nir - red) / (nir + red))[None].astype(np.float16)}
@@ -185,8 +185,8 @@ def _derived(s2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def cloud_mask(cover: Cover, sky: Sky) -> np.ndarray:
     """``[S, S]`` uint8: land, open water, snow, thin cloud, thick cloud, cloud shadow (codes of this module)."""
     mask = np.full(cover.classes.shape, LAND, np.uint8)
-    mask[cover.classes == WATER] = OPEN_WATER
-    mask[cover.snow > 0.5] = SNOW
+    mask[cover.water] = OPEN_WATER
+    mask[cover.classes == SNOW_CLASS] = SNOW
     mask[sky.shadow > 0.5] = CLOUD_SHADOW
     opacity = 1 - (1 - sky.cloud) * (1 - 0.8 * sky.cirrus)
     mask[opacity > 0.15] = THIN_CLOUD

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from terramind_jax.data.world import draws
-from terramind_jax.data.world.landcover import BUILT, FLOODED, WATER, Cover
+from terramind_jax.data.world.landcover import BUILT, FLOODED, Cover
 from terramind_jax.data.world.place import LAPSE, Place
 from terramind_jax.data.world.terrain import Terrain
 
@@ -42,8 +42,6 @@ def gamma_nought(rng: np.random.Generator, place: Place, terrain: Terrain, cover
     """Mean backscatter ``[2, S, S]`` in linear power, free of terrain effects, thermal noise and speckle."""
     wind = rng.gamma(2.0, 1.0)
     rain = rng.normal(0, 0.18)
-    water = (cover.classes == WATER) & (cover.snow < 0.4)
-    frozen = terrain.lake | terrain.river | terrain.sea
     ground = 1 - cover.trees
     wet = np.clip(cover.wet + rain, 0, 1)
     soil = _power("dry soil") * (1 - wet) + _power("wet soil") * wet
@@ -58,9 +56,9 @@ def gamma_nought(rng: np.random.Generator, place: Place, terrain: Terrain, cover
     land = np.where(cover.classes == FLOODED, 0.5 * (land + _power("flooded")), land)
     melt = draws.sigmoid((place.today - LAPSE * terrain.elevation + 1.0) / 0.7)
     land = land * (1 - 0.5 * cover.snow) + cover.snow * 0.5 * (_power("snow") * (1 - melt) + _power("wet snow") * melt)
-    land = np.where(frozen & (cover.snow >= 0.4), _power("ice"), land)
+    land = np.where(cover.ice, _power("ice"), land)
     waves = _power("calm water") * (0.4 + wind * (0.6 + 0.9 * terrain.sea)) * np.exp(0.2 * draws.smooth_field(rng, size, 20.0))
-    return np.where(water, waves, land).astype(np.float32)
+    return np.where(cover.water, waves, land).astype(np.float32)
 
 
 def slope_effect(rng: np.random.Generator, terrain: Terrain) -> np.ndarray:

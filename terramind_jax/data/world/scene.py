@@ -37,10 +37,15 @@ def subset_of(index: int) -> str:
     return SUBSETS[index % 4 == 3]
 
 
-def scene(seed: int, index: int, split: str = "train", size: int = 264) -> Scene:
-    """Scene `index` of `split` ("train" or "val") in the world of `seed`; `size` is a multiple of 6, at least 48."""
+def check_size(size: int) -> None:
+    """Raises a ValueError unless scenes can be `size` pixels wide."""
     if size % 6 or size < 48:
         raise ValueError(f"Scene size {size} is not a multiple of 6 pixels (60 m bands) of at least 48.")
+
+
+def scene(seed: int, index: int, split: str = "train", size: int = 264) -> Scene:
+    """Scene `index` of `split` ("train" or "val") in the world of `seed`; `size` is a multiple of 6, at least 48."""
+    check_size(size)
     if split not in draws.SPLITS:
         raise ValueError(f"Unknown split {split!r}; scenes are made for {' and '.join(draws.SPLITS)}.")
     here = place.draw(seed, split, index)

@@ -1,0 +1,180 @@
+"""How far a generated modality is from the truth. NumPy, float64, on the host; used by training, generation and tasks.
+
+Arrays are channels last: images ``[H, W, C]`` or ``[B, H, W, C]`` in the modality's unit, class maps ``[..., H, W]``. PSNR and SSIM need
+a `data_range`, the span of values that counts as full scale; there is no default, because a number without it says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+
+
+@dataclasses.dataclass
+class Errors:
+    """Sums from which MAE, RMSE, PSNR and SSIM of everything added so far follow: RMSE is over all pixels, not a mean over images."""
+
+    data_range: float
+    pixels: int = 0
+    absolute: float = 0.0
+    squared: float = 0.0
+    images: int = 0
+    ssim_sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.data_range > 0:
+            raise ValueError(f"data_range is {self.data_range}; expected a positive span in the modality's unit.")
+
+    def add(self, prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray | None = None) -> Errors:
+        """Adds one image ``[H, W, C]`` or several ``[B, H, W, C]``; `valid` ``[(B,) H, W]`` marks the pixels that count. Returns self."""
+        prediction, truth = _pair(prediction, truth)
+        valid = _valid(valid, truth.shape[:-1])
+        difference = prediction[valid] - truth[valid]
+        self.pixels += difference.size
+        self.absolute += float(np.abs(difference).sum())
+        self.squared += float(np.square(difference).sum())
+        images = (x.reshape(-1, *truth.shape[-3:]) for x in (prediction, truth))
+        for p, t, v in zip(*images, valid.reshape(-1, *valid.shape[-2:]), strict=True):
+            similarity = ssim(p, t, data_range=self.data_range, valid=v)
+            if not math.isnan(similarity):
+                self.images += 1
+                self.ssim_sum += similarity
+        return self
+
+    @property
+    def mae(self) -> float:
+        return self.absolute / self.pixels if self.pixels else math.nan
+
+    @property
+    def rmse(self) -> float:
+        return math.sqrt(self.squared / self.pixels) if self.pixels else math.nan
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB, of the RMSE over all pixels; infinite where nothing differs."""
+        return psnr(self.rmse, self.data_range)
+
+    @property
+    def ssim(self) -> float:
+        """Mean over images."""
+        return self.ssim_sum / self.images if self.images else math.nan
+
+    def summary(self) -> dict[str, float]:
+        return {"mae": self.mae, "rmse": self.rmse, "psnr": self.psnr, "ssim": self.ssim}
+
+
+def mae(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray | None = None) -> float:
+    """Mean absolute error over the pixels that `valid` ``[..., H, W]`` marks, NaN if none."""
+    prediction, truth = _pair(prediction, truth)
+    difference = np.abs(prediction - truth)[_valid(valid, truth.shape[:-1])]
+    return float(difference.mean()) if difference.size else math.nan
+
+
+def rmse(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray | None = None) -> float:
+    """Root mean squared error over the pixels that `valid` ``[..., H, W]`` marks, NaN if none."""
+    prediction, truth = _pair(prediction, truth)
+    difference = np.square(prediction - truth)[_valid(valid, truth.shape[:-1])]
+    return math.sqrt(difference.mean()) if difference.size else math.nan
+
+
+def psnr(rmse: float, data_range: float) -> float:
+    """Peak signal-to-noise ratio in dB of a root mean squared error."""
+    return math.inf if rmse == 0 else 20 * math.log10(data_range / rmse)
+
+
+def ssim(prediction: np.ndarray, truth: np.ndarray, *, data_range: float, valid: np.ndarray | None = None) -> float:
+    """Structural similarity of two images ``[H, W, C]``, a mean over channels and windows.
+
+    Wang et al. 2004: Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, population moments, windows inside the image
+    only. With `valid` ``[H, W]`` only windows without an invalid pixel count; NaN if there is none.
+    """
+    prediction, truth = _pair(prediction, truth)
+    if truth.ndim != 3 or min(truth.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM compares images [H, W, C] of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {truth.shape}.")
+    if valid is not None:
+        valid = np.asarray(valid, bool)
+        prediction, truth = (np.where(valid[..., None], x, 0) for x in (prediction, truth))
+    mean_p, mean_t = _blur(prediction), _blur(truth)
+    var_p, var_t = _blur(prediction**2) - mean_p**2, _blur(truth**2) - mean_t**2
+    covariance = _blur(prediction * truth) - mean_p * mean_t
+    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+    similarity = (2 * mean_p * mean_t + c1) * (2 * covariance + c2) / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))
+    if valid is None:
+        return float(similarity.mean())
+    whole = _windows(valid.astype(np.float64)[..., None], np.ones(SSIM_WINDOW))[..., 0] > SSIM_WINDOW**2 - 0.5
+    return float(similarity[whole].mean()) if whole.any() else math.nan
+
+
+def _blur(x: np.ndarray) -> np.ndarray:
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    return _windows(x, weights / weights.sum())
+
+
+def _windows(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Separable weighted sums over the windows that lie inside: ``[H, W, C]`` -> ``[H - 10, W - 10, C]``."""
+    for axis in (0, 1):
+        size = x.shape[axis] - len(weights) + 1
+        x = sum(w * np.take(x, range(i, i + size), axis=axis) for i, w in enumerate(weights))
+    return x
+
+
+# ---- classes ----
+
+
+def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, num_classes: int, ignore: int | None = None) -> np.ndarray:
+    """Counts ``[num_classes, num_classes]`` int64: row = true class, column = predicted class. Add the matrices of several images.
+
+    Pixels whose truth is `ignore` do not count. A class outside ``0 ... num_classes - 1`` is a ValueError.
+    """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.shape != truth.shape:
+        raise ValueError(f"Prediction has shape {prediction.shape} but the truth {truth.shape}.")
+    counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
+    prediction, truth = prediction[counted].astype(np.int64), truth[counted].astype(np.int64)
+    for name, classes in (("prediction", prediction), ("truth", truth)):
+        if classes.size and (classes.min() < 0 or classes.max() >= num_classes):
+            raise ValueError(f"The {name} holds classes from {classes.min()} to {classes.max()}; expected 0-{num_classes - 1}.")
+    return np.bincount(truth * num_classes + prediction, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """IoU a class ``[K]``; NaN for classes that do not occur in the truth."""
+    hit, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        return np.where(true > 0, hit / (true + predicted - hit), np.nan)
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean IoU over the classes that occur in the truth; NaN for an empty matrix.
+
+    A class that is only predicted counts through the pixels it takes from the others.
+    """
+    present = confusion.sum(1) > 0
+    return float(intersection_over_union(confusion)[present].mean()) if present.any() else math.nan
+
+
+def accuracy(confusion: np.ndarray) -> float:
+    """Share of pixels with the right class; NaN for an empty matrix."""
+    return float(np.trace(confusion) / confusion.sum()) if confusion.sum() else math.nan
+
+
+def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    prediction, truth = np.asarray(prediction, np.float64), np.asarray(truth, np.float64)
+    if prediction.shape != truth.shape:
+        raise ValueError(f"Prediction has shape {prediction.shape} but the truth {truth.shape}.")
+    return prediction, truth
+
+
+def _valid(valid: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if valid is None:
+        return np.ones(shape, bool)
+    if np.shape(valid) != shape:
+        raise ValueError(f"The mask of valid pixels has shape {np.shape(valid)}, expected {shape}.")
+    return np.asarray(valid, bool)

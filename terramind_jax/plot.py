@@ -1,0 +1,309 @@
+"""Pictures: scenes with their inputs, truth and generated modalities, and loss curves. Matplotlib without a display.
+
+A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as the false colour (VV, VH, VV - VH),
+elevation as a shaded relief, land cover in its classes' colours, NDVI from brown to green. Within a scene truth and generated share
+their colour limits, which come from the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import LightSource, LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from terramind_jax import modalities
+
+INK, FAINT = "#222222", "#777777"
+PIXEL_METRES = 10.0
+
+LULC_COLOURS = ("#ffffff", "#3a7fc4", "#2f7d3b", "#7bc7a4", "#e8b54d", "#c2342c", "#a59b8f", "#e9f3fa", "#c9c9d1", "#d8d59a")
+NDVI_COLOURS = LinearSegmentedColormap.from_list("ndvi", ["#5b4a3f", "#b59b7a", "#efe8cf", "#a6cf70", "#3f9142", "#0d4f24"])
+DEM_COLOURS = LinearSegmentedColormap.from_list("dem", ["#3d6f5d", "#86a86b", "#d9cf9a", "#b58a5a", "#8a6a5a", "#f4f1ee"])
+MIN_RELIEF = 20.0  # metres: flat scenes are not stretched until only noise is left
+NDVI_LIMITS = (-0.2, 1.0)
+
+
+@dataclasses.dataclass
+class Scene:
+    """What is drawn of one place. Arrays ``[H, W, C]`` in the modality's unit by user name; LULC also ``[H, W]`` classes or logits."""
+
+    name: str
+    inputs: Mapping[str, np.ndarray]
+    generated: Mapping[str, np.ndarray]
+    truth: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a line under a generated modality, such as its error
+
+    def limits(self, name: str) -> Limits | None:
+        """Of the truth where there is one, else of what was generated or given."""
+        for arrays in (self.truth, self.generated, self.inputs):
+            if name in arrays:
+                return limits(name, arrays[name])
+        return None
+
+
+Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value of each displayed channel
+
+
+# ---- one image ----
+
+
+def bands(name: str, image: np.ndarray) -> np.ndarray:
+    """The channels that are displayed: ``[H, W, 3]``, or ``[H, W]`` for elevation, NDVI and classes."""
+    stream = modalities.input_stream(name)
+    image = np.asarray(image)
+    if stream.modality == "LULC":
+        return image if image.ndim == 2 else image[..., 0] if image.shape[-1] == 1 else image.argmax(-1)
+    image = image.astype(np.float32)
+    if stream.modality in ("S1GRD", "S1RTC"):
+        vv, vh = image[..., 0], image[..., 1]
+        return np.stack([vv, vh, vv - vh], axis=-1)
+    if stream.modality in ("S2L2A", "S2L1C"):
+        names = modalities.get(stream.modality).bands
+        return image[..., [names.index(band) for band in ("RED", "GREEN", "BLUE")]]
+    return image if stream.modality == "S2RGB" else image[..., 0]
+
+
+def limits(name: str, image: np.ndarray) -> Limits | None:
+    """Colour limits of an image; None for classes. Elevation keeps at least 20 m, NDVI is always drawn from -0.2 to 1."""
+    modality, shown = modalities.input_stream(name).modality, bands(name, image)
+    if modality == "LULC":
+        return None
+    if modality == "NDVI":
+        return tuple(np.float32(NDVI_LIMITS))
+    if modality == "DEM":
+        low, high = np.percentile(shown, [1, 99])
+        spread = max(high - low, MIN_RELIEF)
+        return (low + high - spread) / 2, (low + high + spread) / 2
+    if modality == "S2RGB":
+        return np.zeros(3), np.full(3, 255.0)
+    if modality.startswith("S2"):  # one stretch for the three bands keeps their hue
+        low, high = np.percentile(shown, [1, 98.5])
+        return np.full(3, low), np.full(3, max(high, low + 1))
+    low, high = np.percentile(shown, [2, 98], axis=(0, 1))
+    return low, np.maximum(high, low + 1)
+
+
+def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.ndarray:
+    """An image ``[H, W, C]`` of modality `name` as colours ``[H, W, 3]`` in 0-1; `within` are the limits of another image."""
+    modality, shown = modalities.input_stream(name).modality, bands(name, image)
+    if modality == "LULC":
+        return np.array([to_rgb(colour) for colour in LULC_COLOURS])[shown.astype(int)]
+    low, high = within if within is not None else limits(name, image)
+    scaled = np.clip((shown - low) / (high - low), 0, 1)
+    if modality == "NDVI":
+        return NDVI_COLOURS(scaled)[..., :3]
+    if modality == "DEM":
+        light = LightSource(azdeg=315, altdeg=45)
+        exaggeration = 4 * PIXEL_METRES / max(high - low, 1) * 4  # flat land gets some relief, too
+        shade = light.hillshade(np.clip(shown, low, high), vert_exag=max(exaggeration, 1.0), dx=PIXEL_METRES, dy=PIXEL_METRES)
+        return light.blend_soft_light(DEM_COLOURS(scaled)[..., :3], shade[..., None])
+    return scaled ** (1 / 1.25) if modality.startswith("S2") and modality != "S2RGB" else scaled
+
+
+# ---- several scenes ----
+
+TILE, GAP, FOOT = 1.75, 0.07, 0.44  # inches: an image, between images, under a scene
+LEFT, RIGHT, HEAD = 0.42, 0.15, 0.30
+
+
+def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: str = "", caption: str = "", dpi: int = 150) -> None:
+    """Draws each scene's inputs, its truth and below it what was generated. The file type follows from `path`.
+
+    All scenes must have the same inputs and outputs. A scene without truth takes one row.
+    """
+    if not scenes:
+        raise ValueError("There is no scene to draw.")
+    inputs, outputs = list(scenes[0].inputs), list(scenes[0].generated)
+    for scene in scenes:
+        if (list(scene.inputs), list(scene.generated)) != (inputs, outputs):
+            raise ValueError(f"Scene {scene.name!r} differs in its inputs or outputs from {scenes[0].name!r}; draw them in two pictures.")
+    columns = [*inputs, *outputs]
+    legend = 0.34 if "LULC" in columns else 0.0
+    top, bottom = HEAD + (0.36 if title else 0.0), legend + (0.3 if caption else 0.05)
+    width = LEFT + len(columns) * (TILE + GAP) + GAP + RIGHT
+    sheet = Sheet(width, top + sum(_height(scene) for scene in scenes) + bottom)
+    if title:
+        sheet.text(LEFT, 0.24, title, size=12.5, weight="bold", ha="left")
+    for column, name in enumerate(columns):
+        role = "input" if column < len(inputs) else "output"
+        sheet.text(_x(column, inputs) + TILE / 2, top - 0.13, f"{name}  ({role})" if column < len(inputs) else name, size=9.5, weight="bold")
+    for scene in scenes:
+        _draw_scene(sheet, top, scene)
+        top += _height(scene)
+    if legend:
+        _legend(sheet, top + 0.1, scenes)
+    if caption:
+        sheet.text(LEFT, top + legend + 0.13, caption, size=7.5, color=FAINT, ha="left")
+    sheet.save(path, dpi)
+
+
+class Sheet:
+    """A figure on which things are placed in inches from the upper left corner."""
+
+    def __init__(self, width: float, height: float):
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), facecolor="white")
+
+    def axes(self, x: float, y: float, width: float, height: float):
+        return self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
+
+    def text(self, x: float, y: float, text: str, *, ha: str = "center", va: str = "center", color: str = INK, **style) -> None:
+        self.figure.text(x / self.width, 1 - y / self.height, text, ha=ha, va=va, color=color, **style)
+
+    def image(self, x: float, y: float, pixels: np.ndarray) -> None:
+        axes = self.axes(x, y, TILE, TILE)
+        axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) < 300 else "antialiased", aspect="equal")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
+
+    def save(self, path: str | os.PathLike, dpi: int) -> None:
+        """The file appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        try:
+            self.figure.savefig(temporary, dpi=dpi)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _x(column: int, inputs: Sequence[str]) -> float:
+    """Left edge of a column; inputs stand a little apart."""
+    return LEFT + column * (TILE + GAP) + (GAP if column >= len(inputs) else 0)
+
+
+def _height(scene: Scene) -> float:
+    return (2 if scene.truth else 1) * (TILE + GAP) + FOOT
+
+
+def _draw_scene(sheet: Sheet, y: float, scene: Scene) -> None:
+    rows = [("truth", scene.truth)] if scene.truth else []
+    rows.append(("generated", scene.generated))
+    for column, (name, image) in enumerate(scene.inputs.items()):
+        sheet.image(_x(column, scene.inputs), y, render(name, image))
+    beside = y + TILE + (GAP + 0.12 if scene.truth else 0.11)
+    sheet.text(_x(0, scene.inputs), beside, scene.name, size=7.5, ha="left", color=FAINT)
+    for row, (label, arrays) in enumerate(rows):
+        at = y + row * (TILE + GAP)
+        if len(rows) > 1:
+            sheet.text(_x(len(scene.inputs), scene.inputs) - GAP, at + TILE / 2, label, size=7.5, rotation=90, ha="right", color=FAINT)
+        for column, name in enumerate(scene.generated, start=len(scene.inputs)):
+            if name in arrays:
+                sheet.image(_x(column, scene.inputs), at, render(name, arrays[name], scene.limits(name)))
+    foot = y + len(rows) * (TILE + GAP)
+    for column, name in enumerate(scene.generated, start=len(scene.inputs)):
+        _scale(sheet, _x(column, scene.inputs), foot, name, scene.limits(name))
+        if name in scene.notes:
+            sheet.text(_x(column, scene.inputs) + TILE / 2, foot + 0.29, scene.notes[name], size=7)
+
+
+def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -> None:
+    """What the colours of one modality mean: a colour bar, or for composites the bands and their range."""
+    modality = modalities.get(modalities.input_stream(name).modality)
+    if modality.name in ("DEM", "NDVI"):
+        axes = sheet.axes(x + 0.25, y + 0.03, TILE - 0.5, 0.07)
+        axes.imshow(np.linspace(0, 1, 256)[None], cmap=DEM_COLOURS if modality.name == "DEM" else NDVI_COLOURS, aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        low, high = (f"{float(v):.0f} m" if modality.name == "DEM" else f"{float(v):.1f}" for v in within)
+        sheet.text(x + 0.22, y + 0.065, low, size=6, ha="right", color=FAINT)
+        sheet.text(x + TILE - 0.22, y + 0.065, high, size=6, ha="left", color=FAINT)
+    elif modality.name in ("S1GRD", "S1RTC"):
+        low, high = within
+        text = "  ".join(f"{band} {low[i]:.0f}..{high[i]:.0f}" for i, band in enumerate(("VV", "VH", "VV-VH"))) + " dB"
+        sheet.text(x + TILE / 2, y + 0.065, text, size=5.6, color=FAINT)
+
+
+def _legend(sheet: Sheet, y: float, scenes: Sequence[Scene]) -> None:
+    """The land-cover classes that occur in these scenes."""
+    maps = [bands("LULC", a["LULC"]) for scene in scenes for a in (scene.inputs, scene.truth, scene.generated) if "LULC" in a]
+    present = sorted(set(np.unique(np.concatenate([m.ravel() for m in maps])).astype(int)))
+    patches = [Patch(facecolor=LULC_COLOURS[c], edgecolor="#999999", linewidth=0.4, label=modalities.LULC_CLASSES[c]) for c in present]
+    sheet.figure.legend(
+        handles=patches,
+        loc="center",
+        bbox_to_anchor=(0.5, 1 - y / sheet.height),
+        ncols=len(patches),
+        frameon=False,
+        fontsize=7.5,
+        handlelength=1.1,
+        columnspacing=1.1,
+        handletextpad=0.4,
+    )
+
+
+# ---- curves ----
+
+CURVES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#555555")
+
+
+def loss_curves(path: str | os.PathLike, runs: Mapping[str, str | os.PathLike], *, dpi: int = 150) -> None:
+    """One panel a run from its ``metrics.jsonl``: training loss, and validation loss in all and per modality.
+
+    `runs` maps titles to files, or to work directories that hold one.
+    """
+    if not runs:
+        raise ValueError("There is no run to draw.")
+    columns = min(len(runs), 3)
+    rows = math.ceil(len(runs) / columns)
+    sheet = Sheet(3.4 * columns + 0.2, 2.7 * rows + 0.1)
+    axes = sheet.figure.subplots(rows, columns, squeeze=False)
+    for panel, (title, metrics) in zip(axes.flat, runs.items(), strict=False):
+        _draw_run(panel, title, _read_metrics(metrics))
+    for panel in axes.flat[len(runs) :]:
+        panel.set_visible(False)
+    sheet.figure.tight_layout(pad=0.8)
+    sheet.save(path, dpi)
+
+
+def _read_metrics(path: str | os.PathLike) -> list[dict]:
+    path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; expected the metrics of a training run.")
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _series(lines: Sequence[dict], key: str) -> np.ndarray:
+    """``[n, 2]`` of step and value; lines without a number are left out."""
+    return np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None], float).reshape(-1, 2)
+
+
+def _draw_run(axes, title: str, lines: Sequence[dict]) -> None:
+    keys = dict.fromkeys(key for line in lines for key in line)
+    train = _series(lines, "loss")
+    axes.plot(*train.T, color="#b9c7d9", linewidth=0.8)
+    axes.plot(*_smooth(train).T, color="#335c8c", linewidth=1.4, label="training")
+    for colour, key in zip(CURVES[1:], (k for k in keys if k.startswith("val/loss/")), strict=False):
+        axes.plot(*_series(lines, key).T, color=colour, linewidth=1, marker=".", markersize=3, label=key.removeprefix("val/loss/"))
+    if "val/loss" in keys:
+        axes.plot(*_series(lines, "val/loss").T, color=INK, linewidth=1.2, linestyle="--", marker="o", markersize=3, label="validation")
+    axes.set_title(title, fontsize=9.5, fontweight="bold", loc="left", color=INK)
+    axes.set_xlabel("step", fontsize=8, color=FAINT)
+    axes.set_ylabel("loss", fontsize=8, color=FAINT)
+    axes.tick_params(labelsize=7, colors=FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+    axes.grid(axis="y", color="#eeeeee", linewidth=0.6)
+    if train.size and train[:, 1].min() > 0 and train[:, 1].max() > 20 * train[:, 1].min():
+        axes.set_yscale("log")
+    axes.legend(fontsize=6.5, frameon=False, ncols=2 if len(axes.lines) > 6 else 1)
+
+
+def _smooth(series: np.ndarray) -> np.ndarray:
+    """Centred running mean over a twentieth of the points."""
+    half = len(series) // 40
+    if half < 1:
+        return series
+    total = np.cumsum(np.append(0, series[:, 1]))
+    at = np.arange(len(series))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(series))
+    return np.stack([series[:, 0], (total[high] - total[low]) / (high - low)], axis=1)

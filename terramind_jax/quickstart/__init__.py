@@ -1,0 +1,110 @@
+"""The main job, small: shards, tokenizers, tokens, transformer, generation, in one command on one machine.
+
+Each part is a command of the package, printed before it runs, so that what happens here can be done by hand at any size.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from terramind_jax import modalities
+from terramind_jax.data.index import open_index
+
+HERE = Path(__file__).parent
+SCENES, VAL_SCENES = 384, 24  # of the embedded world
+NOMINAL_MINUTES = 9.0  # of training on two cores, at the configured numbers of steps
+
+
+def run(data: str | None = None, out: str = "quickstart", *, minutes: float = NOMINAL_MINUTES, lulc_codes: str = "terramesh") -> None:
+    """Trains a small TerraMind and generates what held-out scenes lack.
+
+    Args:
+      data: folder of GeoTIFFs ``MODALITY/NAME.tif``; None: scenes of the embedded world.
+      out: shards, work directories and results, finished parts are kept and a second call goes on from them.
+      minutes: about how long to train on two cores; scales the numbers of steps.
+      lulc_codes: what the codes of LULC rasters in `data` mean: terramesh, esri or dynamicworld.
+    """
+    from terramind_jax.quickstart import evaluate
+
+    start, folder = time.monotonic(), Path(out)
+    if minutes <= 0:
+        raise ValueError(f"minutes is {minutes}; expected a positive number.")
+    scale = minutes / NOMINAL_MINUTES
+    _shards(data, folder / "shards", lulc_codes)
+    present = [m for m in open_index(folder / "shards", "train").modalities if modalities.get(m).levels]
+    if not present:
+        raise ValueError(f"{data} holds no modality that can be generated; expected one of S2L2A, S1GRD, S1RTC, DEM, LULC, NDVI.")
+    _side_by_side([_tokenizer_command(m, folder, scale) for m in present], [folder / "logs" / f"tokenizer_{m}.log" for m in present])
+    _command("tokenize", f"--data={folder / 'shards'}", f"--weights={folder / 'tokenizers'}", f"--out={folder / 'shards'}")
+    _command("pretrain", *_training("pretrain", folder / "model", folder, scale))
+    evaluate.run(folder, is_embedded=data is None, trained_minutes=(time.monotonic() - start) / 60)
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Look at {folder / 'generated.png'} and {folder / 'report.md'}.")
+
+
+def _shards(data: str | None, shards: Path, lulc_codes: str) -> None:
+    if data is None:
+        _command("data", "synthesize", f"--out={shards}", f"--scenes={SCENES}", f"--val_scenes={VAL_SCENES}")
+    elif not (shards / "dataset_info.json").is_file():
+        _command("data", "pack", data, str(shards), f"--lulc_codes={lulc_codes}", "--val_fraction=0.25")
+
+
+def _training(name: str, workdir: Path, folder: Path, scale: float, *fields: str) -> list[str]:
+    from terramind_jax import config
+
+    steps = max(2, round(config.read(HERE / f"{name}.py").train.steps * scale))
+    given = [f"data.root={folder / 'shards'}", f"train.steps={steps}", *fields]
+    return [f"--config={HERE / name}.py", f"--workdir={workdir}", *(f"--config.{field}" for field in given)]
+
+
+def _tokenizer_command(modality: str, folder: Path, scale: float) -> list[str]:
+    workdir = folder / "tokenizers" / modality
+    fields = _training("tokenizer", workdir, folder, scale, f"model.modality={modality}", "run.progress=False")
+    return ["train-tokenizer", *fields]
+
+
+# ---- running commands ----
+
+
+def _line(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "terramind_jax", *arguments]
+
+
+def _announce(arguments: Sequence[str]) -> None:
+    print(f"\n$ terramind-jax {shlex.join(arguments)}", flush=True)
+
+
+def _command(*arguments: str) -> None:
+    """Runs one command of the package with its output shown; its error message ends the quickstart."""
+    _announce(arguments)
+    if subprocess.run(_line(arguments)).returncode:
+        raise ValueError(f"The quickstart stopped in: terramind-jax {shlex.join(arguments)}")
+
+
+def _side_by_side(commands: Sequence[Sequence[str]], logs: Sequence[Path], at_once: int = 2) -> None:
+    """Runs commands two at a time, each with its own log: small programs use two cores better than one after the other."""
+    waiting, running = list(zip(commands, logs, strict=True)), []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            arguments, log = waiting.pop(0)
+            _announce(arguments)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "w") as stream:
+                running.append((subprocess.Popen(_line(arguments), stdout=stream, stderr=subprocess.STDOUT), arguments, log))
+        for job in [job for job in running if job[0].poll() is not None]:
+            running.remove(job)
+            if job[0].returncode:
+                for other, *_ in running:
+                    other.terminate()
+                raise ValueError(f"{_last_line(job[2])} (in: terramind-jax {shlex.join(job[1])}; log: {job[2]})")
+            print(f"  {job[2].stem}: {_last_line(job[2])}", flush=True)
+        time.sleep(0.2)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,42 @@
+"""Configuration of the quickstart's transformer: the released architecture, narrower and shallower, for minutes on two cores.
+
+terramind-jax pretrain --config=terramind_jax/quickstart/pretrain.py --workdir=DIR --config.data.root=SHARDS
+"""
+
+from ml_collections import ConfigDict
+
+from terramind_jax.config import pretraining
+
+
+def get_config() -> ConfigDict:
+    config = pretraining()
+
+    config.model.dim = 128
+    config.model.encoder_depth = 6
+    config.model.decoder_depth = 3
+    config.model.num_heads = 4
+
+    config.data.views_per_sample = 4
+    config.data.view_window = 128
+    config.data.patch_group = 8
+
+    # Half of the views see Sentinel-2 pixels only, as the evaluation does; the rest any mix, so that the model stays any-to-any.
+    config.mask.input_tokens = 128
+    config.mask.target_tokens = 128
+    config.mask.input_alphas = ({"untok_sen2l2a@224": 1000.0}, {"default": 0.5, "coords": 0.1})
+    config.mask.target_alphas = ({"default": 2.0, "coords": 0.1},)
+    config.mask.mixture_weights = (1.0, 1.0)
+
+    config.optimizer.learning_rate = 1.5e-3  # peak
+    config.optimizer.warmup_tokens = 200_000
+    config.optimizer.clip_norm = 1.0
+
+    config.train.batch_size = 16
+    config.train.steps = 500
+    config.train.loss = "mod"
+
+    config.run.eval_every = 0  # only at the end
+    config.run.eval_batches = 2
+    config.run.checkpoint_every = 1000
+    config.run.tensorboard = False
+    return config
