@@ -1,7 +1,7 @@
 """Pictures: scenes with their inputs, truth and generated modalities, and loss curves. Matplotlib without a display.
 
-A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as the false colour (VV, VH, VV - VH),
-elevation as a shaded relief, land cover in its classes' colours, NDVI from brown to green. Within a scene truth and generated share
+A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as VV in dB, elevation
+as a shaded relief, land cover in its classes' colours, NDVI from brown to green. Within a scene truth and generated share
 their colour limits, which come from the truth.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LightSource, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -24,9 +25,10 @@ from terramind_jax import modalities
 INK, FAINT = "#222222", "#777777"
 PIXEL_METRES = 10.0
 
-LULC_COLOURS = ("#ffffff", "#3a7fc4", "#2f7d3b", "#7bc7a4", "#e8b54d", "#c2342c", "#a59b8f", "#e9f3fa", "#c9c9d1", "#d8d59a")
+LULC_COLOURS = ("#ffffff", "#3a7fc4", "#2f7d3b", "#7bc7a4", "#e8b54d", "#c2342c", "#a59b8f", "#bfe3f5", "#cfc6d8", "#d8d59a")
 NDVI_COLOURS = LinearSegmentedColormap.from_list("ndvi", ["#5b4a3f", "#b59b7a", "#efe8cf", "#a6cf70", "#3f9142", "#0d4f24"])
 DEM_COLOURS = LinearSegmentedColormap.from_list("dem", ["#3d6f5d", "#86a86b", "#d9cf9a", "#b58a5a", "#8a6a5a", "#f4f1ee"])
+COLOURS = {"NDVI": NDVI_COLOURS, "DEM": DEM_COLOURS, "S1GRD": colormaps["gray"], "S1RTC": colormaps["gray"]}
 MIN_RELIEF = 20.0  # metres: flat scenes are not stretched until only noise is left
 NDVI_LIMITS = (-0.2, 1.0)
 
@@ -49,22 +51,19 @@ class Scene:
         return None
 
 
-Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value of each displayed channel
+Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value displayed, a scalar or one a channel
 
 
 # ---- one image ----
 
 
 def bands(name: str, image: np.ndarray) -> np.ndarray:
-    """The channels that are displayed: ``[H, W, 3]``, or ``[H, W]`` for elevation, NDVI and classes."""
+    """What is displayed: ``[H, W, 3]`` true colour, or one band ``[H, W]`` (of radar VV), or classes ``[H, W]``."""
     stream = modalities.input_stream(name)
     image = np.asarray(image)
     if stream.modality == "LULC":
         return image if image.ndim == 2 else image[..., 0] if image.shape[-1] == 1 else image.argmax(-1)
     image = image.astype(np.float32)
-    if stream.modality in ("S1GRD", "S1RTC"):
-        vv, vh = image[..., 0], image[..., 1]
-        return np.stack([vv, vh, vv - vh], axis=-1)
     if stream.modality in ("S2L2A", "S2L1C"):
         names = modalities.get(stream.modality).bands
         return image[..., [names.index(band) for band in ("RED", "GREEN", "BLUE")]]
@@ -87,8 +86,8 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
     if modality.startswith("S2"):  # one stretch for the three bands keeps their hue
         low, high = np.percentile(shown, [1, 98.5])
         return np.full(3, low), np.full(3, max(high, low + 1))
-    low, high = np.percentile(shown, [2, 98], axis=(0, 1))
-    return low, np.maximum(high, low + 1)
+    low, high = np.percentile(shown, [2, 98])
+    return low, max(high, low + 1)
 
 
 def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.ndarray:
@@ -98,20 +97,22 @@ def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.nda
         return np.array([to_rgb(colour) for colour in LULC_COLOURS])[shown.astype(int)]
     low, high = within if within is not None else limits(name, image)
     scaled = np.clip((shown - low) / (high - low), 0, 1)
-    if modality == "NDVI":
-        return NDVI_COLOURS(scaled)[..., :3]
-    if modality == "DEM":
-        light = LightSource(azdeg=315, altdeg=45)
-        exaggeration = 4 * PIXEL_METRES / max(high - low, 1) * 4  # flat land gets some relief, too
-        shade = light.hillshade(np.clip(shown, low, high), vert_exag=max(exaggeration, 1.0), dx=PIXEL_METRES, dy=PIXEL_METRES)
-        return light.blend_soft_light(DEM_COLOURS(scaled)[..., :3], shade[..., None])
-    return scaled ** (1 / 1.25) if modality.startswith("S2") and modality != "S2RGB" else scaled
+    if scaled.ndim == 3:
+        return scaled if modality == "S2RGB" else scaled ** (1 / 1.25)
+    colours = COLOURS[modality](scaled)[..., :3]
+    if modality != "DEM":
+        return colours
+    light = LightSource(azdeg=315, altdeg=45)
+    exaggeration = max(60 / (high - low), 1.0)  # flat land gets some relief, too
+    shade = light.hillshade(np.clip(shown, low, high), vert_exag=exaggeration, dx=PIXEL_METRES, dy=PIXEL_METRES)
+    return light.blend_soft_light(colours, shade[..., None])
 
 
 # ---- several scenes ----
 
-TILE, GAP, FOOT = 1.75, 0.07, 0.44  # inches: an image, between images, under a scene
-LEFT, RIGHT, HEAD = 0.42, 0.15, 0.30
+TILE, GAP, FOOT = 1.75, 0.07, 0.46  # inches: an image, between images, under a scene
+LEFT, RIGHT, HEAD = 0.2, 0.2, 0.30
+ASIDE = 0.22  # between inputs and outputs
 
 
 def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: str = "", caption: str = "", dpi: int = 150) -> None:
@@ -128,13 +129,13 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
     columns = [*inputs, *outputs]
     legend = 0.34 if "LULC" in columns else 0.0
     top, bottom = HEAD + (0.36 if title else 0.0), legend + (0.3 if caption else 0.05)
-    width = LEFT + len(columns) * (TILE + GAP) + GAP + RIGHT
+    width = LEFT + len(columns) * (TILE + GAP) + ASIDE + RIGHT - GAP
     sheet = Sheet(width, top + sum(_height(scene) for scene in scenes) + bottom)
     if title:
         sheet.text(LEFT, 0.24, title, size=12.5, weight="bold", ha="left")
     for column, name in enumerate(columns):
-        role = "input" if column < len(inputs) else "output"
-        sheet.text(_x(column, inputs) + TILE / 2, top - 0.13, f"{name}  ({role})" if column < len(inputs) else name, size=9.5, weight="bold")
+        label = f"{name} (input)" if column < len(inputs) else name
+        sheet.text(_x(column, inputs) + TILE / 2, top - 0.13, label, size=9.5, weight="bold")
     for scene in scenes:
         _draw_scene(sheet, top, scene)
         top += _height(scene)
@@ -177,8 +178,8 @@ class Sheet:
 
 
 def _x(column: int, inputs: Sequence[str]) -> float:
-    """Left edge of a column; inputs stand a little apart."""
-    return LEFT + column * (TILE + GAP) + (GAP if column >= len(inputs) else 0)
+    """Left edge of a column; inputs stand apart."""
+    return LEFT + column * (TILE + GAP) + (ASIDE if column >= len(inputs) else 0)
 
 
 def _height(scene: Scene) -> float:
@@ -194,8 +195,7 @@ def _draw_scene(sheet: Sheet, y: float, scene: Scene) -> None:
     sheet.text(_x(0, scene.inputs), beside, scene.name, size=7.5, ha="left", color=FAINT)
     for row, (label, arrays) in enumerate(rows):
         at = y + row * (TILE + GAP)
-        if len(rows) > 1:
-            sheet.text(_x(len(scene.inputs), scene.inputs) - GAP, at + TILE / 2, label, size=7.5, rotation=90, ha="right", color=FAINT)
+        sheet.text(_x(len(scene.inputs), scene.inputs) - 0.09, at + TILE / 2, label, size=7.5, rotation=90, color=FAINT)
         for column, name in enumerate(scene.generated, start=len(scene.inputs)):
             if name in arrays:
                 sheet.image(_x(column, scene.inputs), at, render(name, arrays[name], scene.limits(name)))
@@ -203,24 +203,21 @@ def _draw_scene(sheet: Sheet, y: float, scene: Scene) -> None:
     for column, name in enumerate(scene.generated, start=len(scene.inputs)):
         _scale(sheet, _x(column, scene.inputs), foot, name, scene.limits(name))
         if name in scene.notes:
-            sheet.text(_x(column, scene.inputs) + TILE / 2, foot + 0.29, scene.notes[name], size=7)
+            sheet.text(_x(column, scene.inputs) + TILE / 2, foot + 0.22, scene.notes[name], size=7)
 
 
 def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -> None:
-    """What the colours of one modality mean: a colour bar, or for composites the bands and their range."""
-    modality = modalities.get(modalities.input_stream(name).modality)
-    if modality.name in ("DEM", "NDVI"):
-        axes = sheet.axes(x + 0.25, y + 0.03, TILE - 0.5, 0.07)
-        axes.imshow(np.linspace(0, 1, 256)[None], cmap=DEM_COLOURS if modality.name == "DEM" else NDVI_COLOURS, aspect="auto")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        low, high = (f"{float(v):.0f} m" if modality.name == "DEM" else f"{float(v):.1f}" for v in within)
-        sheet.text(x + 0.22, y + 0.065, low, size=6, ha="right", color=FAINT)
-        sheet.text(x + TILE - 0.22, y + 0.065, high, size=6, ha="left", color=FAINT)
-    elif modality.name in ("S1GRD", "S1RTC"):
-        low, high = within
-        text = "  ".join(f"{band} {low[i]:.0f}..{high[i]:.0f}" for i, band in enumerate(("VV", "VH", "VV-VH"))) + " dB"
-        sheet.text(x + TILE / 2, y + 0.065, text, size=5.6, color=FAINT)
+    """The colour bar of a modality that is drawn as one band."""
+    modality = modalities.input_stream(name).modality
+    if modality not in COLOURS:
+        return
+    axes = sheet.axes(x + 0.45, y + 0.03, TILE - 0.9, 0.07)
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=COLOURS[modality], aspect="auto")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    form = {"NDVI": "{:.1f}", "DEM": "{:.0f} m"}.get(modality, "{:.0f} dB")
+    for value, at, side in zip(within, (x + 0.41, x + TILE - 0.41), ("right", "left"), strict=True):
+        sheet.text(at, y + 0.065, form.format(float(value)), size=6, ha=side, color=FAINT)
 
 
 def _legend(sheet: Sheet, y: float, scenes: Sequence[Scene]) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -56,18 +59,27 @@ def test_donation_while_a_checkpoint_is_written(tmp_path):
     np.testing.assert_array_equal(restored["params"]["x"], np.ones(1_000_000))
 
 
+KILLED_WHILE_WRITING = """
+import os, sys
+import jax.numpy as jnp
+from terramind_jax.checkpoint import Checkpoints
+
+kept = Checkpoints(sys.argv[1], keep=2)
+tree = {"params": {"w": jnp.ones(8_000_000)}}
+kept.save(1, tree, {"step": 1})
+kept.save(2, tree, {"step": 2})  # waits for the first
+os.kill(os.getpid(), 9)
+"""
+
+
 def test_an_interrupted_write_is_ignored_and_removed(tmp_path):
-    mesh = sharding.make_mesh()
-    kept = checkpoint.Checkpoints(tmp_path, keep=2)
-    kept.save(1, trees(1.0, mesh), {"step": 1})
-    kept.close()
-    partial = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-    partial.mkdir()
-    (partial / "params").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    assert any("tmp" in name for name in os.listdir(tmp_path / "checkpoints"))
     again = checkpoint.Checkpoints(tmp_path, keep=2)
     assert again.latest() == 1
     again.close()
-    assert not partial.exists()
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
 
 
 def test_load_variables_prefers_the_average(tmp_path):

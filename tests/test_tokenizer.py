@@ -15,7 +15,7 @@ import pytest
 from terramind_jax import tokenizer
 from terramind_jax.model.positions import resize_bicubic, sincos_2d
 from terramind_jax.tokenizer import fsq
-from terramind_jax.tokenizer.vit import patchify, unpatchify
+from terramind_jax.tokenizer.vit import patchify, project, unpatchify
 
 SMALL = tokenizer.TokenizerConfig("S2L2A", 3, dim=32, depth=2, num_heads=2, image_size=64)
 LULC = dataclasses.replace(SMALL, modality="LULC", channels=4, levels=(7, 5, 5, 5, 5))
@@ -250,6 +250,14 @@ def test_loss_of_class_maps_is_cross_entropy():
 def test_loss_of_measurements_is_mean_squared_error(image):
     reconstruction = image + jnp.array([1.0, 2.0])[:, None, None, None]
     np.testing.assert_allclose(tokenizer.reconstruction_loss(SMALL, reconstruction, image), [1.0, 4.0], rtol=1e-5)
+
+
+def test_gradients_of_the_wide_product_are_the_products():
+    x, kernel, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 4, 5), (5, 7), (2, 3, 4, 7)]))
+    ours = jax.vjp(project, x, kernel)[1](g)
+    expected = jax.vjp(jnp.matmul, x, kernel)[1](g)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_gradients_reach_every_parameter(small, image):

@@ -46,26 +46,6 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
     return rows.reshape(batch, h * patch_size, w * patch_size, -1)
 
 
-@jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel``. Its own gradient for the kernel is a product that starts from `x`: JAX starts from the gradient of the output, which
-    here is as large as an image, and which XLA's CPU backend would first transpose."""
-    return x @ kernel
-
-
-def _project_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _project_backward(saved, g):
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return g @ kernel.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
 class Block(nn.Module):
     """One pre-norm layer, ``[B, N, D]`` -> ``[B, N, D]``; the None makes it the body of a scan."""
 
@@ -121,6 +101,29 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", kernel_init, (p, p, c.channels, c.dim)).reshape(-1, c.dim).astype(c.dtype)
         bias = self.param("bias", nn.with_logical_partitioning(init, ("embed",)), (c.dim,))
         return patchify(image.astype(c.dtype), p) @ kernel + bias.astype(c.dtype)
+
+
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x @ kernel`` for outputs far wider than inputs, ``[..., D]`` -> ``[..., F]``.
+
+    The gradient of the kernel is written as x^T g. JAX writes (g^T x)^T, for which XLA's CPU backend first transposes `g`; here that
+    is as large as the image, and a tenth of the training step went into it.
+    """
+    return x @ kernel
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _project_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return g @ kernel.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class PatchProject(nn.Module):

@@ -18,7 +18,7 @@ from terramind_jax.data.world.terrain import Terrain, box_blur
 NO_DATA, WATER, TREES, FLOODED, CROPS, BUILT, BARE, SNOW, CLOUDS, RANGELAND = range(10)
 
 # Ground under herbs by class, and how much more of it a moist climate covers.
-_HERBS = np.array([0.9, 0.0, 0.9, 0.75, 0.93, 0.25, 0.05, 0.9, 0.9, 0.12], np.float32)
+_HERBS = np.array([0.9, 0.0, 0.9, 0.75, 0.93, 0.12, 0.08, 0.9, 0.9, 0.12], np.float32)
 _HERBS_BY_RAIN = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 1.1], np.float32)
 
 
@@ -146,7 +146,7 @@ def _compose(rng: np.random.Generator, place: Place, terrain: Terrain, size: int
     classes, town, high = parts.classes, parts.town, terrain.elevation
     tint = draws.smooth_field(rng, size, 16.0)
     wooded = np.isin(classes, (TREES, RANGELAND, FLOODED))
-    trees = np.where(wooded, parts.canopy * (1 - 0.12 * np.abs(parts.grain)), 0) + 0.8 * town.park + 0.12 * (classes == BUILT)
+    trees = np.where(wooded, parts.canopy * (1 - 0.12 * np.abs(parts.grain)), 0) + 0.8 * town.park + 0.05 * (classes == BUILT)
     montane = np.clip((high - 1000) / 250, 0, 5)
     needle = sigmoid((15.5 - parts.warmest) / 1.6 + montane + 0.6 * tint + rng.normal(0, 0.8))
     thin = 1 - 0.55 * sigmoid((high - 1600) / 300) * (classes == RANGELAND)  # mountain soils are young, thin and grey

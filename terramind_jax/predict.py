@@ -1,0 +1,234 @@
+"""GeoTIFFs in, generated GeoTIFFs and pictures out: what the command ``generate`` does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from terramind_jax import generate, geo, modalities, plot
+from terramind_jax.model import TerraMind
+from terramind_jax.train import pretrain, tokenizer
+
+CENTRE_ONLY = 1.25  # a side shorter than this many tiles, as TerraMesh's 264 pixels, gives its centre; a longer one is covered
+BATCH_SIZE = 8
+SUFFIXES = (".tif", ".tiff")
+
+
+def run(
+    *,
+    weights: str | os.PathLike,
+    inputs: Mapping[str, str | os.PathLike],
+    to: Sequence[str],
+    out: str | os.PathLike,
+    tokenizers: str | os.PathLike | None = None,
+    model: str | None = None,
+    seed: int = 0,
+    timesteps: int = 10,
+    **options,
+) -> list[Path]:
+    """Generates modalities of one scene, or of every scene of a folder.
+
+    Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, float32 in the modality's unit (LULC: uint8 classes),
+    ``{out}/coords/{scene}.json``, and the picture ``{out}/{scene}.png``. Scenes are cut into tiles of the size the model was trained at.
+    A side shorter than 1.25 tiles gives its centre tile; a longer one is covered, its last tile shifted back to the edge.
+
+    Args:
+      weights: work directory of a pretrained model, or a folder that holds one as ``model``.
+      inputs: GeoTIFF, or folder of GeoTIFFs that share their file names, by modality. For ``coords`` a raster gives its position.
+      to: modalities in the order of generation; each conditions the next.
+      tokenizers: folder with one work directory a modality; by default ``tokenizers`` in or beside `weights`.
+      model: name of a released model; a work directory knows what it is.
+      seed: of the first tile of a scene; the tiles after it count on from there.
+      timesteps: steps of a diffusion decoder; decoders that have none ignore it.
+      **options: of `generate.generate_tokens`, such as steps and temperature.
+
+    Returns:
+      The paths of the GeoTIFFs and JSON files.
+
+    Raises:
+      FileNotFoundError: no model, tokenizer or raster where one is expected.
+      ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or with NaN.
+    """
+    _check_names(inputs, to)
+    scenes = find_scenes(inputs)
+    module, variables, _ = pretrain.load(_workdir(weights))
+    loaded = load_tokenizers(module, [*inputs, *to], tokenizers or _tokenizer_folder(weights))
+    make = functools.partial(generate.generate, module, variables, loaded, outputs=list(to), **options)
+    written = []
+    for name, paths in scenes.items():
+        arrays, place = read_scene(paths, module.config.image_size)
+        made = _generate_scene(make, arrays, place, module.config.image_size, seed)
+        written += write_scene(Path(out), name, made, place)
+        _draw(Path(out) / f"{name}.png", name, arrays, made)
+        print(f"{name}: {', '.join(to)} -> {out}", flush=True)
+    return written
+
+
+# ---- what is read ----
+
+
+def find_scenes(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, Path]]:
+    """``{scene: {modality: file}}`` of files, which make one scene, or of folders, whose equal file names do."""
+    paths = {name: Path(path) for name, path in inputs.items()}
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"There is no file or folder {missing[0]}; expected a GeoTIFF or a folder of GeoTIFFs.")
+    if all(path.is_file() for path in paths.values()):
+        return {next(iter(paths.values())).stem: paths}
+    if any(path.is_file() for path in paths.values()):
+        raise ValueError("The inputs mix files and folders; give files for one scene, or folders for many.")
+    files = {name: {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES} for name, path in paths.items()}
+    empty = [str(paths[name]) for name, found in files.items() if not found]
+    if empty:
+        raise ValueError(f"The folder {empty[0]} is empty: it holds no GeoTIFF ({', '.join(SUFFIXES)}).")
+    shared = sorted(set.intersection(*(set(found) for found in files.values())))
+    if not shared:
+        raise ValueError(f"The folders {', '.join(map(str, paths.values()))} share no file name; a scene has one name in all of them.")
+    return {scene: {name: found[scene] for name, found in files.items()} for scene in shared}
+
+
+def read_scene(paths: Mapping[str, Path], tile: int) -> tuple[dict[str, np.ndarray], geo.Place]:
+    """Arrays ``[H, W, C]`` of one scene, cut to the part that tiles will cover, and the place of that part; ``coords`` is left empty."""
+    arrays, first = {}, None
+    for name, path in paths.items():
+        stream = modalities.input_stream(name)
+        if stream.kind == "sequence":
+            place, arrays[name] = geo.place(path), np.empty(0)
+        else:
+            raster = geo.read(path, stream.modality)
+            place, arrays[name] = raster.place, np.asarray(raster)
+        if first is not None and not geo.same_grid(place, first[1]):
+            raise ValueError(f"{path} and {first[0]} do not lie on one grid; resample one of them to the other.")
+        first = first or (path, place)
+    path, place = first
+    if min(place.height, place.width) < tile:
+        raise ValueError(f"{path} is {place.height}x{place.width} pixels; expected at least {tile}x{tile}.")
+    (top, height), (left, width) = (_covered(side, tile) for side in (place.height, place.width))
+    for name, array in arrays.items():
+        if array.size:
+            arrays[name] = array[top : top + height, left : left + width]
+            _check_pixels(paths[name], modalities.input_stream(name).modality, arrays[name])
+    return arrays, place.window(top, left, height, width)
+
+
+def load_tokenizers(module: TerraMind, names: Sequence[str], folder: Path) -> dict[str, tuple]:
+    """The tokenizers that generating between these modalities needs, from ``{folder}/{modality}``, checked against the model."""
+    decoder = {s.modality: s for s in module.config.decoder if s.kind == "tokens"}
+    encoder = {s.modality for s in module.config.encoder if s.kind == "pixels"}
+    loaded = {}
+    for modality in dict.fromkeys(modalities.input_stream(name).modality for name in names):
+        stream = decoder.get(modality)
+        if stream is None or not (folder / modality).is_dir():
+            if stream is None or modality in encoder:
+                continue  # an input that enters as pixels, or something that `generate` will object to
+            raise FileNotFoundError(f"There is no tokenizer {folder / modality}; name the folder of tokenizer work directories.")
+        loaded[modality] = tokenizer.load(folder / modality)
+        size = loaded[modality][0].config.codebook_size
+        if size != stream.vocab_size:
+            raise ValueError(f"The tokenizer {folder / modality} has {size} codes, but the model was trained with {stream.vocab_size}.")
+    return loaded
+
+
+def _check_names(inputs: Mapping[str, object], to: Sequence[str]) -> None:
+    if not inputs or not to:
+        raise ValueError(f"There is nothing to generate {'from' if not inputs else ''}; name at least one input and one output.")
+    for name in inputs:
+        modalities.input_stream(name)
+    for name in to:
+        modalities.output_stream(name)
+
+
+def _check_pixels(path: Path, modality: str, array: np.ndarray) -> None:
+    try:
+        modalities.check_image(modality, array)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _workdir(weights: str | os.PathLike) -> Path:
+    return Path(weights) / "model" if (Path(weights) / "model" / "config.json").is_file() else Path(weights)
+
+
+def _tokenizer_folder(weights: str | os.PathLike) -> Path:
+    inside, beside = Path(weights) / "tokenizers", Path(weights).resolve().parent / "tokenizers"
+    return inside if inside.is_dir() else beside
+
+
+# ---- tiles ----
+
+
+def _covered(side: int, tile: int) -> tuple[int, int]:
+    """First pixel and length of what is used of a side."""
+    return ((side - tile) // 2, tile) if side < CENTRE_ONLY * tile else (0, side)
+
+
+def tiles(height: int, width: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """Windows that cover an image, row by row; the last of a row or column is shifted back to the edge."""
+    rows, columns = (sorted({min(start, side - tile) for start in range(0, side, tile)}) for side in (height, width))
+    for row in rows:
+        for column in columns:
+            yield slice(row, row + tile), slice(column, column + tile)
+
+
+def _generate_scene(make, arrays: Mapping[str, np.ndarray], place: geo.Place, tile: int, seed: int) -> dict[str, np.ndarray]:
+    """Every output of one scene ``[H, W, C]``, LULC as ``[H, W]`` uint8 classes, coords ``[tiles, 2]``."""
+    windows = list(tiles(place.height, place.width, tile))
+    batch_size = min(BATCH_SIZE, len(windows))
+    made: dict[str, np.ndarray] = {}
+    for start in range(0, len(windows), batch_size):
+        at = np.minimum(np.arange(start, start + batch_size), len(windows) - 1)  # the last batch repeats its last tile: one shape, one program
+        batch = {name: _batch(array, place, [windows[i] for i in at]) for name, array in arrays.items()}
+        for name, tiles_made in make(inputs=batch, seed=seed + at).items():
+            for i, x in zip(at, tiles_made, strict=True):
+                _put(made, name, x, windows[i], i, (len(windows), place.height, place.width))
+    return made
+
+
+def _batch(array: np.ndarray, place: geo.Place, windows: Sequence[tuple[slice, slice]]) -> np.ndarray:
+    if array.size:
+        return np.stack([array[window] for window in windows])
+    middles = [((rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2) for rows, columns in windows]
+    return np.array([geo.lonlat(place, *middle) for middle in middles])
+
+
+def _put(made: dict[str, np.ndarray], name: str, x: np.ndarray, window, i: int, shape: tuple[int, int, int]) -> None:
+    """Writes one generated tile into its scene."""
+    if modalities.output_stream(name).kind == "sequence":
+        made.setdefault(name, np.full((shape[0], 2), np.nan))[i] = x
+        return
+    x = x.argmax(-1).astype(np.uint8) if modalities.output_stream(name).modality == "LULC" else x
+    made.setdefault(name, np.zeros((*shape[1:], *x.shape[2:]), x.dtype))[window] = x
+
+
+# ---- what is written ----
+
+
+def write_scene(out: Path, name: str, made: Mapping[str, np.ndarray], place: geo.Place) -> list[Path]:
+    """One file a modality."""
+    written = []
+    for modality, array in made.items():
+        path = out / modality / f"{name}.{'json' if array.shape[-1:] == (2,) and array.ndim == 2 else 'tif'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            points = [dict(zip(("lon", "lat"), map(_number, point), strict=True)) for point in array]
+            path.write_text(json.dumps(points) + "\n")
+        else:
+            geo.write(path, array, like=place, modality=modalities.output_stream(modality).modality)
+        written.append(path)
+    return written
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _draw(path: Path, name: str, arrays: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]) -> None:
+    inputs = {m: x for m, x in arrays.items() if x.size}
+    outputs = {m: x for m, x in made.items() if modalities.output_stream(m).kind != "sequence"}
+    if outputs:
+        plot.contact_sheet(path, [plot.Scene(name, inputs, outputs)])
