@@ -7,6 +7,7 @@ folder, which the next start removes.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 FOLDER = "checkpoints"
 COUNTERS = "counters"
@@ -26,8 +28,13 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None) -> None:
         """Opens them; with `keep`, for writing, and all but that many of the newest are deleted as new ones come."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=bool(keep), create=bool(keep))
-        self._manager = ocp.CheckpointManager((Path(workdir) / FOLDER).absolute(), options=options)
+        folder = epath.Path(os.path.abspath(workdir) if "://" not in str(workdir) else workdir) / FOLDER
+        if keep and folder.is_dir() and jax.process_index() == 0:
+            for path in folder.iterdir():  # what a killed run was writing
+                if ".orbax-checkpoint-tmp" in path.name:
+                    path.rmtree()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=bool(keep))
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""

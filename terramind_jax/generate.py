@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from terramind_jax import coordinates, modalities, sampling
-from terramind_jax.model import TerraMind
 from terramind_jax.modalities import Stream
+from terramind_jax.model import TerraMind
 from terramind_jax.tokenizer import Tokenizer
 
 Variables = Mapping[str, Any]
@@ -191,8 +191,9 @@ def _write_image(
         needs_mask = not even if schedule == "roar" else counts.shape[0] > 1
         self_mask = jnp.broadcast_to(~missing[:, None, :], (*missing.shape, missing.shape[1])) if needs_mask else None
         queries = module.apply(variables, target, positions, method="queries")
-        decode = functools.partial(_decode, module, variables, target, queries, self_mask=self_mask)
-        logits = _guide(decode, slots, own, guidance_scale) if guided else decode(_join(slots, own))
+        contexts = _encode(module, variables, slots, own, guided)
+        y = [module.apply(variables, queries, *context, self_mask, method="decode") for context in contexts]
+        logits = _logits(module, variables, target, y, guidance_scale)
         new, confidence = _sample(sampling.step_keys(keys, step), logits, temperature, **settings)
         chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
         return _write(ids, written, positions, new, chosen), None
@@ -213,13 +214,15 @@ def _write_sequence(variables, inputs, words, counts, temperatures, guidance_sca
     slots, own = _embed(module, variables, inputs), None
     if target in {s.key for s in module.config.encoder}:
         own = _hide(*module.apply(variables, target, jnp.full((b, 1), START), method="embed"), jnp.zeros((b, 1), bool))
+    contexts = _encode(module, variables, slots, own, guided)
     positions = jnp.broadcast_to(jnp.arange(length), (b, length))
     future = jnp.broadcast_to(jnp.arange(length)[None, :] > jnp.arange(length)[:, None], (b, length, length))
 
     def body(ids, step):
         queries = module.apply(variables, target, positions, ids[:, :-1], method="queries")
-        decode = functools.partial(_decode, module, variables, target, queries, self_mask=future, at=step)
-        logits = _guide(decode, slots, own, guidance_scale) if guided else decode(_join(slots, own))
+        y = [module.apply(variables, queries, *context, future, method="decode") for context in contexts]
+        last = [jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1) for x in y]
+        logits = _logits(module, variables, target, last, guidance_scale)
         new, _ = _sample(sampling.step_keys(keys, step), logits, temperatures[0], **settings)
         return jax.lax.dynamic_update_slice_in_dim(ids, new, step + 1, axis=1), None
 
@@ -253,24 +256,23 @@ def _hide(content: jax.Array, emb: jax.Array, hidden: jax.Array) -> tuple[jax.Ar
     return jnp.where(hidden[..., None], 0, content), jnp.where(hidden[..., None], 0, emb), hidden
 
 
-def _join(slots: list[tuple], own: tuple | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All slots side by side: content and emb ``[B, N, D]``, hidden ``[B, N]``."""
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*slots, *([own] if own else []), strict=True))
+def _encode(module: TerraMind, variables: Variables, slots: list[tuple], own: tuple | None, guided: bool) -> list[tuple]:
+    """What the decoder looks at, ``(context [B, N, D], hidden [B, N])``: once, or for guidance also without the inputs (spec 8.3)."""
+    passes = [slots, [_hide(content, emb, jnp.ones_like(hidden)) for content, emb, hidden in slots]]
+    contexts = []
+    for visible in passes if guided else passes[:1]:
+        content, emb, hidden = (jnp.concatenate(parts, axis=1) for parts in zip(*visible, *([own] if own else []), strict=True))
+        contexts.append((module.apply(variables, content, emb, hidden, method="encode"), hidden))
+    return contexts
 
 
-def _decode(module, variables, target, queries, slots, *, self_mask, at=None) -> jax.Array:
-    """Encoder, decoder and logits of one pass ``[B, m, V]``; `at` keeps one position, ``[B, 1, V]``."""
-    context = module.apply(variables, *slots, method="encode")
-    y = module.apply(variables, queries, context, slots[2], self_mask, method="decode")
-    y = y if at is None else jax.lax.dynamic_slice_in_dim(y, at, 1, axis=1)
-    return module.apply(variables, target, y, method="logits")
-
-
-def _guide(decode, slots: list[tuple], own: tuple | None, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance: the unconditional pass hides every slot but the target's own (spec 8.3)."""
-    without = [_hide(content, emb, jnp.ones_like(hidden)) for content, emb, hidden in slots]
-    conditional, unconditional = decode(_join(slots, own)), decode(_join(without, own))
-    return unconditional + (conditional - unconditional) * scale
+def _logits(module: TerraMind, variables: Variables, target: str, y: list[jax.Array], guidance_scale: jax.Array) -> jax.Array:
+    """``[B, m, V]`` of one decoder output, or of a conditional and an unconditional one under guidance."""
+    logits = [module.apply(variables, target, x, method="logits") for x in y]
+    if len(logits) == 1:
+        return logits[0]
+    conditional, unconditional = logits
+    return unconditional + (conditional - unconditional) * guidance_scale
 
 
 def _sample(keys, logits, temperature, *, greedy, top_k, top_p) -> tuple[jax.Array, jax.Array]:
@@ -339,7 +341,7 @@ def _check(module, inputs, targets, encoder, decoder, seed) -> int:
     if len(set(targets)) != len(targets):
         raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
     if not inputs and targets and targets[0] not in encoder:
-        raise ValueError(f"{targets[0]!r} needs at least one input: it is not an input stream of this model, so there is nothing to encode.")
+        raise ValueError(f"{targets[0]!r} needs at least one input: this model cannot encode it, so there is nothing to start from.")
     sizes = {key: value.shape[0] for key, value in inputs.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The inputs differ in batch size: {', '.join(f'{key} {size}' for key, size in sizes.items())}.")
@@ -354,7 +356,8 @@ def _check_grid(module: TerraMind, stream: Stream, shape: tuple[int, ...]) -> No
         expected = f"[B, {config.image_size}, {config.image_size}, {stream.channels}]"
         raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from {expected}.")
     if stream.kind == "tokens" and shape[1:] not in ((config.grid, config.grid), (config.grid**2,)):
-        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from [B, {config.grid}, {config.grid}] tokens.")
+        expected = f"[B, {config.grid}, {config.grid}] tokens"
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from {expected}.")
 
 
 def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> None:
@@ -377,5 +380,6 @@ def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> N
 
 
 def _check_classes(x: np.ndarray) -> None:
-    if x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= len(modalities.LULC_CLASSES):
-        raise ValueError(f"LULC holds {x.dtype} values from {x.min()} to {x.max()}; expected integer classes 0-{len(modalities.LULC_CLASSES) - 1}.")
+    last = len(modalities.LULC_CLASSES) - 1
+    if x.dtype.kind not in "iu" or x.min() < 0 or x.max() > last:
+        raise ValueError(f"LULC holds {x.dtype} values from {x.min()} to {x.max()}; expected integer classes 0-{last}.")

@@ -161,7 +161,7 @@ class Sheet:
 
     def image(self, x: float, y: float, pixels: np.ndarray) -> None:
         axes = self.axes(x, y, TILE, TILE)
-        axes.imshow(pixels, interpolation="nearest" if max(pixels.shape) < 300 else "antialiased", aspect="equal")
+        axes.imshow(pixels, aspect="equal")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
 
@@ -215,9 +215,9 @@ def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=COLOURS[modality], aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    form = {"NDVI": "{:.1f}", "DEM": "{:.0f} m"}.get(modality, "{:.0f} dB")
-    for value, at, side in zip(within, (x + 0.41, x + TILE - 0.41), ("right", "left"), strict=True):
-        sheet.text(at, y + 0.065, form.format(float(value)), size=6, ha=side, color=FAINT)
+    low, high = {"NDVI": ("{:.1f}", "{:.1f}"), "DEM": ("{:.0f}", "{:.0f} m")}.get(modality, ("VV {:.0f}", "{:.0f} dB"))
+    sheet.text(x + 0.41, y + 0.065, low.format(float(within[0])), size=6, ha="right", color=FAINT)
+    sheet.text(x + TILE - 0.41, y + 0.065, high.format(float(within[1])), size=6, ha="left", color=FAINT)
 
 
 def _legend(sheet: Sheet, y: float, scenes: Sequence[Scene]) -> None:

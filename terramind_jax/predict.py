@@ -57,7 +57,7 @@ def run(
     _check_names(inputs, to)
     scenes = find_scenes(inputs)
     module, variables, _ = pretrain.load(_workdir(weights))
-    loaded = load_tokenizers(module, [*inputs, *to], tokenizers or _tokenizer_folder(weights))
+    loaded = load_tokenizers(module, list(inputs), to, Path(tokenizers) if tokenizers else _tokenizer_folder(weights))
     make = functools.partial(generate.generate, module, variables, loaded, outputs=list(to), **options)
     written = []
     for name, paths in scenes.items():
@@ -116,27 +116,27 @@ def read_scene(paths: Mapping[str, Path], tile: int) -> tuple[dict[str, np.ndarr
     return arrays, place.window(top, left, height, width)
 
 
-def load_tokenizers(module: TerraMind, names: Sequence[str], folder: Path) -> dict[str, tuple]:
-    """The tokenizers that generating between these modalities needs, from ``{folder}/{modality}``, checked against the model."""
-    decoder = {s.modality: s for s in module.config.decoder if s.kind == "tokens"}
-    encoder = {s.modality for s in module.config.encoder if s.kind == "pixels"}
+def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str], folder: Path) -> dict[str, tuple]:
+    """The tokenizers that generating `to` from `inputs` needs, from ``{folder}/{modality}``, checked against the model."""
+    known = {stream.key: stream for stream in module.config.streams}
+    needed = [known.get(stream.key, stream) for stream in (*map(modalities.input_stream, inputs), *map(modalities.output_stream, to))]
     loaded = {}
-    for modality in dict.fromkeys(modalities.input_stream(name).modality for name in names):
-        stream = decoder.get(modality)
-        if stream is None or not (folder / modality).is_dir():
-            if stream is None or modality in encoder:
-                continue  # an input that enters as pixels, or something that `generate` will object to
-            raise FileNotFoundError(f"There is no tokenizer {folder / modality}; name the folder of tokenizer work directories.")
-        loaded[modality] = tokenizer.load(folder / modality)
-        size = loaded[modality][0].config.codebook_size
+    for stream in needed:
+        path = folder / stream.modality
+        if stream.kind != "tokens" or stream.modality in loaded or stream.key not in known:
+            continue  # a stream that the model lacks is what `generate` objects to
+        if not path.is_dir():
+            raise FileNotFoundError(f"There is no tokenizer {path}; expected the work directory of a trained tokenizer.")
+        loaded[stream.modality] = tokenizer.load(path)
+        size = loaded[stream.modality][0].config.codebook_size
         if size != stream.vocab_size:
-            raise ValueError(f"The tokenizer {folder / modality} has {size} codes, but the model was trained with {stream.vocab_size}.")
+            raise ValueError(f"The tokenizer {path} has {size} codes, but the model was trained with {stream.vocab_size}.")
     return loaded
 
 
 def _check_names(inputs: Mapping[str, object], to: Sequence[str]) -> None:
     if not inputs or not to:
-        raise ValueError(f"There is nothing to generate {'from' if not inputs else ''}; name at least one input and one output.")
+        raise ValueError(f"{'No input' if not inputs else 'No output'} is named; generation needs at least one of each.")
     for name in inputs:
         modalities.input_stream(name)
     for name in to:
@@ -145,7 +145,7 @@ def _check_names(inputs: Mapping[str, object], to: Sequence[str]) -> None:
 
 def _check_pixels(path: Path, modality: str, array: np.ndarray) -> None:
     try:
-        modalities.check_image(modality, array)
+        modalities.check_image(modality, array, patch_size=1)  # tiles have the right size, whatever the scene's
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -181,7 +181,8 @@ def _generate_scene(make, arrays: Mapping[str, np.ndarray], place: geo.Place, ti
     batch_size = min(BATCH_SIZE, len(windows))
     made: dict[str, np.ndarray] = {}
     for start in range(0, len(windows), batch_size):
-        at = np.minimum(np.arange(start, start + batch_size), len(windows) - 1)  # the last batch repeats its last tile: one shape, one program
+        # The last batch repeats the last tile: one shape, one program.
+        at = np.minimum(np.arange(start, start + batch_size), len(windows) - 1)
         batch = {name: _batch(array, place, [windows[i] for i in at]) for name, array in arrays.items()}
         for name, tiles_made in make(inputs=batch, seed=seed + at).items():
             for i, x in zip(at, tiles_made, strict=True):
@@ -197,28 +198,29 @@ def _batch(array: np.ndarray, place: geo.Place, windows: Sequence[tuple[slice, s
 
 
 def _put(made: dict[str, np.ndarray], name: str, x: np.ndarray, window, i: int, shape: tuple[int, int, int]) -> None:
-    """Writes one generated tile into its scene."""
-    if modalities.output_stream(name).kind == "sequence":
-        made.setdefault(name, np.full((shape[0], 2), np.nan))[i] = x
-        return
-    x = x.argmax(-1).astype(np.uint8) if modalities.output_stream(name).modality == "LULC" else x
-    made.setdefault(name, np.zeros((*shape[1:], *x.shape[2:]), x.dtype))[window] = x
+    """Writes one generated tile into its scene; `shape` is the number of tiles and the scene's size."""
+    stream = modalities.output_stream(name)
+    x = x.argmax(-1).astype(np.uint8) if stream.modality == "LULC" else x
+    is_image = stream.kind != "sequence"
+    if name not in made:
+        made[name] = np.zeros((*shape[1:], *x.shape[2:]) if is_image else (shape[0], *x.shape), x.dtype)
+    made[name][window if is_image else i] = x
 
 
 # ---- what is written ----
 
 
 def write_scene(out: Path, name: str, made: Mapping[str, np.ndarray], place: geo.Place) -> list[Path]:
-    """One file a modality."""
+    """One file a modality: GeoTIFF, or for coords JSON with one ``{"lon", "lat"}`` a tile."""
     written = []
     for modality, array in made.items():
-        path = out / modality / f"{name}.{'json' if array.shape[-1:] == (2,) and array.ndim == 2 else 'tif'}"
+        stream = modalities.output_stream(modality)
+        path = out / modality / f"{name}.{'json' if stream.kind == 'sequence' else 'tif'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            points = [dict(zip(("lon", "lat"), map(_number, point), strict=True)) for point in array]
-            path.write_text(json.dumps(points) + "\n")
+        if stream.kind == "sequence":
+            path.write_text(json.dumps([{"lon": _number(lon), "lat": _number(lat)} for lon, lat in array]) + "\n")
         else:
-            geo.write(path, array, like=place, modality=modalities.output_stream(modality).modality)
+            geo.write(path, array, like=place, modality=stream.modality)
         written.append(path)
     return written
 

@@ -1,9 +1,15 @@
-"""Eight CPU devices, for every test; set before JAX starts."""
+"""Eight CPU devices for every test, and a compiler that does not optimise: tests compile much and compute little.
+
+Set before JAX starts; commands that tests run in processes of their own inherit it.
+"""
 
 import os
+from pathlib import Path
+
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("MPLBACKEND", "Agg")

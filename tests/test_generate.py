@@ -43,10 +43,8 @@ def random_variables(init, module, scale):
 
 
 def build(encoder, decoder):
-    config = model.TransformerConfig(
-        dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, encoder=encoder, decoder=decoder, image_size=48
-    )
-    module = model.TerraMind(config)
+    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=48)
+    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=decoder))
     return module, random_variables(model.init, module, scale=0.6)
 
 

@@ -38,13 +38,18 @@ def test_equals_optax(params, clip):
         optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.05, mask=optimizer.decayed),
     )
     ours, theirs = (params, tx.init(params)), (params, reference.init(params))
-    for step in range(5):
-        grads = jax.tree.map(lambda p, s=step: jnp.sin(p * (s + 1)), params)
+
+    @jax.jit
+    def both(ours, theirs, step):
+        grads = jax.tree.map(lambda p: jnp.sin(p * (step + 1)), params)
         norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, ours[1], ours[0], learning_rate=1e-2, grad_norm=norm, ok=jnp.array(True))
         ours = optax.apply_updates(ours[0], updates), opt_state
         updates, opt_state = reference.update(grads, theirs[1], theirs[0])
-        theirs = optax.apply_updates(theirs[0], updates), opt_state
+        return ours, (optax.apply_updates(theirs[0], updates), opt_state)
+
+    for step in range(5):
+        ours, theirs = both(ours, theirs, step)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7), ours[0], theirs[0])
 
 

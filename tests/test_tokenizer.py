@@ -22,18 +22,25 @@ LULC = dataclasses.replace(SMALL, modality="LULC", channels=4, levels=(7, 5, 5, 
 RELEASED_LULC = tokenizer.TokenizerConfig("LULC", 10, levels=(7, 5, 5, 5, 5))
 
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles in a third of the time, and nothing here computes for long
+
+
 def build(config):
     """A jitted module and variables drawn by NumPy, which compiles nothing."""
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes(config))
     positions = sincos_2d(config.grid, config.grid, config.dim).reshape(config.grid, config.grid, config.dim)
     variables["buffers"] = jax.tree.map(lambda _: positions, variables["buffers"])
-    return jax.jit(tokenizer.Tokenizer(config).apply, static_argnames="method"), variables
+    return jax.jit(tokenizer.Tokenizer(config).apply, static_argnames="method", compiler_options=FAST), variables
 
 
 def shapes(config):
     module = tokenizer.Tokenizer(config)
     return nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
+
+
+def normal(seed, shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def count(tree):
@@ -52,7 +59,7 @@ def lulc():
 
 @pytest.fixture(scope="module")
 def image():
-    return jax.random.normal(jax.random.key(1), (2, 48, 32, 3))
+    return normal(1, (2, 48, 32, 3))
 
 
 # The released models
@@ -114,7 +121,8 @@ def test_positions_at_224_are_the_references():
 
 
 def test_initialisation_bounds():
-    variables = nn.unbox(jax.jit(lambda key: tokenizer.init(tokenizer.Tokenizer(SMALL), key))(jax.random.key(0)))
+    init = jax.jit(lambda key: tokenizer.init(tokenizer.Tokenizer(SMALL), key), compiler_options=FAST)
+    variables = nn.unbox(init(jax.random.key(0)))
     params = variables["params"]
     for part in ("encoder", "decoder"):
         np.testing.assert_array_equal(variables["buffers"][part]["pos_emb"].reshape(16, 32), sincos_2d(4, 4, 32))
@@ -149,7 +157,7 @@ def test_parameters_carry_logical_axes():
 # Encoding and decoding
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
 def everything(config, variables, image):
     """(reconstruction, codes, tokens, decoded tokens) in one program."""
     module = tokenizer.Tokenizer(config)
@@ -176,7 +184,7 @@ def test_several_codebooks_are_several_tokens_a_patch(image):
 
 def test_samples_do_not_see_each_other(small, image):
     apply, variables = small
-    changed = image.at[1].set(0)
+    changed = image * np.array([1, 0], np.float32)[:, None, None, None]
     np.testing.assert_array_equal(apply(variables, image)[0][0], apply(variables, changed)[0][0])
 
 
@@ -205,9 +213,8 @@ def test_decoder_stores_its_outputs_channel_major(small, image):
     apply, variables = small
     tokens = jnp.zeros((2, 3, 2), jnp.int32)
     plain = apply(variables, tokens, method="decode")
-    bias = jnp.zeros((3, 16, 16)).at[2, 5, 7].set(10.0).reshape(-1)
-    changed = jax.tree.map(lambda x: x, variables)
-    changed["params"]["decoder"]["out_proj"]["bias"] += bias
+    changed = jax.tree.map(np.copy, variables)
+    changed["params"]["decoder"]["out_proj"]["bias"].reshape(3, 16, 16)[2, 5, 7] += 10
     difference = apply(changed, tokens, method="decode") - plain
     moved = np.argwhere(np.abs(difference[0]) > 1)
     assert (moved % [16, 16, 3] == [5, 7, 2]).all() and len(moved) == 6  # one pixel in each of the 3 x 2 patches
@@ -226,47 +233,47 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(small, image):
 
 def test_class_maps_are_their_one_hot(lulc):
     apply, variables = lulc
-    classes = jax.random.randint(jax.random.key(2), (2, 32, 32), 0, 4)
-    soft = jax.nn.one_hot(classes, 4)
-    expected = apply(variables, soft, method="encode")
+    classes = np.random.default_rng(2).integers(0, 4, (2, 32, 32))
+    expected = apply(variables, np.eye(4, dtype=np.float32)[classes], method="encode")
     np.testing.assert_array_equal(apply(variables, classes, method="encode"), expected)
-    np.testing.assert_array_equal(apply(variables, np.asarray(classes[..., None]), method="encode"), expected)
+    np.testing.assert_array_equal(apply(variables, classes[..., None].astype(np.uint8), method="encode"), expected)
 
 
 def test_loss_of_class_maps_is_cross_entropy():
-    logits = jax.random.normal(jax.random.key(3), (2, 16, 32, 4))
-    classes = jax.random.randint(jax.random.key(4), (2, 16, 32), 0, 4)
-    log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), classes[..., None], -1)
-    expected = -log_probability[..., 0].mean((1, 2))
-    np.testing.assert_allclose(tokenizer.reconstruction_loss(LULC, logits, classes), expected, rtol=1e-5)
-    soft = jax.nn.softmax(jax.random.normal(jax.random.key(5), logits.shape))
-    expected = -(soft * jax.nn.log_softmax(logits)).sum(-1).mean((1, 2))
-    np.testing.assert_allclose(tokenizer.reconstruction_loss(LULC, logits, soft), expected, rtol=1e-5)
+    loss = jax.jit(functools.partial(tokenizer.reconstruction_loss, LULC))
+    logits = normal(3, (2, 16, 32, 4))
+    log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    classes = np.random.default_rng(4).integers(0, 4, (2, 16, 32))
+    expected = -np.take_along_axis(log_probability, classes[..., None], -1)[..., 0].mean((1, 2))
+    np.testing.assert_allclose(loss(logits, classes), expected, rtol=1e-5)
+    soft = np.exp(normal(5, logits.shape))
+    soft /= soft.sum(-1, keepdims=True)
+    np.testing.assert_allclose(loss(logits, soft), -(soft * log_probability).sum(-1).mean((1, 2)), rtol=1e-5)
 
 
 # Training
 
 
 def test_loss_of_measurements_is_mean_squared_error(image):
-    reconstruction = image + jnp.array([1.0, 2.0])[:, None, None, None]
+    reconstruction = image + np.array([1, 2], np.float32)[:, None, None, None]
     np.testing.assert_allclose(tokenizer.reconstruction_loss(SMALL, reconstruction, image), [1.0, 4.0], rtol=1e-5)
 
 
 def test_gradients_of_the_wide_product_are_the_products():
-    x, kernel, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 4, 5), (5, 7), (2, 3, 4, 7)]))
-    ours = jax.vjp(project, x, kernel)[1](g)
-    expected = jax.vjp(jnp.matmul, x, kernel)[1](g)
-    for a, b in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    x, kernel, g = (normal(i, shape) for i, shape in enumerate([(2, 3, 4, 5), (5, 7), (2, 3, 4, 7)]))
+    dx, dkernel = jax.vjp(project, x, kernel)[1](g)
+    np.testing.assert_allclose(dx, g @ kernel.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dkernel, x.reshape(-1, 5).T @ g.reshape(-1, 7), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_every_parameter(small, image):
-    apply, variables = small
+    _, variables = small
 
     def loss(params):
-        return tokenizer.reconstruction_loss(SMALL, apply({**variables, "params": params}, image)[0], image).mean()
+        reconstruction, _ = tokenizer.Tokenizer(SMALL).apply({**variables, "params": params}, image)
+        return tokenizer.reconstruction_loss(SMALL, reconstruction, image).mean()
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    gradients = jax.jit(jax.grad(loss), compiler_options=FAST)(variables["params"])
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 

@@ -25,11 +25,15 @@ SMALL = TransformerConfig(
 )
 
 
+@partial(jax.jit, static_argnums=0)
+def _init(config):
+    return meta.unbox(model.init(TerraMind(config), jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
 def variables():
-    fresh = meta.unbox(model.init(TerraMind(SMALL), jax.random.key(0)))
-    keys = iter(jax.random.split(jax.random.key(1), 1000))
-    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), fresh)  # biases, buffers and masks show too
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), _init(SMALL))  # biases and buffers show too
 
 
 def _batch(seed=0, size=8, inputs=12, targets=10):
@@ -62,6 +66,11 @@ def _losses(config, variables, batch):
     return TerraMind(config).apply(variables, batch, method="losses")
 
 
+@partial(jax.jit, static_argnums=0)
+def _gradients(config, variables, batch):
+    return jax.grad(lambda p: _losses(config, {**variables, "params": p}, batch)[0].sum())(variables["params"])
+
+
 @pytest.mark.parametrize("size", zoo.SIZES)
 def test_parameter_counts_are_the_published_ones(size):
     module = TerraMind(TransformerConfig(**zoo.SIZES[size]))
@@ -70,8 +79,7 @@ def test_parameter_counts_are_the_published_ones(size):
 
 
 def test_initialisation_follows_the_reference():
-    module = TerraMind(dataclasses.replace(SMALL, dim=64, num_heads=1))
-    params = meta.unbox(model.init(module, jax.random.key(0)))["params"]
+    params = _init(dataclasses.replace(SMALL, dim=64, num_heads=1))["params"]
     assert float(jnp.abs(params["encoder"]["attn"]["qkv"]["kernel"]).max()) <= math.sqrt(3 / 64)
     assert float(params["encoder"]["attn"]["qkv"]["kernel"].std()) == pytest.approx(math.sqrt(1 / 64), rel=0.05)
     assert float(params["encoder_token_emb"]["coords"].std()) == pytest.approx(0.02, rel=0.1)
@@ -81,10 +89,11 @@ def test_initialisation_follows_the_reference():
 
 
 def test_a_fresh_model_is_near_uniform_over_each_vocabulary():
-    config = dataclasses.replace(SMALL, dim=192, num_heads=3)
-    fresh = meta.unbox(model.init(TerraMind(config), jax.random.key(0)))
-    sums, counts = _losses(config, fresh, _batch())
-    np.testing.assert_allclose(sums / counts, np.log([s.vocab_size for s in DECODER]), rtol=0.25)
+    config = dataclasses.replace(SMALL, dim=64, num_heads=1)
+    sums, counts = _losses(config, _init(config), _batch())
+    vocab = np.array([s.vocab_size for s in DECODER])
+    excess = config.dim / (vocab + config.dim)  # half the variance of the logits of a Xavier table
+    np.testing.assert_allclose(sums / counts, np.log(vocab) + excess, atol=0.5)
 
 
 def test_slots_equal_the_dense_path(variables):
@@ -167,17 +176,15 @@ def test_padding_changes_nothing(variables):
 
 def test_a_batch_of_padding_alone_has_zero_loss_and_finite_gradients(variables):
     empty = {**_batch(), "input_modality": np.full((8, 12), PADDING, np.uint8), "target_modality": np.full((8, 10), PADDING, np.uint8)}
-    gradients = jax.jit(jax.grad(lambda p: _losses(SMALL, {**variables, "params": p}, empty)[0].sum()))(variables["params"])
+    gradients = _gradients(SMALL, variables, empty)
     assert float(_losses(SMALL, variables, empty)[0].sum()) == 0
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("change", [dict(unroll=2), dict(remat="dots"), dict(remat="full")])
 def test_unrolling_and_rematerialisation_change_no_gradient(variables, change):
-    def gradient(config):
-        return jax.jit(jax.grad(lambda p: _losses(config, {**variables, "params": p}, _batch())[0].sum()))(variables["params"])
-
-    for a, b in zip(jax.tree.leaves(gradient(SMALL)), jax.tree.leaves(gradient(dataclasses.replace(SMALL, **change))), strict=True):
+    expected, changed = (_gradients(config, variables, _batch()) for config in (SMALL, dataclasses.replace(SMALL, **change)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -52,7 +52,7 @@ def pretraining(root: Path, steps: int = 32) -> ConfigDict:
     config.model.update(dim=64, encoder_depth=1, decoder_depth=1, num_heads=1, image_size=SIZE)
     with config.unlocked():
         config.model.codebooks = ConfigDict(CODEBOOKS)
-    config.data.update(inputs=("DEM", "LULC", "S1GRD"), targets=("DEM", "LULC", "S1GRD"))  # S1GRD is in no shard
+    config.data.update(inputs=("DEM", "LULC", "S1GRD"), targets=("DEM", "LULC"))  # S1GRD is in no shard
     config.data.update(views_per_sample=2, view_window=8, patch_group=1)
     config.mask.update(input_tokens=6, target_tokens=5)
     _shorten(config, root, steps)

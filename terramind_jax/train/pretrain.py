@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -76,7 +77,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     }
     meter = logging.Meter(writer, {"bad": 0, "overflow": 0, **totals}, log_every=run.log_every, work=work)
     validated: dict[str, float] = {}
-    with checkpoint.sigterm() as stop, jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(writer),
+        checkpoint.sigterm() as stop,
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(sharding.RULES),
+    ):
         data = device_batches(config, index, mesh, consumed=state.consumed(train_state.samples), workers=run.workers)
         while step < steps and not stop.is_set():
             start = time.perf_counter()
@@ -101,8 +108,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         meter.pause()
         if step < steps:
             state.save(checkpoints, train_state, buffers, meter.totals)
-        checkpoints.close()
-        writer.close()
     if step < steps:
         raise checkpoint.Terminated(
             f"Stopped by SIGTERM at step {step} of {steps}; the checkpoint is saved and the same command goes on from it."

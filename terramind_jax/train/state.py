@@ -151,7 +151,9 @@ def start(
         return create(made["params"], tx, ema), made.get("buffers", {})
 
     if checkpoints.latest() is None:
-        state, buffers = jax.jit(fresh, out_shardings=(layout, variables["buffers"]))(key)
+        # Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        state, buffers = jax.jit(fresh, out_shardings=(layout, variables["buffers"]), compiler_options=options)(key)
         return state, buffers, layout, {}
     shapes = _trees(*jax.eval_shape(fresh, key))
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, _trees(layout, variables["buffers"]))

@@ -1,0 +1,98 @@
+"""Pictures: shared colour limits, readable layouts, files that appear whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from terramind_jax import modalities, plot
+
+
+def image(name, seed=0, side=32):
+    rng = np.random.default_rng(seed)
+    if name == "LULC":
+        return rng.integers(0, 10, (side, side)).astype(np.uint8)
+    mean, std = modalities.statistics(name)
+    return (mean + std * rng.normal(size=(side, side, len(mean)))).astype(np.float32)
+
+
+NAMES = [name for name, modality in modalities.MODALITIES.items() if modality.is_image]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_modality_renders_as_colours(name):
+    colours = plot.render(name, image(name))
+    assert colours.shape == (32, 32, 3)
+    assert np.isfinite(colours).all() and colours.min() >= 0 and colours.max() <= 1
+    assert colours.std() > 0.01
+    flat = np.zeros_like(image(name))
+    assert np.isfinite(plot.render(name, flat)).all()
+
+
+def test_class_maps_and_logits_render_alike():
+    classes = image("LULC")
+    np.testing.assert_array_equal(plot.render("LULC", classes), plot.render("LULC", np.eye(10)[classes]))
+    np.testing.assert_array_equal(plot.render("LULC", classes), plot.render("LULC", classes[..., None]))
+    assert len(plot.LULC_COLOURS) == len(set(plot.LULC_COLOURS)) == len(modalities.LULC_CLASSES)
+
+
+@pytest.mark.parametrize("name", ["S2L2A", "S1GRD", "DEM", "NDVI"])
+def test_truth_sets_the_limits_of_what_was_generated(name):
+    truth, generated = image(name), image(name, 1) * 3
+    scene = plot.Scene("a", {}, {name: generated}, {name: truth})
+    np.testing.assert_array_equal(scene.limits(name), plot.limits(name, truth))
+    assert plot.Scene("a", {}, {name: generated}).limits(name) is not None
+
+
+def test_same_value_same_colour_in_truth_and_generated():
+    truth = np.linspace(-25, 0, 1024).reshape(32, 32, 1).repeat(2, -1)
+    generated = np.full_like(truth, truth[16, 5, 0])
+    within = plot.limits("S1GRD", truth)
+    assert (plot.render("S1GRD", generated, within)[0, 0] == plot.render("S1GRD", truth, within)[16, 5]).all()
+
+
+def test_flat_elevation_is_not_stretched():
+    low, high = plot.limits("DEM", np.full((16, 16, 1), 300.0))
+    assert high - low == pytest.approx(plot.MIN_RELIEF) and (low + high) / 2 == pytest.approx(300)
+
+
+def scene(name, truth=True):
+    made = {m: image(m, 1) for m in ("S1GRD", "DEM", "LULC", "NDVI")}
+    return plot.Scene(name, {"S2L2A": image("S2L2A")}, made, {m: image(m) for m in made} if truth else {}, {"NDVI": "RMSE 0.1"})
+
+
+def test_contact_sheet_has_a_row_for_truth_and_one_for_generated(tmp_path):
+    plot.contact_sheet(tmp_path / "deep" / "both.png", [scene("a"), scene("b")], title="Title", caption="Caption", dpi=40)
+    plot.contact_sheet(tmp_path / "deep" / "one.png", [scene("a", truth=False)], dpi=40)
+    both, one = (imread(tmp_path / "deep" / f"{name}.png") for name in ("both", "one"))
+    assert abs(both.shape[1] - one.shape[1]) <= 1
+    assert both.shape[0] > 3 * one.shape[0] * 0.8
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["both.png", "one.png"]  # no temporary is left
+
+
+def test_contact_sheet_errors(tmp_path):
+    with pytest.raises(ValueError, match="no scene to draw"):
+        plot.contact_sheet(tmp_path / "a.png", [])
+    other = plot.Scene("b", {"S2L2A": image("S2L2A")}, {"DEM": image("DEM")})
+    with pytest.raises(ValueError, match="Scene 'b' differs in its inputs or outputs from 'a'"):
+        plot.contact_sheet(tmp_path / "a.png", [scene("a"), other])
+
+
+def test_loss_curves_from_files_and_work_directories(tmp_path):
+    lines = [{"step": s, "loss": 9.0 - s / 100} for s in range(1, 101)] + [{"step": 50, "loss": None}]
+    lines += [{"step": 100, "val/loss": 8.1, "val/loss/DEM": 7.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot.loss_curves(tmp_path / "loss.png", {"a": tmp_path, "b": tmp_path / "metrics.jsonl"}, dpi=40)
+    assert imread(tmp_path / "loss.png").std() > 0
+    with pytest.raises(FileNotFoundError, match="metrics of a training run"):
+        plot.loss_curves(tmp_path / "loss.png", {"a": tmp_path / "missing"})
+    with pytest.raises(ValueError, match="no run to draw"):
+        plot.loss_curves(tmp_path / "loss.png", {})
+
+
+def test_smoothing_keeps_constants_and_length():
+    series = np.stack([np.arange(200.0), np.full(200, 3.0)], axis=1)
+    np.testing.assert_allclose(plot._smooth(series), series)
