@@ -22,6 +22,11 @@ from etils import epath
 FOLDER = "checkpoints"
 COUNTERS = "counters"
 
+# Replicas share the writing of large arrays. Orbax would slice the small ones, too, which costs a compilation for every shape.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
+)
+
 
 class Checkpoints:
     """The checkpoints of one work directory."""

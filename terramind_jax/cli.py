@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
+LULC_CODES = ("terramesh", "esri", "dynamicworld")
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
 
@@ -145,6 +146,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         inputs=inputs,
         to=targets,
         out=parsed.out,
+        tokenizers=parsed.tokenizers,
         model=parsed.model,
         seed=parsed.seed,
         timesteps=parsed.timesteps,
@@ -172,6 +174,7 @@ def _add_quickstart(commands) -> None:
     parser = _add(commands, "quickstart", "train a small model here, on the embedded world or on your tiles, and generate", _quickstart)
     parser.add_argument("--data", default=None, metavar="DIR", help="folder of GeoTIFFs, MODALITY/NAME.tif; default: the embedded world")
     parser.add_argument("--out", default="quickstart", metavar="DIR")
+    parser.add_argument("--lulc_codes", default="terramesh", choices=LULC_CODES, help="codes of the LULC rasters in --data")
     parser.add_argument("--minutes", type=float, default=None, help="about how long to train")
 
 
@@ -179,8 +182,8 @@ def _quickstart(parsed: argparse.Namespace) -> None:
     from terramind_jax import quickstart
 
     _accept_grain_workers()
-    options = {} if parsed.minutes is None else {"minutes": parsed.minutes}
-    quickstart.run(data=parsed.data, out=parsed.out, **options)
+    minutes = {} if parsed.minutes is None else {"minutes": parsed.minutes}
+    quickstart.run(data=parsed.data, out=parsed.out, lulc_codes=parsed.lulc_codes, **minutes)
 
 
 # ---- data ----
@@ -198,9 +201,7 @@ def _add_data(commands) -> None:
     parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, into shards", _pack)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument(
-        "--lulc_codes", choices=("terramesh", "esri", "dynamicworld"), help="codes of the LULC rasters; needed if there are any"
-    )
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
     for name, text, command in (
         ("index", "scan the shards and store their index", _index),

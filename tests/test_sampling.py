@@ -58,6 +58,20 @@ def test_top_p_keeps_the_specs_numbers():
     assert kept(SPEC_PROBABILITIES, top_p=0.0) == kept(SPEC_PROBABILITIES, top_p=1.0) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.98])
+def test_top_p_equals_a_sort(top_p):
+    logits = np.random.default_rng(0).normal(size=(3, 7, 200), scale=3).astype(np.float32)
+    probability = np.exp(logits.astype(np.float64))
+    probability /= probability.sum(-1, keepdims=True)
+    descending = -np.sort(-probability, axis=-1)
+    number = ((np.cumsum(descending, axis=-1) - descending) <= top_p).sum(-1)
+    filtered = np.asarray(sampling.filter_logits(jnp.asarray(logits), top_p=top_p))
+    np.testing.assert_array_equal(np.isfinite(filtered).sum(-1), number)
+    order = np.argsort(-logits, axis=-1)
+    kept_in_order = np.isfinite(np.take_along_axis(filtered, order, axis=-1))
+    np.testing.assert_array_equal(kept_in_order, np.arange(200) < number[..., None])
+
+
 def test_top_k_takes_a_number_or_a_fraction():
     assert kept(SPEC_PROBABILITIES, top_k=2) == [1, 3]
     assert kept(SPEC_PROBABILITIES, top_k=0.4) == [1, 3]
