@@ -22,10 +22,14 @@ from etils import epath
 FOLDER = "checkpoints"
 COUNTERS = "counters"
 
-# Replicas share the writing of large arrays. Orbax would slice the small ones, too, which costs a compilation for every shape.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
-)
+TREES = ("params", "buffers", "opt_state", "ema")
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    """Replicas share the writing of large arrays; Orbax would slice the small ones too, and compile for every shape of them."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return {COUNTERS: ocp.JsonCheckpointHandler(), **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in TREES}}
 
 
 class Checkpoints:
@@ -39,27 +43,30 @@ class Checkpoints:
                 if ".orbax-checkpoint-tmp" in path.name:
                     path.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=bool(keep))
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, trees: Mapping[str, Any], counters: Mapping[str, int]) -> None:
-        """Starts writing `trees` (pytrees of arrays) and `counters`; returns once the arrays may be donated."""
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        """Starts writing `trees` (pytrees of arrays by name, of `TREES`) and `counters`; returns once the arrays may be donated."""
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, **{COUNTERS: ocp.args.JsonSave(dict(counters))}))
 
     def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
         """The trees named in `abstract` (``ShapeDtypeStruct`` leaves, with the shardings to restore to) and the counters."""
         step = self.latest() if step is None else step
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        items = {
+            name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            for name, tree in abstract.items()
+        }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items, **{COUNTERS: ocp.args.JsonRestore()}))
         return {name: restored[name] for name in abstract}, restored[COUNTERS]
 
     def items(self) -> set[str]:
         """Names of the trees in the newest checkpoint."""
-        path = Path(self._manager.directory) / str(self.latest())
+        path = self._manager.directory / str(self.latest())
         return {child.name for child in path.iterdir() if child.is_dir()} - {COUNTERS}
 
     def close(self) -> None:

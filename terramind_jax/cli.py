@@ -91,7 +91,7 @@ def _train(train, parsed: argparse.Namespace) -> int:
     except checkpoint.Terminated as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED
-    print("  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    print("  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if value == value))  # a modality without targets has no loss
     return 0
 
 
@@ -125,6 +125,9 @@ def _add_generate(commands) -> None:
     parser = _add(commands, "generate", "generate modalities from GeoTIFFs", _generate)
     parser.add_argument("--model", default=None, metavar="NAME", help="name of a released model; not needed for a work directory")
     parser.add_argument("--weights", required=True, metavar="DIR", help="work directory of a pretrained model")
+    parser.add_argument(
+        "--tokenizers", metavar="DIR", help="folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
+    )
     parser.add_argument(
         "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
     )

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from terramind_jax import cli
 
@@ -89,3 +90,15 @@ def test_info_names_devices_and_models(capsys):
     text = capsys.readouterr().out
     assert "terramind_v1_tiny" in text
     assert "devices" in text
+
+
+def test_data_commands_reach_the_shards(tmp_path, capsys):
+    root = str(tiny_run.write_shards(tmp_path))
+    assert cli.main(["data", "index", root]) == 0
+    assert "train: 12 locations" in capsys.readouterr().out
+    assert cli.main(["data", "check", root]) == 1
+    assert "'s003'" in capsys.readouterr().out
+    assert cli.main(["data", "stats", root]) == 2
+    assert "error: " in (text := capsys.readouterr().err) and "'s003'" in text
+    assert cli.main(["data", "check", str(tmp_path / "train")]) == 2
+    assert "No splits in" in capsys.readouterr().err

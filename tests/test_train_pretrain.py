@@ -161,6 +161,15 @@ def command(config: Path, workdir: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("devices", "workers"), [(1, 0), (2, 2)])
+def test_fewer_devices_and_more_workers_give_the_same_losses(root, finished, tmp_path, devices, workers):
+    path = tiny_run.write_config(tmp_path / "config.py", tiny_run.pretraining(root))
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([*command(path, tmp_path / "run"), f"--config.run.workers={workers}"], env=environment, check=True, capture_output=True)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_killed_at_a_random_step_and_started_again(root, tmp_path):
     """SIGKILL through the command line, on one device: bit-identical parameters, and no step is reported twice."""
     config = tiny_run.pretraining(root, steps=120)

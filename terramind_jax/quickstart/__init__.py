@@ -5,6 +5,7 @@ Each part is a command of the package, printed before it runs, so that what happ
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from terramind_jax import modalities
 from terramind_jax.data.index import open_index
 
 HERE = Path(__file__).parent
-SCENES, VAL_SCENES = 384, 24  # of the embedded world
+SCENES, VAL_SCENES = 256, 16  # of the embedded world
+SOURCES = ("S2L2A", "S2L1C", "S1GRD", "S1RTC", "DEM")  # the first that there is becomes the input, the others are generated
 NOMINAL_MINUTES = 9.0  # of training on two cores, at the configured numbers of steps
 
 
@@ -36,13 +38,18 @@ def run(data: str | None = None, out: str = "quickstart", *, minutes: float = NO
         raise ValueError(f"minutes is {minutes}; expected a positive number.")
     scale = minutes / NOMINAL_MINUTES
     _shards(data, folder / "shards", lulc_codes)
-    present = [m for m in open_index(folder / "shards", "train").modalities if modalities.get(m).levels]
-    if not present:
-        raise ValueError(f"{data} holds no modality that can be generated; expected one of S2L2A, S1GRD, S1RTC, DEM, LULC, NDVI.")
-    _side_by_side([_tokenizer_command(m, folder, scale) for m in present], [folder / "logs" / f"tokenizer_{m}.log" for m in present])
+    present = open_index(folder / "shards", "train").modalities
+    source = next((m for m in SOURCES if m in present), None)
+    targets = [m for m in present if modalities.get(m).levels and m != source]
+    if source is None or not targets:
+        raise ValueError(
+            f"{data} holds {', '.join(present)}; expected one of {', '.join(SOURCES)} and another modality to generate from it."
+        )
+    _side_by_side([_tokenizer_command(m, folder, scale) for m in targets], [folder / "logs" / f"tokenizer_{m}.log" for m in targets])
     _command("tokenize", f"--data={folder / 'shards'}", f"--weights={folder / 'tokenizers'}", f"--out={folder / 'shards'}")
-    _command("pretrain", *_training("pretrain", folder / "model", folder, scale))
-    evaluate.run(folder, is_embedded=data is None, trained_minutes=(time.monotonic() - start) / 60)
+    fields = [f"data.inputs={','.join([*present, 'coords'])}", f"data.targets={','.join([*targets, 'coords'])}"]
+    _command("pretrain", *_training("pretrain", folder / "model", folder, scale, *fields))
+    evaluate.run(folder, source, is_embedded=data is None, minutes=(time.monotonic() - start) / 60)
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Look at {folder / 'generated.png'} and {folder / 'report.md'}.")
 
 
@@ -70,8 +77,11 @@ def _tokenizer_command(modality: str, folder: Path, scale: float) -> list[str]:
 # ---- running commands ----
 
 
-def _line(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "terramind_jax", *arguments]
+def _start(arguments: Sequence[str], at_once: int = 1, **options) -> subprocess.Popen:
+    """A command of the package in a process of its own, with its share of the cores and huge pages for XLA's buffers."""
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "NPROC": str(threads), **os.environ}
+    return subprocess.Popen([sys.executable, "-m", "terramind_jax", *arguments], env=environment, **options)
 
 
 def _announce(arguments: Sequence[str]) -> None:
@@ -81,7 +91,7 @@ def _announce(arguments: Sequence[str]) -> None:
 def _command(*arguments: str) -> None:
     """Runs one command of the package with its output shown; its error message ends the quickstart."""
     _announce(arguments)
-    if subprocess.run(_line(arguments)).returncode:
+    if _start(arguments).wait():
         raise ValueError(f"The quickstart stopped in: terramind-jax {shlex.join(arguments)}")
 
 
@@ -94,7 +104,7 @@ def _side_by_side(commands: Sequence[Sequence[str]], logs: Sequence[Path], at_on
             _announce(arguments)
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "w") as stream:
-                running.append((subprocess.Popen(_line(arguments), stdout=stream, stderr=subprocess.STDOUT), arguments, log))
+                running.append((_start(arguments, at_once, stdout=stream, stderr=subprocess.STDOUT), arguments, log))
         for job in [job for job in running if job[0].poll() is not None]:
             running.remove(job)
             if job[0].returncode:

@@ -12,7 +12,6 @@ from terramind_jax.data import crops
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.train import pretrain, tokenizer
 
-SOURCES = ("S2L2A", "S2L1C", "S1GRD", "S1RTC", "DEM")  # the first that there is becomes the input
 DATA_RANGE = {"S2L2A": 10_000.0, "S1GRD": 40.0, "S1RTC": 40.0, "DEM": 4000.0, "NDVI": 2.0}  # full scale of PSNR and SSIM, in the unit
 CLASSES = len(modalities.LULC_CLASSES)
 PICTURED = 4  # scenes in the picture
@@ -33,12 +32,9 @@ class Scores:
             self.confusion += metrics.confusion_matrix(prediction, truth, CLASSES)
 
 
-def run(folder: Path, *, is_embedded: bool, trained_minutes: float) -> None:
-    """Generates every other modality of the held-out scenes at temperature 0 and writes ``report.md``, pictures and GeoTIFFs."""
+def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None:
+    """Generates the targets from `source` of the held-out scenes, at temperature 0, and writes ``report.md``, pictures and GeoTIFFs."""
     train, held_out = open_index(folder / "shards", "train"), open_index(folder / "shards", "val")
-    source = next((m for m in SOURCES if m in held_out.modalities and held_out.available[:, held_out.modalities.index(m)].any()), None)
-    if source is None:
-        raise ValueError(f"The held-out scenes have none of {', '.join(SOURCES)} to generate from.")
     module, variables, _ = pretrain.load(folder / "model")
     targets = [s.modality for s in module.config.decoder if s.kind == "tokens" and s.modality != source]
     tokenizers = {m: tokenizer.load(folder / "tokenizers" / m) for m in targets}
@@ -61,7 +57,7 @@ def run(folder: Path, *, is_embedded: bool, trained_minutes: float) -> None:
     plot.contact_sheet(folder / "generated.png", scenes, title=f"Generated from {source} of held-out tiles, temperature 0")
     curves = {p.parent.name: p for p in sorted(folder.glob("tokenizers/*/metrics.jsonl"))}
     plot.loss_curves(folder / "losses.png", {"transformer": folder / "model" / "metrics.jsonl", **curves})
-    text = report(scores, source, folder, len(train), len(held_out), is_embedded, trained_minutes)
+    text = report(scores, source, folder, len(train), len(held_out), is_embedded, minutes)
     (folder / "report.md").write_text(text)
     print("\n" + text)
 

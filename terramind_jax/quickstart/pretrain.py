@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.train.batch_size = 16
-    config.train.steps = 500
+    config.train.steps = 300
     config.train.loss = "mod"
 
     config.run.eval_every = 0  # only at the end

@@ -1,0 +1,1 @@
+"""Training loops, one straight file each, and the few pieces they share."""

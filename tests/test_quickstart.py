@@ -1,0 +1,83 @@
+"""The quickstart: its report says what the numbers say, and the whole chain runs."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from terramind_jax import cli, geo, metrics, quickstart
+from terramind_jax.quickstart import evaluate
+
+
+def _errors(rmse):
+    truth = np.zeros((1, 16, 16, 1))
+    return evaluate.Scores(errors=metrics.Errors(4000.0).add(truth + rmse, truth))
+
+
+def _classes(right):
+    confusion = np.zeros((evaluate.CLASSES, evaluate.CLASSES), np.int64)
+    confusion[1, 1], confusion[1, 2] = right, 100 - right
+    return evaluate.Scores(confusion=confusion)
+
+
+def test_the_report_says_what_beats_what():
+    scores = {
+        "DEM": {"generated": _errors(300.0), "training mean": _errors(900.0), "linear regression": _errors(500.0)},
+        "NDVI": {"generated": _errors(0.3), "training mean": _errors(0.2), "linear regression": _errors(0.1)},
+        "LULC": {"generated": _classes(60), "majority class": _classes(30), "logistic regression": _classes(80)},
+    }
+    text = evaluate.report(scores, "S2L2A", quickstart.Path("out"), 256, 16, True, 12.3)
+    assert "- DEM: generated beats the training mean in RMSE and beats the per-pixel linear regression." in text
+    assert "- NDVI: generated does NOT beat the training mean in RMSE; the per-pixel linear regression is better" in text
+    assert "- LULC: generated beats the majority class in mIoU; the per-pixel logistic regression is better" in text
+    assert "| DEM | generated | 300.00 | 300.00 | 22.50 |" in text
+    assert "256 tiles of the embedded world (synthetic) in 12.3 minutes" in text
+
+
+def test_baselines_see_one_pixel(tmp_path):
+    """A modality that is a linear function of the input is regressed exactly; the mean is that of the training pixels."""
+
+    class Scenes:
+        modalities, available = ("S2L2A", "DEM"), np.ones((2, 2), bool)
+
+        def __len__(self):
+            return 2
+
+        def read(self, i, modality):
+            image = np.random.default_rng(i).uniform(0, 3000, (224, 224, 12))
+            return image if modality == "S2L2A" else image[..., 2:3] / 2 + 10
+
+    fitted = evaluate.fit(Scenes(), "S2L2A", "DEM")
+    image = np.full((2, 2, 12), 400.0)
+    np.testing.assert_allclose(fitted["linear regression"](image), 210, rtol=1e-3)
+    np.testing.assert_allclose(fitted["training mean"], 760, rtol=0.02)
+
+
+def test_bad_input_ends_in_one_sentence(tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["quickstart", f"--data={tmp_path / 'empty'}", f"--out={tmp_path / 'out'}"]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: The quickstart stopped in: terramind-jax data pack")
+    with pytest.raises(ValueError, match="minutes is 0"):
+        quickstart.run(out=str(tmp_path / "out"), minutes=0)
+
+
+@pytest.mark.slow
+def test_tiles_become_models_pictures_and_geotiffs(tmp_path):
+    """`quickstart --data`, on four tiles of two modalities with a few steps, as a user types it."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        place = geo.Place("EPSG:32632", (10.0, 0.0, 5e5 + 4e4 * i, 0.0, -10.0, 5e6), 224, 224)
+        height = rng.uniform(0, 1500) + np.linspace(0, 300, 224)[:, None, None] * np.ones((1, 224, 1))
+        bands = np.clip(3000 - height + rng.normal(0, 50, (224, 224, 12)), 0, None)
+        for modality, array in (("S2L2A", bands.astype(np.int16)), ("DEM", height.astype(np.int16))):
+            (tmp_path / "tiles" / modality).mkdir(parents=True, exist_ok=True)
+            geo.write(tmp_path / "tiles" / modality / f"tile{i}.tif", array, like=place, modality=modality)
+    command = ["quickstart", f"--data={tmp_path / 'tiles'}", f"--out={tmp_path / 'out'}", "--minutes=0.1"]
+    subprocess.run([sys.executable, "-m", "terramind_jax", *command], check=True)
+    out = tmp_path / "out"
+    assert all((out / name).stat().st_size > 10_000 for name in ("generated.png", "losses.png"))
+    assert "| DEM | training mean |" in (out / "report.md").read_text()
+    written = sorted((out / "geotiff" / "DEM_generated").glob("*.tif"))
+    assert written and geo.place(written[0]).crs == place.crs
