@@ -9,6 +9,8 @@ OUT ?= quickstart
 LULC_CODES ?= terramesh
 BIN := $(VENV)/bin
 
+# XLA allocates its buffers anew at every step; huge pages keep a CPU from faulting each of them in by 4 KiB.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 .PHONY: quickstart test test-full lint clean

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -218,7 +219,8 @@ def child(side: str, size: str, arguments: argparse.Namespace) -> dict[str, floa
     """Runs one side in a process of its own, so that the two never share threads or memory."""
     passed = [f"--{k}={v}" for k, v in vars(arguments).items() if k not in ("sizes", "peer", "side", "out", "rounds")]
     command = [sys.executable, __file__, "--side", side, "--sizes", size, *passed]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{side} failed for {size}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -98,7 +98,6 @@ def tokenizer_training() -> ConfigDict:
     config.model.modality = "S2L2A"
     config.model.levels = (8, 8, 8, 6, 5)  # of the FSQ codebook; their product is its size
     config.model.num_codebooks = 1  # tokens a patch
-    config.model.latent_gain = 1.0  # of the latents' initial spread; above 1, a short training uses more codes
     config.model.dim = 768
     config.model.depth = 12  # of the encoder and of the decoder
     config.model.num_heads = 12

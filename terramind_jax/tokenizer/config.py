@@ -11,8 +11,7 @@ class TokenizerConfig:
     """Defaults are the released v1 tokenizers'; LULC has 10 channels and levels (7, 5, 5, 5, 5).
 
     With several codebooks the latent is split into `num_codebooks` groups of ``len(levels)``, each a token of its own.
-    `latent_gain` spreads the initial latents: the released initialisation leaves them near zero, in a handful of codes, from where long
-    training moves them. `image_size` only fixes the stored grid of positions: any image whose sides are multiples of `patch_size` can be encoded.
+    `image_size` only fixes the stored grid of positions: any image whose sides are multiples of `patch_size` can be encoded.
     """
 
     modality: str
@@ -24,7 +23,6 @@ class TokenizerConfig:
     mlp_ratio: float = 4.0
     decoder: str = "vit"
     num_codebooks: int = 1
-    latent_gain: float = 1.0
     image_size: int = 256
     patch_size: int = 16
     dtype: str = "float32"

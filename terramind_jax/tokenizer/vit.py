@@ -15,17 +15,14 @@ from terramind_jax.model.positions import resize_bicubic, sincos_2d
 from terramind_jax.tokenizer.config import TokenizerConfig
 
 
-def torch_default(fan_in: int, gain: float = 1.0) -> Initializer:
-    """PyTorch's default for a convolution's kernel and bias, which the reference keeps: uniform within 1/sqrt(fan_in), times `gain`."""
-    return uniform(gain * fan_in**-0.5)
+def torch_default(fan_in: int) -> Initializer:
+    """PyTorch's default for a convolution's kernel and bias, which the reference keeps: uniform within 1/sqrt(fan_in)."""
+    return uniform(fan_in**-0.5)
 
 
-def pointwise(
-    inputs: int, outputs: int, axes: tuple[str | None, str | None], dtype: str, name: str | None = None, gain: float = 1.0
-) -> nn.Dense:
-    """A 1x1 convolution, initialised as PyTorch does, its kernel times `gain`."""
-    kernel_init = nn.with_logical_partitioning(torch_default(inputs, gain), axes)
-    bias_init = nn.with_logical_partitioning(torch_default(inputs), axes[1:])
+def pointwise(inputs: int, outputs: int, axes: tuple[str | None, str | None], dtype: str, name: str | None = None) -> nn.Dense:
+    """A 1x1 convolution, initialised as PyTorch does."""
+    kernel_init, bias_init = (nn.with_logical_partitioning(torch_default(inputs), a) for a in (axes, axes[1:]))
     return nn.Dense(outputs, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 

@@ -27,7 +27,7 @@ class Tokenizer(nn.Module):
         if c.decoder not in DECODERS:
             raise ValueError(f"Unknown tokenizer decoder {c.decoder!r}; known decoders: {', '.join(DECODERS)}.")
         self.encoder = ViTEncoder(c)
-        self.quant_proj = pointwise(c.dim, c.latent_dim, ("embed", None), "float32", gain=c.latent_gain)
+        self.quant_proj = pointwise(c.dim, c.latent_dim, ("embed", None), "float32")
         self.decoder = DECODERS[c.decoder](c)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
