@@ -11,7 +11,8 @@ class TokenizerConfig:
     """Defaults are the released v1 tokenizers'; LULC has 10 channels and levels (7, 5, 5, 5, 5).
 
     With several codebooks the latent is split into `num_codebooks` groups of ``len(levels)``, each a token of its own.
-    `image_size` only fixes the stored grid of positions: any image whose sides are multiples of `patch_size` can be encoded.
+    With depth 0 there is no attention and a token describes its own patch alone. `image_size` only fixes the stored grid of
+    positions: any image whose sides are multiples of `patch_size` can be encoded.
     """
 
     modality: str

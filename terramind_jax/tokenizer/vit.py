@@ -78,8 +78,9 @@ def trunk(module: nn.Module, x: jax.Array) -> jax.Array:
     c = module.config
     positions = module.variable("buffers", "pos_emb", lambda: jnp.asarray(sincos_2d(c.grid, c.grid, c.dim)).reshape(c.grid, c.grid, c.dim))
     x = x + resize_bicubic(positions.value, x.shape[1:3]).astype(x.dtype)
-    layers = stack(Block, c.depth, "none", c.unroll, broadcast=0)(c, name="blocks")
-    tokens, _ = layers(x.reshape(x.shape[0], -1, c.dim))
+    tokens = x.reshape(x.shape[0], -1, c.dim)
+    if c.depth:
+        tokens, _ = stack(Block, c.depth, "none", c.unroll, broadcast=0)(c, name="blocks")(tokens)
     tokens = tokens.astype(jnp.float32)
     tokens = tokens + PostMlp(int(c.dim * c.mlp_ratio), name="post_mlp")(layer_norm("float32", "norm_mlp")(tokens))
     return tokens.reshape(x.shape)
