@@ -53,6 +53,8 @@ class Checkpoints:
         """Starts writing `trees` (pytrees of arrays by name, of `TREES`) and `counters`; returns once the arrays may be donated."""
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, **{COUNTERS: ocp.args.JsonSave(dict(counters))}))
+        if jax.default_backend() == "cpu":  # there a host copy may be the device's own memory, which the next step overwrites
+            self._manager.wait_until_finished()
 
     def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
         """The trees named in `abstract` (``ShapeDtypeStruct`` leaves, with the shardings to restore to) and the counters."""
