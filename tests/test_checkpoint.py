@@ -60,15 +60,21 @@ def test_donation_while_a_checkpoint_is_written(tmp_path):
 
 
 KILLED_WHILE_WRITING = """
-import os, sys
+import glob, os, sys, threading, time
 import jax.numpy as jnp
 from terramind_jax.checkpoint import Checkpoints
+
+def kill():
+    while not glob.glob(sys.argv[1] + "/checkpoints/2.*tmp*"):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), 9)
 
 kept = Checkpoints(sys.argv[1], keep=2)
 tree = {"params": {"w": jnp.ones(8_000_000)}}
 kept.save(1, tree, {"step": 1})
-kept.save(2, tree, {"step": 2})  # waits for the first
-os.kill(os.getpid(), 9)
+threading.Thread(target=kill, daemon=True).start()
+kept.save(2, tree, {"step": 2})
+time.sleep(60)
 """
 
 
