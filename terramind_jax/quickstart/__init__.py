@@ -47,7 +47,7 @@ def run(data: str | None = None, out: str = "quickstart", *, minutes: float = NO
         )
     _side_by_side([_tokenizer_command(m, folder, scale) for m in targets], [folder / "logs" / f"tokenizer_{m}.log" for m in targets])
     _command("tokenize", f"--data={folder / 'shards'}", f"--weights={folder / 'tokenizers'}", f"--out={folder / 'shards'}")
-    fields = [f"data.inputs={','.join([*present, 'coords'])}", f"data.targets={','.join([*targets, 'coords'])}"]
+    fields = [f"data.inputs={','.join([*present, 'coords'])}", f"data.targets={','.join(targets)}"]
     _command("pretrain", *_training("pretrain", folder / "model", folder, scale, *fields))
     evaluate.run(folder, source, is_embedded=data is None, minutes=(time.monotonic() - start) / 60)
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Look at {folder / 'generated.png'} and {folder / 'report.md'}.")

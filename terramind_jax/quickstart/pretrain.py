@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     config = pretraining()
 
     config.model.dim = 128
-    config.model.encoder_depth = 6
-    config.model.decoder_depth = 3
+    config.model.encoder_depth = 4
+    config.model.decoder_depth = 2
     config.model.num_heads = 4
 
     config.data.views_per_sample = 4
@@ -24,15 +24,15 @@ def get_config() -> ConfigDict:
     config.mask.input_tokens = 128
     config.mask.target_tokens = 128
     config.mask.input_alphas = ({"untok_sen2l2a@224": 1000.0}, {"default": 0.5, "coords": 0.1})
-    config.mask.target_alphas = ({"default": 2.0, "coords": 0.1},)
+    config.mask.target_alphas = (2.0,)
     config.mask.mixture_weights = (1.0, 1.0)
 
-    config.optimizer.learning_rate = 1.5e-3  # peak
+    config.optimizer.learning_rate = 2e-3  # peak
     config.optimizer.warmup_tokens = 200_000
     config.optimizer.clip_norm = 1.0
 
-    config.train.batch_size = 16
-    config.train.steps = 300
+    config.train.batch_size = 8
+    config.train.steps = 900
     config.train.loss = "mod"
 
     config.run.eval_every = 0  # only at the end
