@@ -106,7 +106,6 @@ def test_a_continued_run_drops_the_lines_it_will_write_again(root, tmp_path):
     assert logging.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": None}]
 
 
-@pytest.mark.slow
 def test_another_mesh_gives_the_same_losses(root, finished, tmp_path):
     config = tiny_run.pretraining(root)
     config.mesh.update(data=2, fsdp=2, tensor=2)
@@ -160,7 +159,6 @@ def command(config: Path, workdir: Path) -> list[str]:
     return [sys.executable, "-m", "terramind_jax", "pretrain", f"--config={config}", f"--workdir={workdir}"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "workers"), [(1, 0), (2, 2)])
 def test_fewer_devices_and_more_workers_give_the_same_losses(root, finished, tmp_path, devices, workers):
     path = tiny_run.write_config(tmp_path / "config.py", tiny_run.pretraining(root))
@@ -169,7 +167,6 @@ def test_fewer_devices_and_more_workers_give_the_same_losses(root, finished, tmp
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_killed_at_a_random_step_and_started_again(root, tmp_path):
     """SIGKILL through the command line, on one device: bit-identical parameters, and no step is reported twice."""
     config = tiny_run.pretraining(root, steps=120)
