@@ -127,7 +127,9 @@ def test_another_tokenizer_is_refused(root, weights, quick):
 
 def test_a_renamed_folder_of_tokenizers_is_the_same_tokenizer(root, weights, quick):
     run(root, weights)
+    before = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*_tokens/*.tar"))
     run(root, weights.rename(weights.with_name("renamed")))
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*_tokens/*.tar"))
 
 
 def test_tokens_of_unknown_origin_are_refused(root, weights, quick):
