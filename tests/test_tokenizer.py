@@ -15,7 +15,7 @@ import pytest
 from terramind_jax import tokenizer
 from terramind_jax.model.positions import resize_bicubic, sincos_2d
 from terramind_jax.tokenizer import fsq
-from terramind_jax.tokenizer.vit import patchify, project, unpatchify
+from terramind_jax.tokenizer.vit import patchify, unpatchify
 
 SMALL = tokenizer.TokenizerConfig("S2L2A", 3, dim=32, depth=2, num_heads=2, image_size=64)
 LULC = dataclasses.replace(SMALL, modality="LULC", channels=4, levels=(7, 5, 5, 5, 5))
@@ -257,13 +257,6 @@ def test_loss_of_class_maps_is_cross_entropy():
 def test_loss_of_measurements_is_mean_squared_error(image):
     reconstruction = image + np.array([1, 2], np.float32)[:, None, None, None]
     np.testing.assert_allclose(tokenizer.reconstruction_loss(SMALL, reconstruction, image), [1.0, 4.0], rtol=1e-5)
-
-
-def test_gradients_of_the_wide_product_are_the_products():
-    x, kernel, g = (normal(i, shape) for i, shape in enumerate([(2, 3, 4, 5), (5, 7), (2, 3, 4, 7)]))
-    dx, dkernel = jax.vjp(project, x, kernel)[1](g)
-    np.testing.assert_allclose(dx, g @ kernel.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(dkernel, x.reshape(-1, 5).T @ g.reshape(-1, 7), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_every_parameter(small, image):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from terramind_jax.model.layers import Initializer, Linear, Mlp, SelfAttention, stack, uniform, xavier
+from terramind_jax.model.layers import Initializer, Linear, Mlp, SelfAttention, project, stack, uniform, xavier
 from terramind_jax.model.positions import resize_bicubic, sincos_2d
 from terramind_jax.tokenizer.config import TokenizerConfig
 
@@ -102,29 +102,6 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", kernel_init, (p, p, c.channels, c.dim)).reshape(-1, c.dim).astype(c.dtype)
         bias = self.param("bias", nn.with_logical_partitioning(init, ("embed",)), (c.dim,))
         return patchify(image.astype(c.dtype), p) @ kernel + bias.astype(c.dtype)
-
-
-@jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel`` for outputs far wider than inputs, ``[..., D]`` -> ``[..., F]``.
-
-    The gradient of the kernel is written as x^T g. JAX writes (g^T x)^T, for which XLA's CPU backend first transposes `g`; here that
-    is as large as the image, and a tenth of the training step went into it.
-    """
-    return x @ kernel
-
-
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _project_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return g @ kernel.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
-
-
-project.defvjp(_project_forward, _project_backward)
 
 
 class PatchProject(nn.Module):
