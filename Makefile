@@ -1,11 +1,11 @@
-# make quickstart            train a small TerraMind on the embedded world and generate (about 12 minutes on 2 cores)
+# make quickstart            train a small TerraMind on the embedded world and generate (5 to 15 minutes on 2 cores)
 # make quickstart DATA=DIR   the same on your own GeoTIFFs: DIR/MODALITY/NAME.tif
 # make test                  lint and the fast tests
 # make test-full             all tests, the slow ones included
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= quickstart
+OUT ?=
 LULC_CODES ?= terramesh
 BIN := $(VENV)/bin
 
@@ -28,7 +28,7 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
-	$(BIN)/terramind-jax quickstart --out=$(OUT) $(if $(DATA),--data=$(DATA) --lulc_codes=$(LULC_CODES))
+	$(BIN)/terramind-jax quickstart $(if $(OUT),--out=$(OUT)) $(if $(DATA),--data=$(DATA) --lulc_codes=$(LULC_CODES))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .

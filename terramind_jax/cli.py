@@ -176,7 +176,7 @@ def _inputs(pairs: Sequence[str]) -> dict[str, str]:
 def _add_quickstart(commands) -> None:
     parser = _add(commands, "quickstart", "train a small model here, on the embedded world or on your tiles, and generate", _quickstart)
     parser.add_argument("--data", default=None, metavar="DIR", help="folder of GeoTIFFs, MODALITY/NAME.tif; default: the embedded world")
-    parser.add_argument("--out", default="quickstart", metavar="DIR")
+    parser.add_argument("--out", default=None, metavar="DIR", help="default: quickstart, or quickstart_NAME for a folder NAME of tiles")
     parser.add_argument("--lulc_codes", default="terramesh", choices=LULC_CODES, help="codes of the LULC rasters in --data")
     parser.add_argument("--minutes", type=float, default=None, help="about how long to train")
 

@@ -253,7 +253,7 @@ def _tuple(text: str, like: tuple) -> tuple:
     elif like and isinstance(like[0], str):
         value = tuple(part.strip() for part in text.split(",") if part.strip())
     else:
-        value = tuple(ast.literal_eval(f"({text},)"))
+        value = tuple(ast.literal_eval(f"({text.rstrip(', ')},)"))
     words = bool(like) and isinstance(like[0], str)
     if like and any(isinstance(item, str) != words for item in value):
         raise ValueError

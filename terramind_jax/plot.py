@@ -2,7 +2,7 @@
 
 A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as VV in dB, elevation
 as a shaded relief, land cover in its classes' colours, NDVI from brown to green. Within a scene truth and generated share
-their colour limits, which come from the truth.
+their colour limits, which come from the truth; those of elevation span both, as a wrong level would be one flat colour otherwise.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Scene:
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a line under a generated modality, such as its error
 
     def limits(self, name: str) -> Limits | None:
-        """Of the truth where there is one, else of what was generated or given."""
-        for arrays in (self.truth, self.generated, self.inputs):
-            if name in arrays:
-                return limits(name, arrays[name])
-        return None
+        """Of the truth where there is one (for elevation together with what was generated), else of what was generated or given."""
+        found = [limits(name, arrays[name]) for arrays in (self.truth, self.generated, self.inputs) if name in arrays]
+        if modalities.input_stream(name).modality == "DEM" and name in self.truth:
+            lows, highs = zip(*found, strict=True)
+            return min(lows), max(highs)
+        return found[0] if found else None
 
 
 Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value displayed, a scalar or one a channel

@@ -55,6 +55,12 @@ def test_an_open_dict_is_replaced(config):
     assert configuration.from_json(configuration.to_json(config)) == config
 
 
+@pytest.mark.parametrize("text", ["8", "8,", "(8,)"])
+def test_a_tuple_of_one(config, text):
+    configuration.override(config, "mask.target_alphas", text)
+    assert config.mask.target_alphas == (8,)
+
+
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [

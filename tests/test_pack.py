@@ -11,7 +11,7 @@ import rasterio
 from terramind_jax import geo
 from terramind_jax.data import check
 from terramind_jax.data.index import open_index
-from terramind_jax.data.pack import LULC_CODES, find_scenes, pack, to_stored
+from terramind_jax.data.pack import LULC_CODES, find_scenes, is_packed, pack, to_stored
 from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.geo import Place
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES
@@ -93,6 +93,18 @@ def test_packing_twice_gives_the_same_bytes(src, tmp_path):
         pack(str(src), str(tmp_path / name))
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert files and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_shards_of_other_files_are_never_taken_for_these(src, tmp_path):
+    out = str(tmp_path / "out")
+    assert not is_packed(str(src), out)
+    pack(str(src), out)
+    assert is_packed(str(src), out)
+    with pytest.raises(ValueError, match="or with other LULC codes"):
+        is_packed(str(src), out, lulc_codes="esri")
+    _write(src, "DEM", "added", _place(9000))
+    with pytest.raises(ValueError, match="choose another --out, or delete it"):
+        is_packed(str(src), out)
 
 
 def test_files_of_one_place_stay_in_one_split(tmp_path):

@@ -39,12 +39,18 @@ def test_class_maps_and_logits_render_alike():
     assert len(plot.LULC_COLOURS) == len(set(plot.LULC_COLOURS)) == len(modalities.LULC_CLASSES)
 
 
-@pytest.mark.parametrize("name", ["S2L2A", "S1GRD", "DEM", "NDVI"])
+@pytest.mark.parametrize("name", ["S2L2A", "S1GRD", "NDVI"])
 def test_truth_sets_the_limits_of_what_was_generated(name):
     truth, generated = image(name), image(name, 1) * 3
     scene = plot.Scene("a", {}, {name: generated}, {name: truth})
     np.testing.assert_array_equal(scene.limits(name), plot.limits(name, truth))
     assert plot.Scene("a", {}, {name: generated}).limits(name) is not None
+
+
+def test_limits_of_elevation_span_truth_and_generated():
+    truth, generated = np.linspace(0, 100, 1024).reshape(32, 32, 1), np.linspace(400, 450, 1024).reshape(32, 32, 1)
+    low, high = plot.Scene("a", {}, {"DEM": generated}, {"DEM": truth}).limits("DEM")
+    assert (low, high) == (plot.limits("DEM", truth)[0], plot.limits("DEM", generated)[1])
 
 
 def test_same_value_same_colour_in_truth_and_generated():

@@ -27,12 +27,13 @@ def test_the_report_says_what_beats_what():
         "NDVI": {"generated": _errors(0.3), "training mean": _errors(0.2), "linear regression": _errors(0.1)},
         "LULC": {"generated": _classes(60), "majority class": _classes(30), "logistic regression": _classes(80)},
     }
-    text = evaluate.report(scores, "S2L2A", quickstart.Path("out"), 256, 16, True, 12.3)
+    text = evaluate.report(scores, "S2L2A", quickstart.Path("out"), "2 million parameters, 900 steps", 256, 16, True, 12.3)
     assert "- DEM: generated beats the training mean in RMSE and beats the per-pixel linear regression." in text
     assert "- NDVI: generated does NOT beat the training mean in RMSE; the per-pixel linear regression is better" in text
     assert "- LULC: generated beats the majority class in mIoU; the per-pixel logistic regression is better" in text
     assert "| DEM | generated | 300.00 | 300.00 | 22.50 |" in text
-    assert "256 tiles of the embedded world (synthetic) in 12.3 minutes" in text
+    assert "(2 million parameters, 900 steps)" in text and "256 tiles of the embedded world (synthetic)." in text
+    assert "took 12.3 minutes" in text
 
 
 def test_baselines_see_one_pixel(tmp_path):
@@ -61,6 +62,11 @@ def test_bad_input_ends_in_one_sentence(tmp_path, capfd):
     assert last.startswith("error: The quickstart stopped in: terramind-jax data pack")
     with pytest.raises(ValueError, match="minutes is 0"):
         quickstart.run(out=str(tmp_path / "out"), minutes=0)
+
+
+def test_each_folder_of_tiles_has_its_own_results(tmp_path):
+    assert quickstart.default_out(None) == "quickstart"
+    assert quickstart.default_out(f"{tmp_path}/alps/") == "quickstart_alps"
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_places_are_consistent_with_the_climate_and_splits_do_not_share_blocks()
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("world") / "synthetic")
-    synthesize(out, scenes=6, val_scenes=4, seed=5, size=48, workers=1, shard_size=4)
+    synthesize(out, scenes=6, val_scenes=4, seed=5, size=48, workers=1, shard_size=2)
     return out
 
 
@@ -323,7 +323,7 @@ def test_shards_say_where_they_lie_and_which_offset_they_carry(root):
 
 def test_workers_do_not_change_a_byte(root, tmp_path):
     other = str(tmp_path / "again")
-    synthesize(other, scenes=6, val_scenes=4, seed=5, size=48, workers=2, shard_size=4)
+    synthesize(other, scenes=6, val_scenes=4, seed=5, size=48, workers=2, shard_size=2)
     a, b = files(root), files(other)
     written = {name for name in a if name.endswith((".tar", ".json"))}
     assert written == set(b) and all(a[name] == b[name] for name in written)
@@ -331,11 +331,11 @@ def test_workers_do_not_change_a_byte(root, tmp_path):
 
 def test_a_finished_synthesis_is_left_alone_and_anything_else_refused(root, tmp_path, capsys):
     with open(os.path.join(root, "dataset_info.json"), encoding="utf-8") as f:
-        assert json.load(f)["scenes"] == {"train": {"majortom": 5, "ssl4eos12": 1}, "val": {"majortom": 3, "ssl4eos12": 1}}
-    synthesize(root, scenes=6, val_scenes=4, seed=5, size=48, workers=1, shard_size=4)
+        assert json.load(f)["scenes"] == {"train": {"majortom": 3, "ssl4eos12": 3}, "val": {"majortom": 2, "ssl4eos12": 2}}
+    synthesize(root, scenes=6, val_scenes=4, seed=5, size=48, workers=1, shard_size=2)
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="choose another folder"):
-        synthesize(root, scenes=7, val_scenes=4, seed=5, size=48, workers=1, shard_size=4)
+        synthesize(root, scenes=7, val_scenes=4, seed=5, size=48, workers=1, shard_size=2)
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no dataset_info.json"):
         synthesize(str(tmp_path), scenes=1, val_scenes=0, size=48)

@@ -24,6 +24,7 @@ from terramind_jax import modalities as registry
 from terramind_jax.data.check import VALID_RANGE
 from terramind_jax.data.shards import ShardWriter, write_sample
 
+INFO = "dataset_info.json"
 TILE_SIZE = 264  # TerraMesh's
 MIN_SIZE = registry.IMAGE_SIZE
 
@@ -89,13 +90,37 @@ def pack(
     for split in ("train", "val"):
         tiles = [(s, *t) for s in scenes if split_of[s.name] == split for t in s.tiles()]
         counts[split] = _write_split(partial, split, subset, tiles, lulc_codes, shard_size)
-    info = _describe(scenes, counts, dict(subset=subset, lulc_codes=lulc_codes, val_fraction=val_fraction, seed=seed))
-    with open(os.path.join(partial, "dataset_info.json"), "w", encoding="utf-8") as f:
+    options = dict(subset=subset, lulc_codes=lulc_codes, val_fraction=val_fraction, seed=seed)
+    info = {**_describe(scenes, counts, options), "fingerprint": fingerprint(scenes)}
+    with open(os.path.join(partial, INFO), "w", encoding="utf-8") as f:
         json.dump(info, f, indent=1)
     if os.path.isdir(out):
         os.rmdir(out)
     os.replace(partial, out)
     return info
+
+
+def fingerprint(scenes: Sequence[Scene]) -> str:
+    """Changes when a file is added, removed or written again; the folder may move."""
+    digest = hashlib.sha256()
+    for scene in scenes:
+        for modality, path in sorted(scene.files.items()):
+            status = os.stat(path)
+            digest.update(f"{modality}/{scene.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def is_packed(src: str, out: str | os.PathLike, lulc_codes: str | None = None) -> bool:
+    """Whether `out` holds the files of `src` as they are now; False if it is free, a ValueError if it holds anything else."""
+    path = os.path.join(out, INFO)
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as f:
+        info = json.load(f)
+    if (info.get("fingerprint"), info.get("lulc_codes")) != (fingerprint(find_scenes(src)), lulc_codes):
+        what = f"{os.fspath(out)} was made from other files than those in {src} now, or with other LULC codes"
+        raise ValueError(f"{what}; choose another --out, or delete it.")
+    return True
 
 
 def _describe(scenes: Sequence[Scene], counts: dict[str, dict[str, int]], options: dict[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from terramind_jax import modalities
+from terramind_jax.data import pack
 from terramind_jax.data.index import open_index
 
 HERE = Path(__file__).parent
-SCENES, VAL_SCENES = 256, 16  # of the embedded world
+SCENES, VAL_SCENES = 768, 32  # of the embedded world
 SOURCES = ("S2L2A", "S2L1C", "S1GRD", "S1RTC", "DEM")  # the first that there is becomes the input, the others are generated
+RADAR_LEVELS = 12  # codes of a radar patch: more would describe its speckle, which nothing foretells
 NOMINAL_MINUTES = 9.0  # of training on two cores, at the configured numbers of steps
 
 
-def run(data: str | None = None, out: str = "quickstart", *, minutes: float = NOMINAL_MINUTES, lulc_codes: str = "terramesh") -> None:
+def run(data: str | None = None, out: str | None = None, *, minutes: float = NOMINAL_MINUTES, lulc_codes: str = "terramesh") -> None:
     """Trains a small TerraMind and generates what held-out scenes lack.
 
     Args:
       data: folder of GeoTIFFs ``MODALITY/NAME.tif``; None: scenes of the embedded world.
-      out: shards, work directories and results, finished parts are kept and a second call goes on from them.
+      out: shards, work directories and results; finished parts are kept and a second call goes on from them. Default: ``quickstart``
+        for the embedded world, ``quickstart_NAME`` for a folder NAME.
       minutes: about how long to train on two cores; scales the numbers of steps.
       lulc_codes: what the codes of LULC rasters in `data` mean: terramesh, esri or dynamicworld.
     """
     from terramind_jax.quickstart import evaluate
 
-    start, folder = time.monotonic(), Path(out)
+    start, folder = time.monotonic(), Path(out or default_out(data))
     if minutes <= 0:
         raise ValueError(f"minutes is {minutes}; expected a positive number.")
     scale = minutes / NOMINAL_MINUTES
@@ -45,18 +48,27 @@ def run(data: str | None = None, out: str = "quickstart", *, minutes: float = NO
         raise ValueError(
             f"{data} holds {', '.join(present)}; expected one of {', '.join(SOURCES)} and another modality to generate from it."
         )
-    _side_by_side([_tokenizer_command(m, folder, scale) for m in targets], [folder / "logs" / f"tokenizer_{m}.log" for m in targets])
+    slowest_first = sorted(targets, key=lambda m: -modalities.get(m).channels)
+    logs = [folder / "logs" / f"tokenizer_{m}.log" for m in slowest_first]
+    _side_by_side([_tokenizer_command(m, folder, scale) for m in slowest_first], logs)
     _command("tokenize", f"--data={folder / 'shards'}", f"--weights={folder / 'tokenizers'}", f"--out={folder / 'shards'}")
-    fields = [f"data.inputs={','.join([*present, 'coords'])}", f"data.targets={','.join(targets)}"]
+    # Without coordinates: their table of 30,000 words is larger than the rest of this model, and a few hundred places fill none of it.
+    fields = [f"data.inputs={','.join(present)}", f"data.targets={','.join(targets)}"]
+    fields.append(f"mask.input_alphas=({{'{modalities.input_stream(source).key}': 1000.0}}, 0.5)")
     _command("pretrain", *_training("pretrain", folder / "model", folder, scale, *fields))
     evaluate.run(folder, source, is_embedded=data is None, minutes=(time.monotonic() - start) / 60)
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Look at {folder / 'generated.png'} and {folder / 'report.md'}.")
 
 
+def default_out(data: str | None) -> str:
+    """``quickstart``, or ``quickstart_NAME`` for a folder of tiles, so that one run never takes up another's shards."""
+    return "quickstart" if data is None else f"quickstart_{Path(data).resolve().name}"
+
+
 def _shards(data: str | None, shards: Path, lulc_codes: str) -> None:
     if data is None:
         _command("data", "synthesize", f"--out={shards}", f"--scenes={SCENES}", f"--val_scenes={VAL_SCENES}")
-    elif not (shards / "dataset_info.json").is_file():
+    elif not pack.is_packed(data, shards, lulc_codes):
         _command("data", "pack", data, str(shards), f"--lulc_codes={lulc_codes}", "--val_fraction=0.25")
 
 
@@ -70,8 +82,10 @@ def _training(name: str, workdir: Path, folder: Path, scale: float, *fields: str
 
 def _tokenizer_command(modality: str, folder: Path, scale: float) -> list[str]:
     workdir = folder / "tokenizers" / modality
-    fields = _training("tokenizer", workdir, folder, scale, f"model.modality={modality}", "run.progress=False")
-    return ["train-tokenizer", *fields]
+    fields = [f"model.modality={modality}", "run.progress=False"]
+    if modality in ("S1GRD", "S1RTC"):
+        fields.append(f"model.levels={RADAR_LEVELS}")
+    return ["train-tokenizer", *_training("tokenizer", workdir, folder, scale, *fields)]
 
 
 # ---- running commands ----

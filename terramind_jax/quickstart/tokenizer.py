@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 3
     config.model.image_size = 224
 
-    config.optimizer.learning_rate = 3e-3  # peak
+    config.optimizer.learning_rate = 2e-3  # peak
     config.optimizer.warmup_samples = 200
     config.optimizer.weight_decay = 0.01
 
     config.train.batch_size = 8
-    config.train.steps = 500
+    config.train.steps = 600
     config.train.ema_decay = 0.98
 
     config.run.eval_every = 0  # only at the end

@@ -62,9 +62,12 @@ def gamma_nought(rng: np.random.Generator, place: Place, terrain: Terrain, cover
 
 
 def slope_effect(rng: np.random.Generator, terrain: Terrain) -> np.ndarray:
-    """Brightness ``[S, S]`` of GRD over that of RTC: the incidence angle and the area that a slope presents to the radar."""
+    """Brightness ``[S, S]`` of GRD over that of RTC: the incidence angle and the area that a slope presents to the radar.
+
+    All passes are descending ones and look west, so that the morning sun's shading in Sentinel-2 tells which slopes shine.
+    """
     incidence = np.radians(rng.uniform(31, 45))
-    heading = np.radians(80 if rng.random() < 0.5 else 280)  # looking direction of ascending and descending passes
+    heading = np.radians(280)
     toward = -(terrain.east * np.sin(heading) + terrain.north * np.cos(heading))
     across = terrain.east * np.cos(heading) - terrain.north * np.sin(heading)
     local = np.clip(incidence - np.arctan(-toward), 0.12, 1.5)
