@@ -1,19 +1,21 @@
 # make quickstart            train a small TerraMind on the embedded world and generate (5 to 15 minutes on 2 cores)
 # make quickstart DATA=DIR   the same on your own GeoTIFFs: DIR/MODALITY/NAME.tif
 # make test                  lint and the fast tests
-# make test-full             all tests, the slow ones included
+# make test-parity           against TerraTorch, in .venv-peer if that is there, else in .venv-parity (made with the `parity` extra)
+# make test-full             all tests but those, the slow ones included
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?=
 LULC_CODES ?= terramesh
 BIN := $(VENV)/bin
+PARITY := $(if $(wildcard .venv-peer/bin/python),.venv-peer,.venv-parity)
 
 # XLA allocates its buffers anew at every step; huge pages keep a CPU from faulting each of them in by 4 KiB.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: quickstart test test-full lint clean
+.PHONY: quickstart test test-parity test-full golden lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +38,17 @@ lint: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --durations=10
+
+.venv-parity/.installed: setup.py
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet -e ".[parity,test]"
+	@touch $@
+
+test-parity: $(if $(filter .venv-parity,$(PARITY)),.venv-parity/.installed)
+	$(PARITY)/bin/python -m pytest tests/parity tests/test_convert.py -m "" --durations=10
+
+golden:
+	$(PARITY)/bin/python tests/parity/make_golden.py
 
 test-full: lint
 	$(BIN)/python -m pytest -m "" --durations=20

@@ -2,15 +2,25 @@
 
     import terramind_jax as tm
 
+    model = tm.load("terramind_v1_base_generate", modalities=["S2L2A"], output_modalities=["S1GRD", "LULC"])
     tile = tm.read("tile.tif", "S2L2A")         # [H, W, C] with its place on Earth
-    tm.write("copy.tif", tile, like="tile.tif")
+    made = model.generate({"S2L2A": tile[None]}, seed=0, timesteps=10, standardize=True)
+    tm.write("radar.tif", made["S1GRD"][0], like="tile.tif")
 
 Names are imported when they are first used, so that data workers and ``--help`` never load JAX.
 """
 
 import importlib
 
-_PUBLIC = {"read": "terramind_jax.geo", "write": "terramind_jax.geo"}
+_PUBLIC = {
+    "read": "terramind_jax.geo",
+    "write": "terramind_jax.geo",
+    "list_models": "terramind_jax.zoo",
+    "load": "terramind_jax.weights",
+    "save": "terramind_jax.weights",
+    "from_torch": "terramind_jax.weights",
+    "to_torch": "terramind_jax.weights",
+}
 __all__ = [*_PUBLIC]
 
 

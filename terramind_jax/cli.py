@@ -29,7 +29,8 @@ def _is_users(error: Exception) -> bool:
     """Errors that the input caused, told in one sentence; any other is a bug and keeps its traceback."""
     from terramind_jax.data.shards import DataError
 
-    return isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError | DataError)
+    known = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError | ConnectionError | DataError
+    return isinstance(error, known) or type(error) is ImportError  # an extra that is not installed
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -39,6 +40,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_tokens(commands)
     _add_generate(commands)
     _add_quickstart(commands)
+    _add_convert(commands)
     _add_data(commands)
     _add(commands, "info", "versions, devices and models", _info)
     parsed, rest = parser.parse_known_args(arguments)
@@ -123,8 +125,12 @@ def _tokenize(parsed: argparse.Namespace) -> None:
 
 def _add_generate(commands) -> None:
     parser = _add(commands, "generate", "generate modalities from GeoTIFFs", _generate)
-    parser.add_argument("--model", default=None, metavar="NAME", help="name of a released model; not needed for a work directory")
-    parser.add_argument("--weights", required=True, metavar="DIR", help="work directory of a pretrained model")
+    parser.add_argument(
+        "--model", default=None, metavar="NAME", help="a released model, such as terramind_v1_base; not for a work directory"
+    )
+    parser.add_argument(
+        "--weights", required=True, metavar="W", help="work directory of a pretrained model; with --model also hub, random, or a file"
+    )
     parser.add_argument(
         "--tokenizers", metavar="DIR", help="folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
     )
@@ -137,6 +143,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder")
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token")
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -151,6 +158,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         out=parsed.out,
         tokenizers=parsed.tokenizers,
         model=parsed.model,
+        lulc_codes=parsed.lulc_codes,
         seed=parsed.seed,
         timesteps=parsed.timesteps,
         steps=parsed.steps,
@@ -171,6 +179,20 @@ def _inputs(pairs: Sequence[str]) -> dict[str, str]:
             raise FileNotFoundError(f"--input {name}: there is no file or folder {path}.")
         inputs[name] = path
     return inputs
+
+
+def _add_convert(commands) -> None:
+    text = "copy weights between PyTorch (.pt), .safetensors and Orbax directories, by suffix"
+    parser = _add(commands, "convert", text, _convert)
+    parser.add_argument("source", metavar="IN", help="a file, a directory of weights, or the work directory of a training")
+    parser.add_argument("target", metavar="OUT", help="must not exist; without a suffix, a directory")
+    parser.add_argument("--model", default=None, metavar="NAME", help="what a file holds, where it does not tell; see `info`")
+
+
+def _convert(parsed: argparse.Namespace) -> None:
+    from terramind_jax import weights
+
+    weights.convert(parsed.source, parsed.target, parsed.model)
 
 
 def _add_quickstart(commands) -> None:

@@ -57,7 +57,7 @@ def pretraining() -> ConfigDict:
     )  # enter the encoder, as pixels and tokens
     config.data.targets = ("S2L2A", "S1GRD", "S1RTC", "DEM", "LULC", "NDVI", "coords")  # are predicted, as tokens
     config.data.views_per_sample = 4  # masks drawn for a sample once it is read; its views go to different batches
-    config.data.view_window = 1024  # samples between the views of one; at least a batch, best a multiple of batch times workers
+    config.data.view_window = 1024  # samples between the views of one; at least a batch, and a multiple of batch times workers
     config.data.patch_group = 4  # samples that share one buffer of selected patches; batch = a multiple of this times the devices
     config.data.capacity_sigmas = 3.0  # room in that buffer, in standard deviations above the mean; what does not fit is counted
 
@@ -282,6 +282,33 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return value
+
+
+_AT_LEAST = {
+    **dict.fromkeys(("model.dim", "model.num_heads", "model.encoder_depth", "model.decoder_depth", "model.unroll"), 1),
+    **dict.fromkeys(("train.batch_size", "train.total_tokens", "train.total_samples"), 1),
+    **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches"), 1),
+    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers"), 0),
+}
+_ONE_OF = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.remat": ("none", "dots", "full"),
+    "train.loss": ("mod", "token"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun."""
+    values = _flat(config)
+    for field, least in _AT_LEAST.items():
+        if field in values and values[field] < least:
+            raise ValueError(f"{field}={values[field]}; expected at least {least}.")
+    for field, known in _ONE_OF.items():
+        if field in values and values[field] not in known:
+            raise ValueError(f"{field}={values[field]!r}; expected one of {', '.join(known)}.")
+    dim, heads = config.model.dim, config.model.num_heads
+    if dim % heads or dim % 4:
+        raise ValueError(f"model.dim={dim} must be a multiple of 4, for the positions, and of model.num_heads={heads}.")
 
 
 def of_workdir(workdir: str | os.PathLike) -> ConfigDict:

@@ -1,10 +1,14 @@
 """Coordinates as tokens: (lon, lat) snapped to a quarter degree, one id for the latitude and one for the longitude (spec 7.1).
 
 The reference keeps a WordPiece vocabulary of texts such as ``lat=46.25``; its ids follow the plain rule written here, so no file is
-needed. The reference spells -0.0 as ``-0.00``, which its vocabulary lacks; here -0.0 and 0.0 are one id.
+needed; `check_vocabulary` compares the published file, where it is at hand, with that rule. The reference spells -0.0 as ``-0.00``,
+which its vocabulary lacks; here -0.0 and 0.0 are one id.
 """
 
 from __future__ import annotations
+
+import json
+import os
 
 import numpy as np
 
@@ -14,6 +18,7 @@ SOS = 2
 EOS = 3
 SENTINEL = 4  # [S_0]; [S_i] is SENTINEL + i
 VOCAB_SIZE = 30_000
+SPECIALS = {"[PAD]": PAD, "[UNK]": UNK, "[SOS]": SOS, "[EOS]": EOS, **{f"[S_{i}]": SENTINEL + i for i in range(3)}}
 
 _FIRST_LATITUDE = 4204  # lat=-90.00; below it lie the specials, 200 sentinels and 4M's 4000 unused box tokens
 _FIRST_LONGITUDE = 4925  # lon=-180.00; the last is 6365, lon=180.00
@@ -55,3 +60,44 @@ def decode(ids: np.ndarray) -> tuple[float, float] | tuple[np.ndarray, np.ndarra
     valid = (np.abs(lat) <= 90) & (np.abs(lon) <= 180)
     lon, lat = np.where(valid, lon, np.nan), np.where(valid, lat, np.nan)
     return (lon, lat) if ids.ndim > 1 else (float(lon), float(lat))
+
+
+def vocabulary() -> dict[str, int]:
+    """The reference's vocabulary by the rule: 7 special tokens, 721 latitudes and 1441 longitudes with their ids (spec 7.1)."""
+    steps = _STEPS_PER_DEGREE
+    latitudes = {f"lat={i / steps - 90:.2f}": _FIRST_LATITUDE + i for i in range(180 * steps + 1)}
+    longitudes = {f"lon={i / steps - 180:.2f}": _FIRST_LONGITUDE + i for i in range(360 * steps + 1)}
+    return {**SPECIALS, **latitudes, **longitudes}
+
+
+def check_vocabulary(path: str | os.PathLike) -> None:
+    """Compares a published coordinate vocabulary, a Hugging Face tokenizers JSON, with the rule that `encode` and `decode` follow.
+
+    Raises:
+      ValueError: it is no such file; or entries are missing, have another id, or are coordinates or share an id that the rule knows
+        otherwise. One message counts all differences and shows the first of each kind.
+    """
+    found, expected = _read_vocabulary(path), vocabulary()
+    ids = set(expected.values())
+    problems = {
+        "missing": [text for text in expected if text not in found],
+        "with another id": [f"{text} {found[text]}, not {i}" for text, i in expected.items() if found.get(text, i) != i],
+        "unknown": [f"{t} {i}" for t, i in found.items() if t not in expected and (i in ids or t.startswith(("lat=", "lon=")))],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(texts)} {kind} ({_first(texts)})" for kind, texts in problems.items() if texts)
+        raise ValueError(f"The coordinate vocabulary {path} differs from the rule of ids that this package follows: {listed}.")
+
+
+def _first(texts: list[str], shown: int = 8) -> str:
+    return ", ".join([*texts[:shown], *(["..."] if len(texts) > shown else [])])
+
+
+def _read_vocabulary(path: str | os.PathLike) -> dict[str, int]:
+    """Every text of a tokenizers JSON and its id."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        return {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
+    except (ValueError, TypeError, KeyError) as error:  # ValueError: neither text nor JSON
+        raise ValueError(f"{path} is no vocabulary of the tokenizers library: {error!r}.") from error

@@ -22,7 +22,7 @@ import numpy as np
 from terramind_jax import coordinates, modalities, sampling
 from terramind_jax.modalities import Stream
 from terramind_jax.model import TerraMind
-from terramind_jax.tokenizer import Tokenizer
+from terramind_jax.tokenizer import Tokenizer, decode
 
 Variables = Mapping[str, Any]
 Schedule = Literal["roar", "maskgit"]
@@ -103,6 +103,8 @@ def generate(
     *,
     seed: int | np.ndarray,
     standardize: bool = True,
+    timesteps: int = 10,
+    clip: bool = True,
     **options: Any,
 ) -> dict[str, np.ndarray]:
     """Generates modalities from modalities (spec 8.5).
@@ -113,6 +115,7 @@ def generate(
         (lon, lat) in degrees.
       outputs: user names in the order of generation; each conditions those after it.
       standardize: False if the inputs are standardised already; then the outputs are, too.
+      timesteps, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
       **options: those of `generate_tokens`; mappings are keyed by the names in `outputs`.
 
     Returns:
@@ -128,7 +131,8 @@ def generate(
     values = {modalities.input_stream(name).key: encode_input(name, x, tokenizers, standardize=standardize) for name, x in inputs.items()}
     targets = list(dict.fromkeys(stream.key for stream in streams.values()))
     tokens = generate_tokens(module, variables, values, targets, seed=seed, **options)
-    return {name: decode_output(stream, tokens[stream.key], tokenizers, standardize=standardize) for name, stream in streams.items()}
+    finish = functools.partial(decode_output, tokenizers=tokenizers, standardize=standardize, seed=seed, timesteps=timesteps, clip=clip)
+    return {name: finish(stream, tokens[stream.key]) for name, stream in streams.items()}
 
 
 def encode_input(
@@ -142,7 +146,7 @@ def encode_input(
     x = x[..., None] if stream.modality == "LULC" and x.ndim == 3 else x
     modalities.check_image(stream.modality, x)
     if stream.modality == "LULC":
-        _check_classes(x)
+        _check_classes(x, tokenizers[stream.modality][0].config.channels)
     elif standardize:
         x = modalities.standardize(stream.modality, x)
     if stream.kind == "pixels":
@@ -152,13 +156,19 @@ def encode_input(
 
 
 def decode_output(
-    stream: Stream, tokens: jax.Array, tokenizers: Mapping[str, tuple[Tokenizer, Variables]], *, standardize: bool = True
+    stream: Stream,
+    tokens: jax.Array,
+    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    *,
+    standardize: bool = True,
+    seed: int | np.ndarray = 0,
+    **decoding: Any,
 ) -> np.ndarray:
-    """Ids of one stream as the user's array; see `generate`."""
+    """Ids of one stream as the user's array; see `generate`. `decoding` are options of `terramind_jax.tokenizer.decode`."""
     if stream.kind == "sequence":
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
     tokenizer, variables = tokenizers[stream.modality]
-    x = np.asarray(_apply(variables, tokens, module=tokenizer, method="decode"), np.float32)
+    x = np.asarray(decode(tokenizer, variables, tokens, seed=seed, **decoding), np.float32)
     return modalities.destandardize(stream.modality, x) if standardize and stream.modality != "LULC" else x
 
 
@@ -379,7 +389,7 @@ def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> N
             raise ValueError(f"The output {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
 
 
-def _check_classes(x: np.ndarray) -> None:
-    last = len(modalities.LULC_CLASSES) - 1
+def _check_classes(x: np.ndarray, classes: int) -> None:
+    last = classes - 1  # 10 classes, in v0.1 nine
     if x.dtype.kind not in "iu" or x.min() < 0 or x.max() > last:
         raise ValueError(f"LULC holds {x.dtype} values from {x.min()} to {x.max()}; expected integer classes 0-{last}.")

@@ -65,9 +65,6 @@ class Errors:
         """Mean over images."""
         return self.ssim_sum / self.images if self.images else math.nan
 
-    def summary(self) -> dict[str, float]:
-        return {"mae": self.mae, "rmse": self.rmse, "psnr": self.psnr, "ssim": self.ssim}
-
 
 def mae(prediction: np.ndarray, truth: np.ndarray, valid: np.ndarray | None = None) -> float:
     """Mean absolute error over the pixels that `valid` ``[..., H, W]`` marks, NaN if none."""

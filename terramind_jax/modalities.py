@@ -190,7 +190,19 @@ MODALITIES: dict[str, Modality] = {
             channels=1,
         ),
         Modality(name="coords", tokens="coords", unit="degrees"),
+        Modality(name="caption", tokens="caption", unit="text"),  # v0.1 alone
     )
+}
+
+# What v0.1 has otherwise (spec 1.4, 1.6): statistics of other data, and Dynamic World's nine classes.
+_V01: dict[str, Modality] = {
+    "S2L2A": dataclasses.replace(
+        MODALITIES["S2L2A"],
+        mean=(794.311, 925.161, 1183.128, 1338.041, 1667.254, 2233.633, 2460.96, 2555.569, 2619.542, 2703.298, 2406.497, 1841.645),
+        std=(1164.883, 1205.586, 1223.713, 1399.638, 1403.298, 1378.513, 1434.924, 1491.141, 1454.089, 1660.395, 1473.248, 1365.080),
+    ),
+    "DEM": dataclasses.replace(MODALITIES["DEM"], mean=(435.726,), std=(560.326,)),
+    "LULC": dataclasses.replace(MODALITIES["LULC"], channels=9),
 }
 
 
@@ -214,14 +226,21 @@ def _streams() -> dict[str, Stream]:
         if m.tokens and m.is_image:
             streams.append(Stream(m.tokens, m.name, "tokens", vocab_size=int(np.prod(m.levels))))
     streams.append(Stream("coords", "coords", "sequence", vocab_size=30_000, max_tokens=4))
+    streams.append(Stream("caption", "caption", "sequence", vocab_size=30_000, max_tokens=256))
     return {s.key: s for s in streams}
 
 
 STREAMS: dict[str, Stream] = _streams()
 
 # The released v1 transformers: 13 streams enter the encoder, 7 are targets (spec 10.2). Alphabetical, as 4M's masking orders them.
-ENCODER_STREAMS: tuple[Stream, ...] = tuple(STREAMS[k] for k in sorted(STREAMS))
+ENCODER_STREAMS: tuple[Stream, ...] = tuple(STREAMS[k] for k in sorted(STREAMS) if k != "caption")
 DECODER_STREAMS: tuple[Stream, ...] = tuple(s for s in ENCODER_STREAMS if s.kind != "pixels")
+
+# Of v0.1 at least these (spec 10.2): its file may hold more.
+V01_DECODER_STREAMS: tuple[Stream, ...] = tuple(
+    STREAMS[k] for k in ("caption", *(f"tok_{m}@224" for m in ("dem", "lulc", "sen1grd", "sen2l2a")))
+)
+V01_ENCODER_STREAMS: tuple[Stream, ...] = (*V01_DECODER_STREAMS, STREAMS["untok_sen2l2a@224"])
 
 
 def stream_id(key: str) -> int:
@@ -229,13 +248,13 @@ def stream_id(key: str) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 2**15
 
 
-def get(name: str) -> Modality:
-    """The modality called `name`; an unknown name is a ValueError that lists the known ones."""
+def get(name: str, version: str = "v1") -> Modality:
+    """The modality called `name` as a `version` of the models has it, v1 or v01; an unknown name is a ValueError with the known ones."""
     if name not in MODALITIES:
         close = difflib.get_close_matches(name.upper(), MODALITIES, n=1)
         hint = f"did you mean {close[0]}? Known" if close else "known"
         raise ValueError(f"Unknown modality {name!r}; {hint} modalities: {', '.join(MODALITIES)}.")
-    return MODALITIES[name]
+    return _V01.get(name, MODALITIES[name]) if version == "v01" else MODALITIES[name]
 
 
 _INPUT_RULES = (
@@ -247,6 +266,7 @@ _INPUT_RULES = (
     ("dem", "untok_dem@224"),
     ("lulc", "tok_lulc@224"),
     ("ndvi", "tok_ndvi@224"),
+    ("caption", "caption"),
     ("coord", "coords"),
 )
 _OUTPUT_RULES = (
@@ -256,6 +276,7 @@ _OUTPUT_RULES = (
     ("dem", "tok_dem@224"),
     ("lulc", "tok_lulc@224"),
     ("ndvi", "tok_ndvi@224"),
+    ("caption", "caption"),
     ("coord", "coords"),
 )
 
@@ -299,9 +320,9 @@ def check_image(name: str, image: np.ndarray, patch_size: int = PATCH_SIZE) -> N
         raise ValueError(f"{name} has {int(np.isnan(image).sum())} NaN pixels; fill or crop them first.")
 
 
-def statistics(name: str) -> tuple[np.ndarray, np.ndarray]:
+def statistics(name: str, version: str = "v1") -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation a band, ``[C]`` float32, in the modality's unit."""
-    m = get(name)
+    m = get(name, version)
     return np.asarray(m.mean, np.float32), np.asarray(m.std, np.float32)
 
 

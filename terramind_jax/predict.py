@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from terramind_jax import generate, geo, modalities, plot
+from terramind_jax import generate, geo, modalities, plot, zoo
+from terramind_jax.data.pack import LULC_CODES, to_stored
 from terramind_jax.model import TerraMind
 from terramind_jax.train import pretrain, tokenizer
+from terramind_jax.weights import load
 
 CENTRE_ONLY = 1.25  # a side shorter than this many tiles, as TerraMesh's 264 pixels, gives its centre; a longer one is covered
 BATCH_SIZE = 8
@@ -27,6 +29,7 @@ def run(
     out: str | os.PathLike,
     tokenizers: str | os.PathLike | None = None,
     model: str | None = None,
+    lulc_codes: str | None = None,
     seed: int = 0,
     timesteps: int = 10,
     **options,
@@ -38,11 +41,12 @@ def run(
     A side shorter than 1.25 tiles gives its centre tile; a longer one is covered, its last tile shifted back to the edge.
 
     Args:
-      weights: work directory of a pretrained model, or a folder that holds one as ``model``.
+      weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
       inputs: GeoTIFF, or folder of GeoTIFFs that share their file names, by modality. For ``coords`` a raster gives its position.
       to: modalities in the order of generation; each conditions the next.
-      tokenizers: folder with one work directory a modality; by default ``tokenizers`` in or beside `weights`.
-      model: name of a released model; a work directory knows what it is.
+      tokenizers: folder with one tokenizer a modality; by default ``tokenizers`` in or beside `weights`.
+      model: name of a released model, such as ``terramind_v1_base``; a work directory knows what it is.
+      lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
       seed: of the first tile of a scene; the tiles after it count on from there.
       timesteps: steps of a diffusion decoder; decoders that have none ignore it.
       **options: of `generate.generate_tokens`, such as steps and temperature.
@@ -54,19 +58,37 @@ def run(
       FileNotFoundError: no model, tokenizer or raster where one is expected.
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or with NaN.
     """
-    _check_names(inputs, to)
+    _check_names(inputs, to, lulc_codes)
     scenes = find_scenes(inputs)
-    module, variables, _ = pretrain.load(_workdir(weights))
-    loaded = load_tokenizers(module, list(inputs), to, Path(tokenizers) if tokenizers else _tokenizer_folder(weights))
-    make = functools.partial(generate.generate, module, variables, loaded, outputs=list(to), **options)
+    if model is None:
+        tile, make = _trained(weights, list(inputs), list(to), tokenizers)
+    else:
+        tile, make = _released(model, weights, list(inputs), list(to), tokenizers)
+    make = functools.partial(make, timesteps=timesteps, **options)
     written = []
     for name, paths in scenes.items():
-        arrays, place = read_scene(paths, module.config.image_size)
-        made = _generate_scene(make, arrays, place, module.config.image_size, seed)
+        arrays, place = read_scene(paths, tile, lulc_codes)
+        made = _generate_scene(make, arrays, place, tile, seed)
         written += write_scene(Path(out), name, made, place)
         _draw(Path(out) / f"{name}.png", name, arrays, made)
         print(f"{name}: {', '.join(to)} -> {out}", flush=True)
     return written
+
+
+# ---- models: the size of a tile, and a function of (inputs, seed) ----
+
+
+def _trained(weights: str | os.PathLike, inputs: list[str], to: list[str], tokenizers: str | os.PathLike | None):
+    module, variables, _ = pretrain.load(_workdir(weights))
+    loaded = load_tokenizers(module, inputs, to, Path(tokenizers) if tokenizers else _tokenizer_folder(weights))
+    return module.config.image_size, functools.partial(generate.generate, module, variables, loaded, outputs=to)
+
+
+def _released(name: str, weights: str | os.PathLike, inputs: list[str], to: list[str], tokenizers: str | os.PathLike | None):
+    name = f"{zoo.get(name).name.removesuffix('_generate')}_generate"
+    options = {} if tokenizers is None else {"tokenizers": tokenizers}
+    model = load(name, weights, modalities=inputs, output_modalities=to, standardize=True, **options)
+    return model.module.config.image_size, model.generate
 
 
 # ---- what is read ----
@@ -92,8 +114,11 @@ def find_scenes(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, 
     return {scene: {name: found[scene] for name, found in files.items()} for scene in shared}
 
 
-def read_scene(paths: Mapping[str, Path], tile: int) -> tuple[dict[str, np.ndarray], geo.Place]:
-    """Arrays ``[H, W, C]`` of one scene, cut to the part that tiles will cover, and the place of that part; ``coords`` is left empty."""
+def read_scene(paths: Mapping[str, Path], tile: int, lulc_codes: str | None = None) -> tuple[dict[str, np.ndarray], geo.Place]:
+    """Arrays ``[H, W, C]`` of one scene, cut to the part that tiles will cover, and the place of that part; ``coords`` is left empty.
+
+    Values are checked, and rounded, as `data.pack` does, so that a model sees what it was trained on.
+    """
     arrays, first = {}, None
     for name, path in paths.items():
         stream = modalities.input_stream(name)
@@ -111,8 +136,9 @@ def read_scene(paths: Mapping[str, Path], tile: int) -> tuple[dict[str, np.ndarr
     (top, height), (left, width) = (_covered(side, tile) for side in (place.height, place.width))
     for name, array in arrays.items():
         if array.size:
-            arrays[name] = array[top : top + height, left : left + width]
-            _check_pixels(paths[name], modalities.input_stream(name).modality, arrays[name])
+            part, modality = array[top : top + height, left : left + width], modalities.input_stream(name).modality
+            nodata = geo.read_header(paths[name], modality).nodata
+            arrays[name] = to_stored(part, modality, str(paths[name]), nodata=nodata, lulc_codes=lulc_codes)
     return arrays, place.window(top, left, height, width)
 
 
@@ -134,20 +160,18 @@ def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str],
     return loaded
 
 
-def _check_names(inputs: Mapping[str, object], to: Sequence[str]) -> None:
+def _check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str | None) -> None:
     if not inputs or not to:
         raise ValueError(f"{'No input' if not inputs else 'No output'} is named; generation needs at least one of each.")
+    if lulc_codes is not None and lulc_codes not in LULC_CODES:
+        raise ValueError(f"Unknown LULC codes {lulc_codes!r}; expected one of {', '.join(LULC_CODES)}.")
     for name in inputs:
-        modalities.input_stream(name)
+        if modalities.input_stream(name).modality == "LULC" and lulc_codes is None:
+            raise ValueError(f"The codes of {name} are not declared; say with --lulc_codes what they are: {', '.join(LULC_CODES)}.")
     for name in to:
-        modalities.output_stream(name)
-
-
-def _check_pixels(path: Path, modality: str, array: np.ndarray) -> None:
-    try:
-        modalities.check_image(modality, array, patch_size=1)  # tiles have the right size, whatever the scene's
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        stream = modalities.output_stream(name)
+        if name in modalities.MODALITIES and name != stream.modality:
+            raise ValueError(f"No model generates {name}; {stream.modality} is the nearest that there is.")
 
 
 def _workdir(weights: str | os.PathLike) -> Path:

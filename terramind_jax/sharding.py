@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1, "the rest". A ValueError says when the sizes do not fit the devices."""
+    """A mesh over all devices; one size may be -1, "the rest". A ValueError says when the sizes do not fit the devices and hosts."""
     sizes = np.array([data, fsdp, tensor])
     devices = jax.device_count()
     if (sizes == -1).sum() > 1 or (sizes == 0).any():
@@ -41,7 +41,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if np.prod(sizes) != devices:
         raise ValueError(f"A mesh of {' x '.join(map(str, sizes))} ({', '.join(AXES)}) does not cover {devices} devices.")
     # Linen's logical partitioning needs Auto axes; jax.make_mesh makes Explicit ones unless told.
-    return jax.make_mesh(tuple(int(n) for n in sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = jax.make_mesh(tuple(int(n) for n in sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    check_hosts(mesh.devices)
+    return mesh
+
+
+def check_hosts(devices: np.ndarray) -> None:
+    """Refuses a mesh ``[data, fsdp, tensor]`` on which two hosts hold the same rows of a batch: `to_global` gives each its own."""
+    for same_rows in devices.reshape(-1, devices.shape[-1]):
+        hosts = {device.process_index for device in same_rows}
+        if len(hosts) > 1:
+            raise ValueError(
+                f"Mesh size tensor={devices.shape[-1]} puts hosts {min(hosts)} and {max(hosts)} on the same rows of a batch; choose a "
+                "size that fits into the devices of one host."
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

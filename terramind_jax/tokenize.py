@@ -1,7 +1,8 @@
 """Turns shards into token shards: every distinct crop of every sample through its tokenizer, once, before pretraining.
 
 Beside ``{split}/{modality}/SUBSET_shard_000001.tar`` comes ``{split}/{modality}_tokens/SUBSET_shard_000001.tar`` of ``KEY.npy``, ids
-``[VARIANTS, 14, 14]`` in the order of `data.crops`. Shards that are there are kept, so a run that stopped goes on where it was.
+``[VARIANTS, 14, 14]`` in the order of `data.crops`. Shards that are there are kept, so a run that stopped goes on where it was, unless
+the pixels have changed since.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from tqdm import tqdm
 from terramind_jax import modalities as registry
 from terramind_jax.data.index import Index, open_index, scan_tar
 from terramind_jax.data.pipeline import variant_images
-from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX, ShardWriter
+from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.tokenizer import Tokenizer
 from terramind_jax.train import tokenizer as training
 
 RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
+SOURCE = "_source", ".txt"  # first member of a token shard: the fingerprint of the pixels it was made from
 
 Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 
@@ -62,7 +64,7 @@ def tokenize(
                 continue
             index = open_index(data, split, [modality])
             claim(Path(out) / split / f"{modality}_tokens", record)
-            tokenize_split(index, Path(data) / split / modality, Path(out), encode, _dtype(module), image_size)
+            tokenize_split(index, split, modality, Path(out), encode, _dtype(module), image_size)
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
@@ -155,17 +157,19 @@ def encode_variants(samples: Iterable[dict[str, Any]], encode: Encode) -> Iterat
 # ---- one split --------------------------------------------------------------------------------------------------------------
 
 
-def tokenize_split(index: Index, folder: Path, out: Path, encode: Encode, dtype: type, image_size: int) -> None:
-    """Writes the token shards that are missing under `out` for the pixel shards in `folder`, ``{root}/{split}/{modality}``."""
-    split, modality = folder.parts[-2:]
-    shards = [s for s in sorted(folder.glob("*.tar")) if not (out / split / f"{modality}_tokens" / s.name).is_file()]
-    keys = {shard: _keys(shard) for shard in shards}
-    left_out = 0
-    with tqdm(total=sum(map(len, keys.values())), desc=f"tokenize {split}/{modality}", unit="sample", disable=not shards) as bar:
-        for shard in shards:
-            wanted = [index.keys.find(key) for key in keys[shard]]
-            subset, number = _shard_name(shard)
+def tokenize_split(index: Index, split: str, modality: str, out: Path, encode: Encode, dtype: type, image_size: int) -> None:
+    """Writes the token shards under `out` that are missing, or were made from other pixels, for every pixel shard of `modality`."""
+    stale = {}
+    for name, samples in index.shards(modality).items():
+        source = index.fingerprint(modality, samples)
+        if source != _source_of(out / split / f"{modality}_tokens" / name):
+            stale[name] = source, samples.tolist()
+    left_out, total = 0, sum(len(samples) for _, samples in stale.values())
+    with tqdm(total=total, desc=f"tokenize {split}/{modality}", unit="sample", disable=not stale) as bar:
+        for name, (source, wanted) in stale.items():
+            subset, number = _shard_name(Path(split, modality, name))
             with ShardWriter(out, split, f"{modality}_tokens", subset, number) as writer:
+                writer.add(SOURCE[0], source.encode(), SOURCE[1])
                 samples = variant_images(index, modality, image_size=image_size, samples=wanted) if wanted else ()
                 for i, tokens in encode_variants(samples, encode):
                     writer.add(index.keys[i], _npy(tokens.astype(dtype)), TOKEN_SUFFIX)
@@ -177,9 +181,16 @@ def tokenize_split(index: Index, folder: Path, out: Path, encode: Encode, dtype:
         print(f"{split}/{modality}: {left_out} samples cannot be read and have no tokens.")
 
 
-def _keys(shard: Path) -> list[str]:
-    names = (os.path.basename(name) for name, _, _ in scan_tar(shard))
-    return list(dict.fromkeys(name.removesuffix(SAMPLE_SUFFIX) for name in names if name.endswith(SAMPLE_SUFFIX)))
+def _source_of(shard: Path) -> str:
+    """The fingerprint that a token shard records, empty if there is none."""
+    if not shard.is_file():
+        return ""
+    name, offset, size = next(scan_tar(shard), ("", 0, 0))
+    if name != "".join(SOURCE):
+        return ""
+    with open(shard, "rb") as f:
+        f.seek(offset)
+        return f.read(size).decode("ascii", "replace")
 
 
 def _shard_name(shard: Path) -> tuple[str, int]:

@@ -1,11 +1,13 @@
 """Configuration files, overrides and work directories."""
 
+import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
+from terramind_jax.model import layers
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = ("pretrain/tiny", "pretrain/small", "pretrain/base", "pretrain/large") + tuple(
@@ -22,6 +24,7 @@ def config() -> ConfigDict:
 def test_every_config_file_loads_and_survives_json(name):
     config = configuration.read(REPOSITORY / "configs" / f"{name}.py")
     defaults = configuration.pretraining() if name.startswith("pretrain") else configuration.tokenizer_training()
+    configuration.check(config)
     assert configuration._flat(config).keys() == configuration._flat(defaults).keys()
     assert configuration.from_json(configuration.to_json(config)) == config
 
@@ -97,6 +100,40 @@ def test_a_file_that_is_no_config(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="does not define get_config"):
         configuration.read(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pretrain")])
+def test_documented_workers_find_later_views_in_memory(name):
+    path = REPOSITORY / "configs" / f"{name}.py"
+    config = configuration.read(path)
+    workers = max(map(int, re.findall(r"--config\.run\.workers=(\d+)", path.read_text())), default=1)
+    assert config.data.view_window % (config.train.batch_size * workers) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run.keep", 0, "run.keep=0; expected at least 1."),
+        ("run.log_every", 0, "run.log_every=0; expected at least 1."),
+        ("run.checkpoint_every", 0, "run.checkpoint_every=0; expected at least 1."),
+        ("train.batch_size", 0, "train.batch_size=0; expected at least 1."),
+        ("model.remat", "foo", "model.remat='foo'; expected one of none, dots, full."),
+        ("model.dtype", "float17", "model.dtype='float17'; expected one of auto, float32, bfloat16, float16."),
+        ("model.num_heads", 0, "model.num_heads=0; expected at least 1."),
+        ("model.num_heads", 5, "model.dim=192 must be a multiple of 4, for the positions, and of model.num_heads=5."),
+        ("model.dim", 66, "model.dim=66 must be a multiple of 4"),
+        ("train.loss", "sum", "train.loss='sum'; expected one of mod, token."),
+    ],
+)
+def test_a_value_that_cannot_work_is_one_sentence(config, field, value, message):
+    configuration.check(config)
+    configuration.override(config, field, str(value))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        configuration.check(config)
+
+
+def test_every_known_way_to_save_memory_is_allowed():
+    assert configuration._ONE_OF["model.remat"] == tuple(layers.REMAT_POLICIES)
 
 
 def test_a_workdir_belongs_to_one_configuration(config, tmp_path):

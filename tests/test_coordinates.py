@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -55,3 +57,47 @@ def test_off_the_globe_is_refused(lon, lat, name):
 def test_one_array_must_hold_pairs():
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \(lon, lat\) pairs"):
         coordinates.encode(np.zeros(3))
+
+
+# ---- the published vocabulary file ----
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a vocabulary as the tokenizers library does: words in the model, and those of them that are never split beside it."""
+
+    def _write(vocabulary: dict[str, int]):
+        added = [{"id": i, "content": text, "special": text.startswith("[")} for text, i in vocabulary.items()]
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": {"type": "WordPiece", "vocab": vocabulary}}))
+        return path
+
+    return _write
+
+
+def test_vocabulary_has_the_published_size_and_agrees_with_encode(write):
+    vocabulary = coordinates.vocabulary()
+    assert len(vocabulary) == 2169 and max(vocabulary.values()) == vocabulary["lon=180.00"] == 6365
+    assert [vocabulary["lat=46.25"], vocabulary["lon=-7.50"], vocabulary["[EOS]"]] == coordinates.encode(-7.5, 46.25).tolist()
+    coordinates.check_vocabulary(write(vocabulary))
+
+
+def test_tokens_that_do_not_concern_coordinates_are_let_be(write):
+    coordinates.check_vocabulary(write(coordinates.vocabulary() | {"[S_3]": 7, "v0=0": 204}))
+
+
+def test_every_difference_is_named_at_once(write):
+    vocabulary = coordinates.vocabulary() | {"lat=0.00": 9, "lon=-0.00": 7000, "cat": 4205}
+    del vocabulary["lon=180.00"], vocabulary["[EOS]"]
+    with pytest.raises(ValueError) as error:
+        coordinates.check_vocabulary(write(vocabulary))
+    for text in ("2 missing ([EOS], lon=180.00)", "1 with another id (lat=0.00 9, not 4564)", "2 unknown (lon=-0.00 7000, cat 4205)"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"model": {}}', b"\xff\xfe\x00"])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="config.json is no vocabulary"):
+        coordinates.check_vocabulary(path)

@@ -258,6 +258,16 @@ def test_generates_every_modality_in_its_unit(system):
     np.testing.assert_allclose(modalities.destandardize("NDVI", standardized["NDVI"]), result["NDVI"], rtol=1e-5)
 
 
+def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
+    """Each sample's noise follows its own seed, as its tokens do."""
+    calls = []
+    monkeypatch.setattr(generate, "decode", lambda module, variables, tokens, **options: calls.append(options) or np.zeros((2, 48, 48, 1)))
+    generate.generate(*system, scene(), ["NDVI"], seed=np.array([4, 5]), temperature=0)
+    generate.generate(*system, scene(), ["NDVI"], seed=6, timesteps=3, clip=False, temperature=0)
+    assert calls[0]["seed"].tolist() == [4, 5] and calls[0]["timesteps"] == 10 and calls[0]["clip"]
+    assert calls[1] == {"seed": 6, "timesteps": 3, "clip": False}
+
+
 def test_tokenised_inputs_and_coordinates_condition(system):
     lulc = np.random.default_rng(3).integers(0, 10, (2, 48, 48))
     where = np.array([[11.5, 48.25], [-70.0, -33.5]])

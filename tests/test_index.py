@@ -147,6 +147,76 @@ def test_damaged_tar_header(root):
         open_index(root, "train")
 
 
+def _with_size(path, field):
+    """Writes `field` as the size of a tar's first member, with a right checksum."""
+    raw = bytearray(path.read_bytes())
+    raw[124:136], raw[148:156] = field.ljust(12, b"\0"), b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("field", [b"-1000", b"\xff" * 11 + b"\0"])
+def test_a_negative_size_in_a_tar_is_damage(root, field):
+    path = root / "train" / "LULC" / "x_shard_000000.tar"
+    _with_size(path, field)
+    with pytest.raises(DataError, match="x_shard_000000.tar is damaged: there is no tar header at byte 0"):
+        next(scan_tar(path))
+
+
+@pytest.mark.parametrize("size", ["abc", "-512", "1_0", "9" * 5000])
+def test_a_pax_size_that_is_no_size_is_damage(tmp_path, size):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.npy")
+        member.pax_headers = {"size": size}
+        tar.addfile(member)
+    with pytest.raises(DataError, match="x.tar is damaged: it gives a member the size '[^']{1,20}'; delete it or copy it again"):
+        list(scan_tar(tmp_path / "x.tar"))
+
+
+def test_any_damaged_byte_of_tokens_is_a_data_error_or_harmless(tmp_path):
+    payload = _npy(np.zeros((10, 2, 2), np.uint16))
+    cases = [payload[:at] + bytes([payload[at] ^ flip]) + payload[at + 1 :] for at in range(len(payload)) for flip in (1, 5, 32, 255)]
+    with ShardWriter(tmp_path, "train", "LULC_tokens", "x", 0) as shard:
+        for n, case in enumerate([*cases, _npy(np.zeros(3)), _zip_of_text()]):
+            shard.add(f"{n:06d}", case, ".npy")
+    index = open_index(tmp_path, "train")
+    failed = []
+    for i in range(len(index)):
+        try:
+            assert isinstance(index.tokens(i, "LULC"), np.ndarray)
+        except DataError as error:
+            failed.append(str(error))
+    assert "holds float64 instead of integer token ids" in failed[-2] and "is no readable .npy file" in failed[-1] and len(failed) > 100
+
+
+def test_pixels_that_are_no_real_numbers(tmp_path):
+    with ShardWriter(tmp_path, "train", "LULC", "x", 0) as shard:
+        moments = {"bands": np.zeros((1, 1, 4, 4), "M8[ns]"), "center_lon": np.zeros(1, "M8[ns]"), "center_lat": np.zeros(1)}
+        shard.add("a", write_sample(moments))
+    index = open_index(tmp_path, "train")
+    with pytest.raises(DataError, match="sample 'a' has 'bands' of type datetime64.*, expected real numbers"):
+        index.read(0, "LULC")
+    assert index.coordinates(0) is None
+
+
+def test_shards_list_their_samples_and_a_fingerprint_follows_the_pixels(root):
+    def prints():
+        index = open_index(root, "train")
+        return {name: index.fingerprint("S2L2A", samples) for name, samples in index.shards("S2L2A").items()}
+
+    index, before = open_index(root, "train"), prints()
+    assert {n: [index.keys[i] for i in s] for n, s in index.shards("S2L2A").items()} == {
+        "x_shard_000000.tar": ["c", "b"],
+        "x_shard_000001.tar": ["a"],
+    }
+    os.utime(root / "train" / "S2L2A" / "x_shard_000000.tar", (1, 1))
+    assert prints() == before
+    with ShardWriter(root, "train", "S2L2A", "x", 0) as shard:
+        for k in "cb":
+            shard.add(k, _sample("S2L2A", ord(k) + (k == "b")))  # the same keys and sizes
+    assert [prints()[n] == before[n] for n in sorted(before)] == [False, True]
+
+
 def test_bad_samples_name_shard_and_key(tmp_path):
     with ShardWriter(tmp_path, "train", "LULC", "x", 0) as shard:
         shard.add("a", b"no zip at all")

@@ -92,7 +92,7 @@ def test_draws_depend_on_seed_sample_epoch_and_view_and_on_nothing_else():
         key: masks.draw(plan, *has, order.generator("mask", *key))
         for key in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     }
-    again = masks.draw_masks(*has, ENCODER_STREAMS, DECODER_STREAMS, masks.MaskConfig(), order.generator("mask", 0, 0, 0, 0))
+    again = masks.draw(plan, *has, order.generator("mask", 0, 0, 0, 0))
     np.testing.assert_array_equal(again.input_position, drawn[0, 0, 0, 0].input_position)
     np.testing.assert_array_equal(again.target_source, drawn[0, 0, 0, 0].target_source)
     texts = {(m.input_stream.tobytes(), m.input_position.tobytes()) for m in drawn.values()}

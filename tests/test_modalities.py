@@ -20,13 +20,20 @@ IDS = {
     "tok_lulc@224": 24055,
     "tok_ndvi@224": 1959,
     "coords": 30432,
+    "caption": 32652,
 }
 
 
 def test_streams_are_the_released_ones_with_the_references_ids():
     assert {key: modalities.stream_id(key) for key in STREAMS} == IDS
-    assert [s.key for s in ENCODER_STREAMS] == sorted(IDS)
+    assert [s.key for s in ENCODER_STREAMS] == sorted(set(IDS) - {"caption"})  # v0.1 alone has captions
     assert sorted(s.vocab_size for s in DECODER_STREAMS) == [4375, 15360, 15360, 15360, 15360, 15360, 30000]
+
+
+def test_v01_has_its_own_statistics_and_classes():
+    assert modalities.get("LULC", "v01").channels == 9 and modalities.get("LULC").channels == 10
+    assert modalities.statistics("DEM", "v01")[0] == np.float32(435.726) and modalities.statistics("DEM")[0] == np.float32(670.665)
+    np.testing.assert_array_equal(modalities.statistics("S1GRD", "v01"), modalities.statistics("S1GRD"))
 
 
 def test_every_band_has_a_statistic():

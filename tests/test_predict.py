@@ -95,10 +95,10 @@ def test_a_long_side_is_covered_and_a_short_one_centred(weights, copies, tmp_pat
 def test_batches_have_one_shape(weights, copies, monkeypatch, tmp_path):
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
     array = elevation(tmp_path / "a.tif")
-    (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["LULC"], out=tmp_path / "out", steps=3)
+    (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["LULC"], out=tmp_path / "out", steps=3, timesteps=5)
     np.testing.assert_array_equal(geo.read(path), array[:, 5:53] % 10)
     assert [call["seed"] for call in copies] == [[0, 1], [2, 2]]
-    assert all(call["inputs"]["DEM"].shape == (2, TILE, TILE, 1) and call["steps"] == 3 for call in copies)
+    assert all(call["inputs"]["DEM"].shape == (2, TILE, TILE, 1) and (call["steps"], call["timesteps"]) == (3, 5) for call in copies)
 
 
 def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copies, tmp_path):
@@ -141,7 +141,7 @@ def test_tiles_cover_every_pixel(height, width):
         ({"DEM": "one", "coords": "two"}, ["NDVI"], "share no file name"),
         ({"DEM": "a.tif", "coords": "shifted.tif"}, ["NDVI"], "do not lie on one grid"),
         ({"DEM": "small.tif"}, ["NDVI"], "is 47x48 pixels; expected at least 48x48"),
-        ({"DEM": "nan.tif"}, ["NDVI"], "nan.tif: DEM has 1 NaN pixels"),
+        ({"DEM": "nan.tif"}, ["NDVI"], "nan.tif has 1 NaN or infinite pixel values"),
         ({"S1GRD": "a.tif"}, ["NDVI"], "a.tif has 1 bands, expected 2 for S1GRD"),
     ],
 )
@@ -156,6 +156,8 @@ def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message
     geo.write(
         tmp_path / "shifted.tif", np.zeros((TILE, TILE)), like=geo.Place(PLACE.crs, (10, 0, 500_003.0, 0, -10, 5_300_000.0), TILE, TILE)
     )
+    hole = np.where(np.arange(TILE * TILE).reshape(TILE, TILE) == 7, -32768, 100).astype(np.int16)
+    geo.write(tmp_path / "hole.tif", hole, like=square, nodata=-32768)
     geo.write(tmp_path / "nan.tif", np.where(np.eye(TILE) * (np.arange(TILE) == 3), np.nan, 1.0).astype(np.float32), like=square)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         predict.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, to=to, out=tmp_path / "out")

@@ -1,8 +1,10 @@
 """The mesh and the table of logical axes."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +21,16 @@ def test_minus_one_takes_the_remaining_devices():
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(*sizes)
+
+
+def test_a_tensor_axis_across_hosts_is_refused():
+    hosts = np.array([SimpleNamespace(process_index=i // 4) for i in range(8)])
+    sharding.check_hosts(hosts.reshape(2, 1, 4))
+    sharding.check_hosts(hosts.reshape(1, 4, 2))
+    with pytest.raises(ValueError, match="Mesh size tensor=8 puts hosts 0 and 1 on the same rows of a batch; choose a size"):
+        sharding.check_hosts(hosts.reshape(1, 1, 8))
+    with pytest.raises(ValueError, match="tensor=2 puts hosts 0 and 1"):
+        sharding.check_hosts(hosts.reshape(2, 4).T.reshape(4, 1, 2))
 
 
 def test_dimensions_that_do_not_divide_are_replicated():

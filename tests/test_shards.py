@@ -10,7 +10,7 @@ import numcodecs
 import numpy as np
 import pytest
 
-from terramind_jax.data.shards import DataError, ShardWriter, read_attributes, read_sample, write_sample
+from terramind_jax.data.shards import DataError, ShardWriter, new_folder, read_attributes, read_sample, write_sample
 
 ARRAYS = {
     "bands": np.arange(2 * 9 * 7, dtype=np.uint16).reshape(1, 2, 9, 7),
@@ -149,6 +149,43 @@ def test_a_flipped_bit_is_noticed():
     payload[len(payload) // 2] ^= 16
     with pytest.raises(DataError):
         read_sample(bytes(payload))
+
+
+def test_any_damaged_byte_is_a_data_error_or_harmless():
+    payload = write_sample({"bands": np.arange(8, dtype=np.uint16).reshape(1, 2, 2, 2), "center_lon": np.float64(7)})
+    for at in range(len(payload)):
+        for flip in (1, 32, 255):
+            damaged = bytearray(payload)
+            damaged[at] ^= flip
+            for read in (read_sample, read_attributes, lambda x: read_attributes(x, "bands"), lambda x: read_sample(x, ("bands",))):
+                try:
+                    read(bytes(damaged))
+                except DataError:
+                    pass
+
+
+def test_attributes_that_are_no_object_and_arrays_of_text():
+    with pytest.raises(DataError, match="has a damaged"):
+        read_attributes(_zip({".zmetadata": {"metadata": {".zattrs": 5}}}))
+    with pytest.raises(DataError, match="stores 'a' as [|]S4, expected numbers or dates"):
+        read_sample(_group({"dtype": "|S4"}, {"0": b"abcdefgh"}), ("a",))
+
+
+@pytest.mark.parametrize("there", [None, "empty"])
+def test_a_new_folder_is_whole_or_absent_and_touches_no_other(tmp_path, there):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as partial:
+        raise RuntimeError
+    assert os.listdir(tmp_path / "out.partial") == ["mine.txt"] and not os.path.exists(partial)
+    with new_folder(tmp_path / "out") as first, new_folder(tmp_path / "out2") as second:
+        assert first != second
+        open(os.path.join(first, "a"), "w").close()
+    with pytest.raises(FileExistsError, match="filled by another process"), new_folder(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.partial", "out2"] and os.listdir(tmp_path / "out") == ["a"]
 
 
 def test_shard_writer_is_atomic_and_checks_keys(tmp_path):

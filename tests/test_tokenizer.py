@@ -228,6 +228,28 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(small, image):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes(config))} == {jnp.dtype("float32")}
 
 
+# Features
+
+
+def test_features_are_every_layers_outputs_and_both_sides_of_the_quantizer(small, image):
+    config = dataclasses.replace(SMALL, depth=3)
+    module, (_, variables) = tokenizer.Tokenizer(config), build(config)
+    features = jax.jit(lambda kind: module.apply(variables, image, kind, method="features"), static_argnums=0, compiler_options=FAST)
+    layers = features("embedding")
+    assert [x.shape for x in layers] == [(2, 3, 2, 32)] * 3 and {x.dtype for x in layers} == {jnp.dtype("float32")}
+    shallow = jax.tree.map(lambda leaf: leaf, variables)
+    shallow["params"]["encoder"]["blocks"] = jax.tree.map(lambda leaf: leaf[:2], variables["params"]["encoder"]["blocks"])
+    encoder = lambda m, x: m.encoder(x)  # noqa: E731
+    norm = tokenizer.Tokenizer(dataclasses.replace(config, depth=2)).apply(shallow, image, method=encoder)
+    assert np.abs(norm - layers[1]).max() > 1e-3  # the last MLP is not in the layers before the last
+    latent, quantized = features("latent"), features("quantized")
+    projected = layers[-1] @ variables["params"]["quant_proj"]["kernel"] + variables["params"]["quant_proj"]["bias"]
+    np.testing.assert_allclose(latent, projected, atol=1e-4)
+    np.testing.assert_array_equal(quantized, fsq.quantize(latent, config.levels))
+    with pytest.raises(ValueError, match="Unknown return_type 'tokens'; known types: embedding, latent, quantized"):
+        features("tokens")
+
+
 # LULC
 
 
@@ -293,7 +315,7 @@ def test_wrong_shapes_are_refused(config, shape, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decoder": "unet"}, "Unknown tokenizer decoder 'unet'; known decoders: vit"),
+        ({"decoder": "gan"}, "Unknown tokenizer decoder 'gan'; known decoders: vit, unet"),
         ({"num_heads": 3}, "multiple of 4 and of num_heads 3"),
         ({"image_size": 100}, "image_size 100 must be a multiple of patch_size 16"),
     ],

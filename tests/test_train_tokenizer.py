@@ -113,3 +113,7 @@ def test_what_cannot_work_is_one_sentence(root, tmp_path):
     config.train.batch_size = 9
     with pytest.raises(ValueError, match=r"train\.batch_size=9 must be a multiple of the 8 devices"):
         tokenizer.train(config, tmp_path)
+    config = tiny_run.tokenizer_training(root)
+    config.model.decoder = "unet"
+    with pytest.raises(ValueError, match="model.decoder is 'unet'; only tokenizers with the decoder 'vit' can be trained"):
+        tokenizer.train(config, tmp_path)

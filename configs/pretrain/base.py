@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.model.use_bias = False
     config.model.remat = "dots"  # what the backward pass recomputes
 
-    config.data.view_window = 8192  # samples between the views of one; two batches
+    config.data.view_window = 32768  # samples between the views of one: a batch for each of 8 workers; waiting views take 15 GB
     config.train.batch_size = 4096  # as in the original
     return config

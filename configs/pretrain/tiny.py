@@ -3,9 +3,9 @@
     terramind-jax pretrain --config=configs/pretrain/tiny.py --workdir=DIR --config.data.root=SHARDS
 
 Hardware: the batch of 32 fits a laptop, where a step takes several seconds: good for some thousand steps. For a real run set
-`train.batch_size` to 4096 (`data.view_window` to 8192) on accelerators. Hours for 500 B tokens: not measured here; the released
-model's are not public. Expect a loss near ln(15360) = 9.6 per image modality at the start; the published validation losses of base
-are S2L2A 5.7, S1GRD 7.8, DEM 2.2, NDVI 6.4.
+`train.batch_size` to 4096, and `data.view_window` to that times `run.workers`, on accelerators. Hours for 500 B tokens: not measured
+here; the released model's are not public. Expect a loss near ln(15360) = 9.6 per image modality at the start; the published
+validation losses of base are S2L2A 5.7, S1GRD 7.8, DEM 2.2, NDVI 6.4.
 
 Known of the original recipe: 500 B tokens, about 9 M samples, batch 4096, learning rate 2e-4 with a cosine. Taken from 4M, on which
 it builds: AdamW (0.9, 0.95), weight decay 0.05, warm-up over 10 B tokens, 128 + 128 tokens. Unknown: the budgets and the Dirichlet

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +28,9 @@ class DataConfig:
     """How samples become batches.
 
     ``views_per_sample = k`` masks each loaded sample k times; the views of one sample are `view_window` samples apart. The window must be
-    at least the global batch; where it is a multiple of batch size times workers, later views are at hand without reading again. They
-    wait in memory, at 128 tokens about 0.15 MB each, up to ``(k - 1) * view_window`` of them over all hosts and workers together.
+    at least the global batch; where it is a multiple of batch size times workers, later views are at hand without reading again, else
+    they fall to another worker. They wait in memory, at 128 tokens about 0.15 MB each, never more than ``(k - 1) * view_window`` of them
+    over all hosts and workers together.
 
     The selected patches of `patch_group` consecutive samples share one buffer a pixel stream: larger groups waste less of it. Its rows
     are ``capacity[stream key]`` or, where not given, the expected number plus `capacity_sigmas` standard deviations under the mask config
@@ -158,7 +158,9 @@ class ViewGroups:
         *,
         seed: int,
         train: bool,
+        readers: int = 1,
     ):
+        """`readers` is how many processes, over all hosts, share the views among them."""
         self.index, self.config, self.seed, self.train = index, config, seed, train
         self.encoder, self.decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
         self.plan = masks.plan_masks(self.encoder, self.decoder, mask_config)
@@ -166,7 +168,7 @@ class ViewGroups:
         self.samples, patterns = usable_samples(self.available, self.plan, self.encoder, self.decoder)
         self.capacity = patch_capacity(self.encoder, self.plan, patterns, config)
         self.views = config.views_per_sample if train else 1
-        self.memo = _Memo((self.views - 1) * config.view_window)
+        self.memo = _Memo(-(-(self.views - 1) * config.view_window // readers))
 
     def __call__(self, position: int) -> dict[str, Any]:
         places = [self._place(position + g) for g in range(self.config.patch_group)]
@@ -204,7 +206,7 @@ class ViewGroups:
         try:
             return views.fill(sample, mask, self.encoder, self.decoder)
         except (DataError, OSError) as error:
-            logging.warning("Skipped: %s", error)
+            views.warn_once(f"Skipped: {error}")
             return views.BAD
 
     def _empty(self) -> dict[str, Any]:

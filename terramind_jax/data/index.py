@@ -9,10 +9,10 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import threading
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from terramind_jax.geo import Place
 
 _BLOCK = 512
+_CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
 _OPEN_FILES = 256  # TerraMesh has about 7,000 shards; more than a process may hold open
 
 
@@ -46,7 +47,7 @@ def scan_tar(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
             if not any(header):
                 return
             name, size, kind = _parse_header(header, path, offset)
-            size = int(override.get("size", size)) if kind not in b"xgLK" else size
+            size = _size(override["size"], path) if "size" in override and kind not in b"xgLK" else size
             start = offset + _BLOCK
             if start + size > end:
                 raise DataError(
@@ -68,7 +69,7 @@ def _parse_header(header: bytes, path: str | os.PathLike, offset: int) -> tuple[
         stored, size = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         stored, size = -1, 0
-    if stored != checksum:
+    if stored != checksum or size < 0:
         raise DataError(f"{path} is damaged: there is no tar header at byte {offset}; delete it or copy it again.")
     name = header[:100].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
@@ -82,6 +83,13 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0")[0].strip() or b"0", 8)
 
 
+def _size(text: str, path: str | os.PathLike) -> int:
+    """A size that a pax header gives."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise DataError(f"{path} is damaged: it gives a member the size {text[:20]!r}; delete it or copy it again.")
+    return int(text)
+
+
 def _extended(data: bytes, kind: bytes) -> dict[str, str]:
     """What a GNU long name or a pax header says of the next member."""
     if kind == b"L":
@@ -89,11 +97,11 @@ def _extended(data: bytes, kind: bytes) -> dict[str, str]:
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length):
+        if not length.isdigit() or len(length) > 19 or int(length) <= len(length):
             return records  # what follows is no record; a wrong name or size shows at the next header
         record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
         name, _, value = record.partition(b"=")
-        records[name.decode()] = value.decode("utf-8", "surrogateescape")
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
     return records
 
 
@@ -137,7 +145,7 @@ def _load_cache(path: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as z:
             return {k: z[k] for k in _FIELDS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # whatever the damage leads to
         return None
 
 
@@ -278,6 +286,8 @@ class Index:
             bands = bands[0]
         if bands.ndim != 3 or len(bands) != expected:
             raise DataError(f"{self._where(self._pixels, i, modality)} has 'bands' of shape {bands.shape}, expected [{expected}, y, x].")
+        if bands.dtype.kind not in "biuf":
+            raise DataError(f"{self._where(self._pixels, i, modality)} has 'bands' of type {bands.dtype}, expected real numbers.")
         return np.moveaxis(bands, 0, -1)
 
     def read_all(self, i: int, modality: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -292,15 +302,41 @@ class Index:
         """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
         payload = self._payload(self._tokens, i, modality)
         try:
-            return np.load(io.BytesIO(payload), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
+        except Exception as error:  # a damaged header raises SyntaxError, TypeError, MemoryError, ...
             raise DataError(f"{self._where(self._tokens, i, modality)} is no readable .npy file ({error}).") from error
+        if ids.dtype.kind not in "iu":
+            raise DataError(f"{self._where(self._tokens, i, modality)} holds {ids.dtype} instead of integer token ids.")
+        return ids
+
+    def shards(self, modality: str) -> dict[str, np.ndarray]:
+        """Name of each tar of `modality` -> the samples in it, in their order there."""
+        column = self._pixels[modality]
+        rows = np.flatnonzero(column.size)
+        rows = rows[np.lexsort((column.offset[rows], column.shard[rows]))]
+        ends = np.searchsorted(column.shard[rows], np.arange(len(column.shards) + 1))
+        return {name: rows[ends[s] : ends[s + 1]] for s, name in enumerate(column.shards)}
+
+    def fingerprint(self, modality: str, samples: np.ndarray) -> str:
+        """Changes when these samples' arrays do; copying the tar or touching it does not change it.
+
+        It covers keys, offsets and sizes, and of a few samples the end, where a zip keeps the checksums of all it holds.
+        """
+        column = self._pixels[modality]
+        digest = hashlib.sha256(b"\n".join(self.keys.raw[samples].tolist()))
+        digest.update(column.offset[samples].tobytes() + column.size[samples].tobytes())
+        checked = np.unique(np.linspace(0, len(samples) - 1, _CHECKED).astype(int)) if len(samples) else []
+        for i in samples[checked]:
+            start, size = int(column.offset[i]), int(column.size[i])
+            length = min(size, _TAIL)
+            digest.update(os.pread(self._open(column.path(i)).number, length, start + size - length))
+        return digest.hexdigest()
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
         """(longitude, latitude) of the centre in degrees, from whichever modality is smallest to read; None if none has it."""
         for modality in self._by_size(i):
             found = self.read_all(i, modality, ("center_lon", "center_lat"))
-            if len(found) == 2 and all(v.size and np.isfinite(v.flat[0]) for v in found.values()):
+            if len(found) == 2 and all(v.size and v.dtype.kind in "iuf" and np.isfinite(v.flat[0]) for v in found.values()):
                 return float(found["center_lon"].flat[0]), float(found["center_lat"].flat[0])
         return None
 

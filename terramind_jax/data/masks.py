@@ -163,18 +163,6 @@ def _sequences(encoder: Sequence[Stream], decoder: Sequence[Stream]) -> tuple[tu
 # ---- drawing ----------------------------------------------------------------------------------------------------------------
 
 
-def draw_masks(
-    available_inputs: np.ndarray,
-    available_targets: np.ndarray,
-    encoder: Sequence[Stream],
-    decoder: Sequence[Stream],
-    config: MaskConfig,
-    rng: np.random.Generator,
-) -> Masks:
-    """Draws one view's masks for a sample that has the streams marked in bool ``[E]`` and ``[T]``; a loop plans once and calls `draw`."""
-    return draw(plan_masks(encoder, decoder, config), np.asarray(available_inputs, bool), np.asarray(available_targets, bool), rng)
-
-
 def draw(plan: Plan, available_inputs: np.ndarray, available_targets: np.ndarray, rng: np.random.Generator) -> Masks:
     """One view's masks. Empty when no mixture has both an input and a target among the sample's streams."""
     cumulative, mixtures = _mixtures(plan, available_inputs.tobytes(), available_targets.tobytes())

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from terramind_jax import geo
 from terramind_jax import modalities as registry
 from terramind_jax.data.check import VALID_RANGE
-from terramind_jax.data.shards import ShardWriter, write_sample
+from terramind_jax.data.shards import ShardWriter, new_folder, write_sample
 
 INFO = "dataset_info.json"
 TILE_SIZE = 264  # TerraMesh's
@@ -84,19 +83,15 @@ def pack(
     scenes = find_scenes(src)
     _check_codes(scenes, lulc_codes)
     split_of = _assign_splits(scenes, val_fraction, seed)
-    partial = f"{os.path.normpath(out)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     counts = {}
-    for split in ("train", "val"):
-        tiles = [(s, *t) for s in scenes if split_of[s.name] == split for t in s.tiles()]
-        counts[split] = _write_split(partial, split, subset, tiles, lulc_codes, shard_size)
-    options = dict(subset=subset, lulc_codes=lulc_codes, val_fraction=val_fraction, seed=seed)
-    info = {**_describe(scenes, counts, options), "fingerprint": fingerprint(scenes)}
-    with open(os.path.join(partial, INFO), "w", encoding="utf-8") as f:
-        json.dump(info, f, indent=1)
-    if os.path.isdir(out):
-        os.rmdir(out)
-    os.replace(partial, out)
+    with new_folder(out) as partial:
+        for split in ("train", "val"):
+            tiles = [(s, *t) for s in scenes if split_of[s.name] == split for t in s.tiles()]
+            counts[split] = _write_split(partial, split, subset, tiles, lulc_codes, shard_size)
+        options = dict(subset=subset, lulc_codes=lulc_codes, val_fraction=val_fraction, seed=seed)
+        info = {**_describe(scenes, counts, options), "fingerprint": fingerprint(scenes)}
+        with open(os.path.join(partial, INFO), "w", encoding="utf-8") as f:
+            json.dump(info, f, indent=1)
     return info
 
 

@@ -8,7 +8,6 @@ slot, empty and marked ``bad``; shapes never change. Grain reads ahead, in threa
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,13 +41,15 @@ def make_dataset(
     consumed: int = 0,
     host: int = 0,
     hosts: int = 1,
+    workers: int = 0,
     seed: int = 0,
     train: bool = True,
 ) -> grain.MapDataset:
     """The batches of `batches` by number: ``dataset[0]`` is the one at position `consumed`."""
     _check_sizes(data_config, batch_size, consumed, host, hosts, train)
     _check_samples(index, (*encoder, *decoder), data_config.image_size)
-    groups = ViewGroups(index, encoder, decoder, data_config, mask_config, seed=seed, train=train)
+    readers = hosts * max(workers, 1)
+    groups = ViewGroups(index, encoder, decoder, data_config, mask_config, seed=seed, train=train, readers=readers)
     length = _length(len(groups.samples), batch_size, consumed, train)
     starts = grain.MapDataset.range(consumed, consumed + length, data_config.patch_group)
     return starts[host::hosts].map(groups).batch(batch_size // hosts // data_config.patch_group, batch_fn=_concatenate)
@@ -85,9 +86,13 @@ def batches(
     """
     step = batch_size * max(workers, 1)
     if train and data_config.views_per_sample > 1 and data_config.view_window % step:
-        logging.warning("view_window %d is no multiple of batch_size x workers = %d: views are read again.", data_config.view_window, step)
-    names = {"batch_size": batch_size, "consumed": consumed, "host": host, "hosts": hosts, "seed": seed, "train": train}
-    return _iterate(make_dataset(index, encoder, decoder, data_config, mask_config, **names), workers, data_config.threads)
+        views.warn_once(
+            f"view_window {data_config.view_window} is no multiple of batch_size x workers = {step}: a sample is read again for later "
+            "views, so change one of the three."
+        )
+    position = {"batch_size": batch_size, "consumed": consumed, "host": host, "hosts": hosts, "workers": workers}
+    dataset = make_dataset(index, encoder, decoder, data_config, mask_config, **position, seed=seed, train=train)
+    return _iterate(dataset, workers, data_config.threads)
 
 
 def _check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, hosts: int, train: bool) -> None:
@@ -108,23 +113,39 @@ def _check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, 
 
 def _check_samples(index: Index, streams: Sequence[Stream], image_size: int) -> None:
     """Reads the first sample of each modality, so that what is wrong with all of them is said at once and not skipped for ever."""
-    for modality, kind in sorted({(s.modality, s.kind) for s in streams if s.modality in index.modalities}, key=lambda pair: pair[::-1]):
-        table = index.available if kind == "pixels" else index.has_tokens
-        there = table[:, index.modalities.index(modality)]
-        if there.any():
-            _check_sample(index, int(there.argmax()), modality, kind, image_size)
+    present = {s.key: s for s in streams if s.modality in index.modalities}.values()
+    for stream in sorted(present, key=lambda s: (s.kind, s.modality)):
+        table = index.available if stream.kind == "pixels" else index.has_tokens
+        there = table[:, index.modalities.index(stream.modality)]
+        if not there.any():
+            continue
+        if stream.kind == "pixels":
+            _check_tile(index, int(there.argmax()), stream.modality, image_size)
+        else:
+            _check_tokens(index, int(there.argmax()), stream, image_size)
 
 
-def _check_sample(index: Index, i: int, modality: str, kind: str, image_size: int) -> None:
+def _check_tile(index: Index, i: int, modality: str, image_size: int) -> None:
     try:
-        shape = index.read(i, modality).shape if kind == "pixels" else index.tokens(i, modality).shape
+        height, width, _ = index.read(i, modality).shape
     except (DataError, OSError):
         return  # one sample that cannot be read is met again, and skipped, in training
+    if min(height, width) < image_size:
+        raise ValueError(f"Tiles of {modality} are {height}x{width} pixels, smaller than image_size {image_size}.")
+
+
+def _check_tokens(index: Index, i: int, stream: Stream, image_size: int) -> None:
+    try:
+        grid = index.tokens(i, stream.modality)
+    except (DataError, OSError):
+        return
     expected = (crops.VARIANTS, image_size // PATCH_SIZE, image_size // PATCH_SIZE)
-    if kind == "pixels" and min(shape[:2]) < image_size:
-        raise ValueError(f"Tiles of {modality} are {shape[0]}x{shape[1]} pixels, smaller than image_size {image_size}.")
-    if kind == "tokens" and shape != expected:
-        raise ValueError(f"Tokens of {modality} have shape {shape}, expected {expected}; tokenize for image_size {image_size}.")
+    if grid.shape != expected:
+        raise ValueError(f"Tokens of {stream.modality} have shape {grid.shape}, expected {expected}; tokenize for image_size {image_size}.")
+    try:
+        views.check_ids(grid, stream, f"Sample {index.keys[i]!r}")
+    except DataError as error:
+        raise ValueError(str(error)) from error
 
 
 def _length(samples: int, batch_size: int, consumed: int, train: bool) -> int:
@@ -196,7 +217,7 @@ def _having(index: Index, modality: str, image_size: int) -> np.ndarray:
     there = index.available[:, index.modalities.index(modality)] if modality in index.modalities else np.zeros(0, bool)
     if not there.any():
         raise ValueError(f"No sample of the index has {modality}; it holds {', '.join(index.modalities)}.")
-    _check_sample(index, int(there.argmax()), modality, "pixels", image_size)
+    _check_tile(index, int(there.argmax()), modality, image_size)
     return np.flatnonzero(there).astype(np.uint32)
 
 
@@ -224,7 +245,7 @@ class _Images:
         try:
             return views.read_variant(self.index, i, self.modality, variant_of(self.seed, epoch, i, self.train), self.image_size)
         except (DataError, OSError) as error:
-            logging.warning("Skipped: %s", error)
+            views.warn_once(f"Skipped: {error}")
             return None
 
 
@@ -245,7 +266,7 @@ class _Variants:
         try:
             images, inverse = views.read_variants(self.index, i, self.modality, self.image_size)
         except (DataError, OSError) as error:
-            logging.warning("Skipped: %s", error)
+            views.warn_once(f"Skipped: {error}")
             bands = len(modalities.get(self.modality).bands)
             images = np.zeros((0, self.image_size, self.image_size, bands), views.stored_dtype(self.modality))
             return {"sample": i, "images": images, "inverse": np.zeros(crops.VARIANTS, int), "bad": True}

@@ -7,14 +7,17 @@ reader needs no Zarr library, never unpickles and never extracts a path.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import tarfile
+import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numcodecs
@@ -120,6 +123,25 @@ class ShardWriter:
             os.unlink(self._temporary)
 
 
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[str]:
+    """A folder of a unique temporary name beside `out`, renamed to it when the ``with`` block ends well and removed when not.
+
+    `out` may exist if it is empty; a FileExistsError if something lies there by the end.
+    """
+    partial = f"{os.path.normpath(out)}.{uuid.uuid4().hex[:8]}.partial"
+    os.makedirs(partial)
+    try:
+        yield partial
+        if os.path.isdir(out) and not os.listdir(out):
+            os.rmdir(out)
+        if os.path.exists(out):
+            raise FileExistsError(f"{os.fspath(out)} was filled by another process meanwhile; choose another folder.")
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------------------
 
 
@@ -144,13 +166,13 @@ def read_sample(payload: bytes, names: Sequence[str] | None = None) -> dict[str,
 def read_attributes(payload: bytes, name: str = "") -> dict[str, Any]:
     """The attributes of array `name`, or of the group."""
     with _open_zip(payload) as z:
-        return dict(_metadata(z, set(z.namelist())).get(f"{name}/.zattrs" if name else ".zattrs", {}))
+        return _guarded(dict, _metadata(z, set(z.namelist())).get(f"{name}/.zattrs" if name else ".zattrs", {}))
 
 
 def _open_zip(payload: bytes) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(io.BytesIO(payload))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except Exception as error:  # besides BadZipFile: NotImplementedError, struct.error, ... for what a damaged directory says
         raise DataError(f"is no zip file ({error})") from error
 
 
@@ -196,6 +218,8 @@ def _read_array(z: zipfile.ZipFile, members: set[str], name: str, meta: Mapping[
     if meta.get("order", "C") != "C":
         raise DataError(f"stores {name!r} in order {meta['order']!r}, expected C")
     dtype, shape, chunk_shape = np.dtype(meta["dtype"]), tuple(map(int, meta["shape"])), tuple(map(int, meta["chunks"]))
+    if dtype.kind not in "biufcmM":
+        raise DataError(f"stores {name!r} as {dtype}, expected numbers or dates")
     if len(shape) != len(chunk_shape) or min(chunk_shape, default=1) < 1 or min(shape, default=0) < 0:
         raise DataError(f"gives {name!r} chunks {chunk_shape} that do not fit its shape {shape}")
     if max(math.prod(shape), math.prod(chunk_shape)) * dtype.itemsize > _MAX_ARRAY_BYTES:

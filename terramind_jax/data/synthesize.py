@@ -8,7 +8,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,16 +56,11 @@ def synthesize(
     if _finished(out, arguments):
         print(f"{out} already holds this synthesis; nothing to do.")
         return
-    partial = os.path.normpath(out) + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
     jobs = [*_jobs("train", scenes, seed, size, shard_size), *_jobs("val", val_scenes, seed, size, shard_size)]
-    with tqdm(total=len(jobs), desc="synthesize", unit="scene") as bar:
+    with shards.new_folder(out) as partial, tqdm(total=len(jobs), desc="synthesize", unit="scene") as bar:
         for (split, subset, number), group in itertools.groupby(_samples(jobs, workers), key=lambda pair: _shard(pair[0])):
             _write_shard(partial, split, subset, number, group, bar)
-    _write_info(partial, arguments, jobs)
-    if os.path.isdir(out):
-        os.rmdir(out)
-    os.replace(partial, out)
+        _write_info(partial, arguments, jobs)
 
 
 def _finished(out: str, arguments: dict) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
 from terramind_jax.data.index import Index
 from terramind_jax.data.shards import DataError
-from terramind_jax.modalities import MODALITIES, PATCH_SIZE, Stream
+from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
 
 
 class Sample:
@@ -35,7 +36,7 @@ class Sample:
         image = self._images[name]
         if image.shape[-1] != stream.channels:
             raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.")
-        return _finite(cast(crops.select_patches(image, positions, PATCH_SIZE), stored_dtype(name)), f"Sample {self._key}: {name}")
+        return _stored(crops.select_patches(image, positions, PATCH_SIZE), name, self._key)
 
     def ids(self, stream: Stream, source: np.ndarray) -> np.ndarray | None:
         """Token ids ``[n]`` of a token or sequence stream from the masks' sources; None if the sample has no such sequence."""
@@ -49,6 +50,7 @@ class Sample:
                     f"Sample {self._key}: tokens of {name} have shape {grid.shape}, expected {(crops.VARIANTS, self.side, self.side)}; "
                     f"tokenize for image size {self.image_size}."
                 )
+            check_ids(grid, stream, f"Sample {self._key}")
             self._tokens[name] = grid[self.variant].reshape(-1)
         return self._tokens[name][source]
 
@@ -76,21 +78,40 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
 def read_variant(index: Index, i: int, modality: str, variant: int, image_size: int) -> np.ndarray:
     """One whole crop ``[S, S, C]`` of sample `i` in the stored dtype; pixels that are not finite are a `DataError`."""
     image = crops.crop(read_tile(index, i, modality, image_size), variant, image_size)
-    return _finite(cast(np.ascontiguousarray(image), stored_dtype(modality)), f"Sample {index.keys[i]!r}: {modality}")
+    return _stored(np.ascontiguousarray(image), modality, repr(index.keys[i]))
 
 
 def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All distinct crops ``[U, S, S, C]`` of sample `i`, and which of them each variant is, ``[VARIANTS]``."""
     tile = read_tile(index, i, modality, image_size)
     variants, inverse = crops.unique_variants(*tile.shape[:2], image_size)
-    images = cast(np.stack([crops.crop(tile, int(v), image_size) for v in variants]), stored_dtype(modality))
-    return _finite(images, f"Sample {index.keys[i]!r}: {modality}"), inverse
+    images = np.stack([crops.crop(tile, int(v), image_size) for v in variants])
+    return _stored(images, modality, repr(index.keys[i])), inverse
 
 
-def _finite(x: np.ndarray, what: str) -> np.ndarray:
+def _stored(x: np.ndarray, modality: str, key: str) -> np.ndarray:
+    """Pixels in the type that travels; a `DataError` for values that are not finite and for classes that do not exist."""
+    if modality == "LULC" and not ((x >= 0) & (x < len(LULC_CLASSES))).all():
+        raise DataError(f"Sample {key}: LULC holds classes outside 0..{len(LULC_CLASSES) - 1}.")
+    x = cast(x, stored_dtype(modality))
     if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise DataError(f"{what} has {int((~np.isfinite(x)).sum())} values that are not finite.")
+        raise DataError(f"Sample {key}: {modality} has values that are not finite.")
     return x
+
+
+def check_ids(grid: np.ndarray, stream: Stream, what: str) -> None:
+    """A `DataError` if stored ids are none of the stream's vocabulary: they would index past its tables, and the loss be NaN."""
+    if grid.size and not 0 <= grid.min() <= grid.max() < stream.vocab_size:
+        raise DataError(
+            f"{what}: tokens of {stream.modality} go from {grid.min()} to {grid.max()}, but its vocabulary has {stream.vocab_size}; "
+            "tokenize again, or correct tokenizer.json beside the tokens or model.codebooks."
+        )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def warn_once(message: str) -> None:
+    """Logs a warning the first time that this process has it: a bad sample is met again in every epoch and view."""
+    logging.warning(message)
 
 
 def stored_dtype(modality: str) -> np.dtype:

@@ -27,7 +27,7 @@ def xavier(fan_in: int, fan_out: int) -> Initializer:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, eps 1e-6, statistics in float32; ``bias`` is a buffer (spec 2.2)."""
+    """LayerNorm over the last axis, eps 1e-6, statistics in float32 or wider; ``bias`` is a buffer (spec 2.2)."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -35,7 +35,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
         bias = self.variable("buffers", "bias", jnp.zeros, (x.shape[-1],)).value
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias).astype(self.dtype)
@@ -159,23 +159,35 @@ class Mlp(nn.Module):
         return linear(dim, ("mlp", "embed"), "fc2")(h)
 
 
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """Stochastic depth (spec 2.2): zero for a sample with probability `rate`, else over ``1 - rate``. ``[B, ...]`` -> ``[B, ...]``."""
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], *(1,) * (x.ndim - 1)))
+    # At rate 1 nothing is kept, and nothing must divide by zero, not even for the gradient of what is not selected.
+    return jnp.where(keep, x / jnp.maximum(1 - rate, 1e-6).astype(x.dtype), 0)
+
+
 class EncoderBlock(nn.Module):
-    """``x += attn(norm1 x); x += mlp(norm2 x)``. Returns (x, None), the shape of an `nn.scan` body."""
+    """``x += attn(norm1 x); x += mlp(norm2 x)``. Returns the carry and the output of an `nn.scan` body: (x, x or None)."""
 
     num_heads: int
     mlp_ratio: float
     gated_mlp: bool
     use_bias: bool
     dtype: jnp.dtype = jnp.float32
+    collect: bool = False  # whether the scan shall stack what every block returns
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, drop_rate: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
-        x = x + SelfAttention(self.num_heads, self.use_bias, self.dtype, name="attn")(norm("norm1")(x), mask)
-        x = x + Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x))
-        return nn.with_logical_constraint(x, ("batch", "tokens", None)), None
+        def branch(y: jax.Array) -> jax.Array:
+            return y if drop_rate is None else drop_path(y, drop_rate, self.make_rng("dropout"))
+
+        x = x + branch(SelfAttention(self.num_heads, self.use_bias, self.dtype, name="attn")(norm("norm1")(x), mask))
+        x = x + branch(Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x)))
+        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        return x, x if self.collect else None
 
 
 class DecoderBlock(nn.Module):
@@ -208,18 +220,18 @@ REMAT_POLICIES = {
 }
 
 
-def stack(block: type[nn.Module], length: int, remat: str, unroll: int, broadcast: int) -> type[nn.Module]:
+def stack(block: type[nn.Module], length: int, remat: str, unroll: int, broadcast: int, scanned: int = 0) -> type[nn.Module]:
     """`length` copies of `block` under one `nn.scan`, parameters and buffers with a leading ``layers`` axis.
 
-    `broadcast` is how many arguments after the carry are the same for every layer.
+    `broadcast` is how many arguments after the carry are the same for every layer; `scanned` more have one value a layer.
     """
     if REMAT_POLICIES[remat] is not None:
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0, "buffers": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * broadcast,
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(*(nn.broadcast,) * broadcast, *(0,) * scanned),
         length=length,
         unroll=min(unroll, length),
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -17,12 +17,17 @@ from jax.sharding import PartitionSpec as P
 BLOCK = 128  # targets a block: large enough for full matmul speed, small enough to waste little on a half-empty last block
 
 
+def _wide(dtype) -> jnp.dtype:
+    """Of sums and losses: float32, or float64 where the products are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _block(x: jax.Array, table: jax.Array, ids: jax.Array, start: jax.Array, end: jax.Array, dtype) -> tuple:
     """One block of sorted targets from `start`: its rows, validity, table indices, cross-entropies and softmax numerators."""
     valid = jnp.arange(BLOCK) + start < end
     xb = jax.lax.dynamic_slice_in_dim(x, start, BLOCK).astype(dtype)
     label = jnp.where(valid, jax.lax.dynamic_slice_in_dim(ids, start, BLOCK), 0)  # a neighbour's id may exceed this vocabulary
-    logits = jnp.dot(xb, table.astype(dtype).T, preferred_element_type=jnp.float32)
+    logits = jnp.dot(xb, table.astype(dtype).T, preferred_element_type=_wide(dtype))
     top = logits.max(-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = exp.sum(-1, keepdims=True)
@@ -49,7 +54,7 @@ def _sorted_cross_entropy(x: jax.Array, tables: Sequence[jax.Array], ids: jax.Ar
         def body(i, total):
             return total + _block(x, table, ids, starts[m] + i * BLOCK, ends[m], dtype)[3].sum()
 
-        return jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, jnp.zeros(()))
+        return jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, jnp.zeros((), _wide(dtype)))
 
     return jnp.stack([of_modality(m, table) for m, table in enumerate(tables)])
 
@@ -67,14 +72,14 @@ def _forward(x, tables, ids, group_sizes, dtype):
             loss, dx, dtable = carry
             start = starts[m] + i * BLOCK
             xb, valid, label, ce, exp, total = _block(x, table, ids, start, ends[m], dtype)
-            weight = valid.astype(jnp.float32)
+            weight = valid.astype(exp.dtype)
             dlogits = (exp * (weight[:, None] / total)).at[jnp.arange(BLOCK), label].add(-weight).astype(dtype)
             rows = jax.lax.dynamic_slice_in_dim(dx, start, BLOCK)
-            rows = rows + jnp.dot(dlogits, table.astype(dtype), preferred_element_type=jnp.float32).astype(dx.dtype)
+            rows = rows + jnp.dot(dlogits, table.astype(dtype), preferred_element_type=_wide(dtype)).astype(dx.dtype)
             dx = jax.lax.dynamic_update_slice_in_dim(dx, rows, start, 0)
-            return loss + ce.sum(), dx, dtable + jnp.dot(dlogits.T, xb, preferred_element_type=jnp.float32)
+            return loss + ce.sum(), dx, dtable + jnp.dot(dlogits.T, xb, preferred_element_type=_wide(dtype))
 
-        start = (jnp.zeros(()), dx, jnp.zeros(table.shape, jnp.float32))
+        start = (jnp.zeros((), _wide(dtype)), dx, jnp.zeros(table.shape, _wide(dtype)))
         loss, dx, dtable = jax.lax.fori_loop(0, -(-group_sizes[m] // BLOCK), body, start)
         losses.append(loss)
         dtables.append(dtable)

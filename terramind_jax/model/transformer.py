@@ -9,7 +9,7 @@ generation takes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -18,41 +18,10 @@ import jax.numpy as jnp
 from terramind_jax import modalities
 from terramind_jax.modalities import Stream
 from terramind_jax.model import loss
+from terramind_jax.model.embeddings import NORMAL, Embedder, Positions, token_tables
 from terramind_jax.model.layers import DecoderBlock, EncoderBlock, LayerNorm, Linear, stack, xavier
-from terramind_jax.model.positions import SEQUENCE_LENGTH, resize_bicubic, sincos_1d, sincos_2d
 
 PADDING = 255  # value of input_modality and target_modality in a slot that holds nothing
-
-
-class Tables(nn.Module):
-    """One parameter per stream; calling it gives ``{stream key: array}``."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    initializer: Callable[..., Callable]  # called with the shape
-    axes: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        def table(key: str, shape: tuple[int, ...]) -> jax.Array:
-            return self.param(key, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape)
-
-        return {key: table(key, shape) for key, shape in self.shapes.items()}
-
-
-class Positions(nn.Module):
-    """One buffer of fixed positions per stream, as the reference stores them; calling it gives ``{stream key: [n, D]}`` (spec 2.3)."""
-
-    streams: tuple[Stream, ...]
-    grid: int
-    dim: int
-
-    @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        def fixed(stream: Stream) -> jax.Array:
-            is_sequence = stream.kind == "sequence"
-            return jnp.asarray(sincos_1d(SEQUENCE_LENGTH, self.dim) if is_sequence else sincos_2d(self.grid, self.grid, self.dim))
-
-        return {s.key: self.variable("buffers", s.key, fixed, s).value for s in self.streams}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,46 +48,37 @@ class TransformerConfig:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
+    def patch_size_of(self, stream: Stream) -> int:
+        return self.patch_size
+
+    def grid_of(self, stream: Stream) -> int:
+        """Patches along one side of an image stream; 0 for a sequence."""
+        return 0 if stream.kind == "sequence" else self.grid
+
     @property
     def streams(self) -> tuple[Stream, ...]:
         """Every stream once; a stream that is both input and target has one modality embedding (spec 3.6)."""
         return tuple({s.key: s for s in (*self.encoder, *self.decoder)}.values())
 
 
-class TerraMind(nn.Module):
+class TerraMind(Embedder):
     """The pretraining model. Variables are ``{"params", "buffers"}``; every method is pure under ``module.apply``."""
 
     config: TransformerConfig
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal(0.02)
-
-        def shapes(streams, kind_is_pixels: bool, rows) -> dict[str, tuple[int, int]]:
-            return {s.key: (rows(s), c.dim) for s in streams if (s.kind == "pixels") == kind_is_pixels}
-
-        def tables(streams) -> dict[str, tuple[int, int]]:
-            return shapes(streams, False, lambda s: s.vocab_size)
-
-        patches = shapes(c.encoder, True, lambda s: c.patch_size**2 * s.channels)
-        self.mod_emb = Tables({s.key: (c.dim,) for s in c.streams}, lambda *_: normal, ("norm",))
-        self.patch_proj = Tables(patches, xavier, ("patch", "embed"))
-        self.encoder_token_emb = Tables(tables(c.encoder), lambda *_: normal, ("vocab", "embed"))
+        self.setup_embeddings()
         # The reference's initialisation reaches decoder tables through the tied output projection, so they are Xavier (spec 4.8).
-        self.decoder_token_emb = Tables(tables(c.decoder), xavier, ("vocab", "embed"))
-        self.encoder_pos_emb = Positions(c.encoder, c.grid, c.dim)
-        self.decoder_pos_emb = Positions(c.decoder, c.grid, c.dim)
-        self.mask_token = self.param("mask_token", nn.with_logical_partitioning(normal, ("norm",)), (c.dim,))
+        self.decoder_token_emb = token_tables(c.decoder, c.dim, xavier)
+        self.decoder_pos_emb = Positions({s.key: c.grid_of(s) for s in c.decoder}, c.dim)
+        self.mask_token = self.param("mask_token", nn.with_logical_partitioning(NORMAL, ("norm",)), (c.dim,))
         block = dict(num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, gated_mlp=c.gated_mlp, use_bias=c.use_bias, dtype=self.dtype)
         self.encoder = stack(EncoderBlock, c.encoder_depth, c.remat, c.unroll, broadcast=1)(**block)
         self.decoder = stack(DecoderBlock, c.decoder_depth, c.remat, c.unroll, broadcast=3)(**block)
         self.encoder_norm = LayerNorm(self.dtype)
         self.decoder_norm = LayerNorm(self.dtype)
         self.decoder_proj_context = Linear((c.dim,), ("embed", None), use_bias=True, dtype=self.dtype)  # biased in every variant
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
 
     # ---- training: slots in, losses out ----
 
@@ -190,27 +150,6 @@ class TerraMind(nn.Module):
 
     # ---- the same network, step by step ----
 
-    def embed(self, key: str, values: jax.Array, positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """One whole modality as encoder input (spec 3.1-3.3).
-
-        Args:
-          key: an encoder stream.
-          values: pixels ``[B, H, W, C]`` standardised, or ids ``[B, n]`` or ``[B, h, w]``.
-          positions: ``[B, n]`` of ids that are not the whole grid in order.
-
-        Returns:
-          Content and position-plus-modality embedding, each ``[B, n, D]``.
-        """
-        stream = self._stream(key, self.config.encoder)
-        if stream.kind == "pixels":
-            grid = (values.shape[1] // self.config.patch_size, values.shape[2] // self.config.patch_size)
-            content = patchify(values, self.config.patch_size).astype(self.dtype) @ self.patch_proj()[key].astype(self.dtype)
-        else:
-            side = round(values[0].size ** 0.5)
-            grid = values.shape[1:] if values.ndim == 3 else (side, side)
-            content = self.encoder_token_emb()[key][values.reshape(values.shape[0], -1)].astype(self.dtype)
-        return content, self._emb(stream, self.encoder_pos_emb()[key], content.shape[:2], positions, grid)
-
     def encode(self, content: jax.Array, emb: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Encoder and context projection (spec 4.4): ``[B, N, D]`` twice, mask ``[B, N]`` True = hidden -> context ``[B, N, D]``."""
         mask = None if mask is None else mask[:, None, None, :]
@@ -220,10 +159,10 @@ class TerraMind(nn.Module):
 
     def queries(self, key: str, positions: jax.Array, ids: jax.Array | None = None) -> jax.Array:
         """Decoder inputs ``[B, m, D]`` at `positions` ``[B, m]``: mask tokens of an image stream, or the tokens `ids` of a sequence."""
-        stream = self._stream(key, self.config.decoder)
-        emb = self._emb(stream, self.decoder_pos_emb()[key], positions.shape, positions, (self.config.grid,) * 2)
+        stream = self.stream(key, self.config.decoder)
+        emb = self.place(stream, self.decoder_pos_emb()[key], positions.shape, positions, (self.config.grid,) * 2)
         if stream.kind == "sequence":
-            return self.decoder_token_emb()[key][ids].astype(self.dtype) + emb
+            return jnp.asarray(self.decoder_token_emb()[key])[ids].astype(self.dtype) + emb
         return self.mask_token.astype(self.dtype) + emb
 
     def decode(self, y: jax.Array, context: jax.Array, context_mask: jax.Array | None, self_mask: jax.Array | None = None) -> jax.Array:
@@ -236,19 +175,6 @@ class TerraMind(nn.Module):
     def logits(self, key: str, y: jax.Array) -> jax.Array:
         """``[..., D]`` -> ``[..., V]`` float32 over the vocabulary of one stream, by its tied token embedding (spec 3.4)."""
         return jnp.dot(y.astype(self.dtype), self.decoder_token_emb()[key].astype(self.dtype).T, preferred_element_type=jnp.float32)
-
-    def _emb(self, stream: Stream, table: jax.Array, shape: tuple[int, int], positions: jax.Array | None, grid) -> jax.Array:
-        if stream.kind != "sequence" and positions is None:
-            own = (self.config.grid,) * 2
-            table = resize_bicubic(table.reshape(*own, -1), tuple(grid)).reshape(-1, self.config.dim)
-        positions = jnp.broadcast_to(jnp.arange(shape[1]), shape) if positions is None else positions
-        return (table[positions] + self.mod_emb()[stream.key]).astype(self.dtype)
-
-    def _stream(self, key: str, streams: tuple[Stream, ...]) -> Stream:
-        for stream in streams:
-            if stream.key == key:
-                return stream
-        raise ValueError(f"This model has no stream {key!r}; it has {', '.join(s.key for s in streams)}.")
 
     def everything(self) -> jax.Array:
         """Touches every parameter once: what `init` runs."""
@@ -263,14 +189,6 @@ def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """``table[index]``, zeros where `index` is negative; those rows send no gradient back."""
     index = jnp.where(index < 0, table.shape[0], index)
     return table.at[index].get(mode="fill", fill_value=0)
-
-
-def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/P * W/P, P*P*C]``: patches row-major, (row, column, channel) inside, channel fastest (spec 3.1)."""
-    b, height, width, channels = pixels.shape
-    p = patch_size
-    x = pixels.reshape(b, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (height // p) * (width // p), p * p * channels)
 
 
 def init(module: TerraMind, key: jax.Array) -> dict:

@@ -153,13 +153,13 @@ def write_geotiffs(folder: Path, index: Index, i: int, arrays: dict[str, np.ndar
 
 def report(scores, source: str, folder: Path, model: str, trained: int, held_out: int, is_embedded: bool, minutes: float) -> str:
     """The table and what it says, in Markdown; `model` describes the size and the training, `minutes` is what everything took."""
-    origin = "the embedded world (synthetic)" if is_embedded else "your tiles"
+    origin = "the embedded world (synthetic)" if is_embedded else "yours"
     lines = [
         "# Quickstart report",
         "",
-        f"A small TerraMind ({model}) and its tokenizers were trained from scratch on {trained} tiles of {origin}.",
+        f"A small TerraMind ({model}) and its tokenizers were trained from scratch on {_count(trained)} of {origin}.",
         f"Everything together, data and tokenizers included, took {minutes:.1f} minutes.",
-        f"From {source} of {held_out} held-out tiles it generated, each modality on its own, at temperature 0 and in one step:",
+        f"From {source} of {_count(held_out)} held out it generated, each modality on its own, at temperature 0 and in one step:",
         "",
         "| modality | method | MAE | RMSE | PSNR dB | SSIM | mIoU |",
         "|---|---|---|---|---|---|---|",
@@ -172,6 +172,10 @@ def report(scores, source: str, folder: Path, model: str, trained: int, held_out
         lines += ["", "A handful of tiles shows that the path works on your data; it teaches the model nothing that would carry over."]
     lines += ["", f"Pictures: `{folder / 'generated.png'}`, `{folder / 'losses.png'}`. Georeferenced rasters: `{folder / 'geotiff'}`."]
     return "\n".join(lines) + "\n"
+
+
+def _count(tiles: int) -> str:
+    return f"{tiles} tile{'s' * (tiles != 1)}"
 
 
 def _filled(s: Scores) -> bool:
@@ -199,17 +203,22 @@ def _verdict(modality: str, by_method: dict[str, Scores]) -> str:
     made = value("generated")
     unit = "mIoU" if modality == "LULC" else "RMSE"
     text = f"- {modality}: generated {'beats' if made < value(constant) else 'does NOT beat'} the {constant} in {unit}"
+    if made == value(constant):
+        text = f"- {modality}: generated equals the {constant} in {unit}"
     if made < value(regression):
         return f"{text} and beats the per-pixel {regression}."
+    if made == value(regression):
+        return f"{text} and equals the per-pixel {regression}."
     return f"{text}; the per-pixel {regression} is better: {WHY_REGRESSION[modality]}."
 
 
-_SPECTRAL = "its value follows from the spectrum of the same pixel, which a regression reads at full resolution and a small codebook blurs"
+_SPECTRAL = "much of it follows from the spectrum of the same pixel, which a regression reads at full resolution and a small codebook blurs"
+_RADAR = "what radar and optics share sits in single pixels, at full resolution, and a patch has one of a dozen codes"
 WHY_REGRESSION = {
     "NDVI": "NDVI is a function of two bands of the same pixel, which a regression reads at full resolution and 196 tokens cannot",
     "LULC": "most classes are told apart by the spectrum of one pixel, and a regression draws their borders at full resolution",
     "DEM": "with this little training the elevation's level is learned only roughly",
-    "S1GRD": _SPECTRAL,
-    "S1RTC": _SPECTRAL,
+    "S1GRD": _RADAR,
+    "S1RTC": _RADAR,
     "S2L2A": _SPECTRAL,
 }

@@ -12,7 +12,8 @@ class TokenizerConfig:
 
     With several codebooks the latent is split into `num_codebooks` groups of ``len(levels)``, each a token of its own.
     With depth 0 there is no attention and a token describes its own patch alone. `image_size` only fixes the stored grid of
-    positions: any image whose sides are multiples of `patch_size` can be encoded.
+    positions: any image whose sides are multiples of `patch_size` can be encoded. The decoder is "vit" or, as all released ones but
+    LULC's, "unet"; from `decoder_patch_size` on, fields are of the latter.
     """
 
     modality: str
@@ -28,9 +29,14 @@ class TokenizerConfig:
     patch_size: int = 16
     dtype: str = "float32"
     unroll: int = 1
+    decoder_patch_size: int = 4
+    model_channels: int = 256
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"Tokenizer dim {self.dim} must be a multiple of 4 and of num_heads {self.num_heads}.")
         if self.image_size % self.patch_size:
@@ -49,6 +55,13 @@ class TokenizerConfig:
     def grid(self) -> int:
         """Side of the stored grid of positions."""
         return self.image_size // self.patch_size
+
+    @property
+    def decoder_multiple(self) -> int:
+        """Images can be decoded if their sides are multiples of this: the U-Net halves its grid of patches once a level."""
+        if self.decoder != "unet":
+            return self.patch_size
+        return math.lcm(self.patch_size, self.decoder_patch_size * 2 ** (len(self.channel_mult) - 1))
 
     @property
     def is_class_map(self) -> bool:

@@ -47,16 +47,18 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One pre-norm layer, ``[B, N, D]`` -> ``[B, N, D]``; the None makes it the body of a scan."""
+    """One pre-norm layer, ``[B, N, D]`` -> ``[B, N, D]``, the body of a scan, which stacks the second output."""
 
     config: TokenizerConfig
+    collect: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
         x = x + SelfAttention(c.num_heads, use_bias=True, dtype=c.dtype, name="attn")(layer_norm(c.dtype, "norm1")(x), None)
         x = x + Mlp(c.mlp_ratio, gated=False, use_bias=True, dtype=c.dtype, name="mlp")(layer_norm(c.dtype, "norm2")(x))
-        return nn.with_logical_constraint(x, ("batch", "tokens", None)), None
+        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        return x, x if self.collect else None
 
 
 class PostMlp(nn.Module):
@@ -70,20 +72,24 @@ class PostMlp(nn.Module):
         return Linear(x.shape[-1:], ("mlp", "embed"), use_bias=True, name="fc2")(hidden)
 
 
-def trunk(module: nn.Module, x: jax.Array) -> jax.Array:
+def trunk(module: nn.Module, x: jax.Array, collect: bool = False) -> jax.Array | list[jax.Array]:
     """What encoder and decoder share, declared inside `module`: positions, layers, last MLP. ``[B, h, w, D]`` -> the same, float32.
 
-    The stored positions are resized to ``(h, w)`` on every call: 16 to 14 for 224 pixels.
+    The stored positions are resized to ``(h, w)`` on every call: 16 to 14 for 224 pixels. With `collect` every layer's output is
+    returned, the last one after the MLP.
     """
     c = module.config
     positions = module.variable("buffers", "pos_emb", lambda: jnp.asarray(sincos_2d(c.grid, c.grid, c.dim)).reshape(c.grid, c.grid, c.dim))
     x = x + resize_bicubic(positions.value, x.shape[1:3]).astype(x.dtype)
-    tokens = x.reshape(x.shape[0], -1, c.dim)
+    tokens, layers = x.reshape(x.shape[0], -1, c.dim), None
     if c.depth:
-        tokens, _ = stack(Block, c.depth, "none", c.unroll, broadcast=0)(c, name="blocks")(tokens)
+        tokens, layers = stack(Block, c.depth, "none", c.unroll, broadcast=0)(c, collect, name="blocks")(tokens)
     tokens = tokens.astype(jnp.float32)
     tokens = tokens + PostMlp(int(c.dim * c.mlp_ratio), name="post_mlp")(layer_norm("float32", "norm_mlp")(tokens))
-    return tokens.reshape(x.shape)
+    last = tokens.reshape(x.shape)
+    if not collect:
+        return last
+    return [layer.astype(jnp.float32).reshape(x.shape) for layer in (() if layers is None else layers[:-1])] + [last]
 
 
 class PatchEmbed(nn.Module):
@@ -125,13 +131,13 @@ class PatchProject(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """Image ``[B, H, W, C]`` -> features ``[B, H/p, W/p, D]`` float32."""
+    """Image ``[B, H, W, C]`` -> features ``[B, H/p, W/p, D]`` float32, or with `collect` the list of every layer's."""
 
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        return trunk(self, PatchEmbed(self.config, name="proj")(image))
+    def __call__(self, image: jax.Array, collect: bool = False) -> jax.Array | list[jax.Array]:
+        return trunk(self, PatchEmbed(self.config, name="proj")(image), collect)
 
 
 class ViTDecoder(nn.Module):

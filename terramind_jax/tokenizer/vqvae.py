@@ -1,9 +1,11 @@
 """One modality's tokenizer: ViT encoder, FSQ, and a decoder chosen by name (spec 6).
 
-Inputs are standardised images, channels last; LULC comes as class maps or as ten class probabilities a pixel.
+Inputs are standardised images, channels last; LULC comes as class maps or as one probability a class and pixel.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -11,10 +13,15 @@ import jax.numpy as jnp
 
 from terramind_jax.tokenizer import fsq
 from terramind_jax.tokenizer.config import TokenizerConfig
+from terramind_jax.tokenizer.unet import UNetDecoder
 from terramind_jax.tokenizer.vit import ViTDecoder, ViTEncoder, patchify, pointwise
 
-# A decoder is a module of TokenizerConfig that maps codes [B, h, w, latent_dim] to [B, H, W, C].
-DECODERS = {"vit": ViTDecoder}
+# A decoder is a module of TokenizerConfig that maps codes [B, h, w, latent_dim] to [B, H, W, C]; a diffusion decoder takes a noisy
+# image and its timestep, too, and `diffusion.decode` calls it once a step.
+DECODERS = {"vit": ViTDecoder, "unet": UNetDecoder}
+
+
+Features = Literal["embedding", "latent", "quantized"]
 
 
 class Tokenizer(nn.Module):
@@ -30,35 +37,64 @@ class Tokenizer(nn.Module):
         self.quant_proj = pointwise(c.dim, c.latent_dim, ("embed", None), "float32")
         self.decoder = DECODERS[c.decoder](c)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, *noised: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image -> (reconstruction ``[B, H, W, C]``, codes ``[B, h, w, latent_dim]``), differentiable straight through the rounding.
 
-        For LULC the reconstruction is unnormalised logits. Use `fsq.codes_to_tokens` on codes to count tokens in use.
+        For LULC the reconstruction is unnormalised logits. A diffusion decoder predicts the image from `noised`: the image under noise
+        ``[B, H, W, C]`` and its timestep, ``[]`` or ``[B]``. Use `fsq.codes_to_tokens` on codes to count tokens in use.
         """
         codes = self.quantize(x)
-        return self.decoder(codes), codes
+        return self.decoder(codes, *noised), codes
+
+    def latent(self, x: jax.Array) -> jax.Array:
+        """Image -> what is quantized, ``[B, h, w, latent_dim]`` float32."""
+        return self.quant_proj(self.encoder(prepare(self.config, x)))
 
     def quantize(self, x: jax.Array) -> jax.Array:
         """Image -> codes in [0, 1], ``[B, h, w, latent_dim]`` float32."""
-        z = self.quant_proj(self.encoder(prepare(self.config, x)))
+        z = self.latent(x)
         return fsq.quantize(_grouped(self.config, z), self.config.levels).reshape(z.shape)
+
+    def features(self, x: jax.Array, return_type: Features = "embedding") -> jax.Array | list[jax.Array]:
+        """The tokenizer as a backbone (spec 6.8).
+
+        "embedding" is the output of every layer of the encoder, a list of ``[B, h, w, D]``, the last one after its final MLP; "latent"
+        and "quantized" are ``[B, h, w, latent_dim]`` before and after quantization. All float32.
+        """
+        if return_type == "embedding":
+            return self.encoder(prepare(self.config, x), collect=True)
+        if return_type not in ("latent", "quantized"):
+            raise ValueError(f"Unknown return_type {return_type!r}; known types: embedding, latent, quantized.")
+        return self.latent(x) if return_type == "latent" else self.quantize(x)
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Image -> int32 tokens ``[B, h, w]``, or ``[B, h, w, K]`` with several codebooks."""
         tokens = fsq.codes_to_tokens(_grouped(self.config, self.quantize(x)), self.config.levels)
         return tokens[..., 0] if self.config.num_codebooks == 1 else tokens
 
-    def decode(self, tokens: jax.Array) -> jax.Array:
-        """Tokens as `encode` gives them -> image, or logits, ``[B, H, W, C]``."""
+    def codes(self, tokens: jax.Array) -> jax.Array:
+        """Tokens as `encode` gives them -> codes ``[B, h, w, latent_dim]``."""
         tokens = tokens[..., None] if self.config.num_codebooks == 1 else tokens
         codes = fsq.tokens_to_codes(tokens, self.config.levels)
-        return self.decoder(codes.reshape(*codes.shape[:3], self.config.latent_dim))
+        return codes.reshape(*codes.shape[:3], self.config.latent_dim)
+
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """Tokens as `encode` gives them -> image, or logits, ``[B, H, W, C]``, by a decoder that needs one pass.
+
+        `terramind_jax.tokenizer.decode` is for any decoder.
+        """
+        return self.decoder(self.codes(tokens))
+
+    def predict(self, codes: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """A diffusion decoder's prediction of the clean image from the noisy `x` ``[B, H, W, C]`` at timestep `t`."""
+        return self.decoder(codes, x, t)
 
 
 def init(module: Tokenizer, key: jax.Array) -> dict:
     """Variables as spec 6.2 initialises them, boxed with their logical axes. Pure: jit or `jax.eval_shape` it at will."""
-    p = module.config.patch_size
-    return module.init(key, jnp.zeros((1, p, p, module.config.channels)))
+    side, channels = module.config.decoder_multiple, module.config.channels
+    x = jnp.zeros((1, side, side, channels))
+    return module.init(key, x, *([x, jnp.zeros((), jnp.int32)] if module.config.decoder == "unet" else []))
 
 
 def prepare(config: TokenizerConfig, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 METRICS = "metrics.jsonl"
+PATIENCE = 100  # steps in a row that may be skipped
 
 
 def truncate(path: Path, step: int) -> None:
@@ -96,6 +97,7 @@ class Meter:
         self._pending: tuple | None = None
         self._clock: float | None = None
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._skipped = 0  # steps in a row
 
     def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
         """Takes the metrics of a step just dispatched, which waited so many seconds for its data, and reads those of the one before."""
@@ -103,7 +105,7 @@ class Meter:
         self._pending = (step, metrics, waited)
 
     def flush(self) -> None:
-        """Reads the metrics still outstanding."""
+        """Reads the metrics still outstanding; a ValueError once `PATIENCE` steps in a row have been skipped."""
         if self._pending is None:
             return
         step, metrics, waited = self._pending
@@ -117,6 +119,12 @@ class Meter:
             self._writer.write(step, self.last)
             self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._writer.advance(step, _shown(self.last))
+        self._skipped = 0 if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]) else self._skipped + 1
+        if self._skipped >= PATIENCE:
+            raise ValueError(
+                f"The loss or its gradient was not finite in the last {PATIENCE} steps, to step {step}, and nothing was learned; lower "
+                "optimizer.learning_rate, set optimizer.clip_norm, or look for wrong values with `terramind-jax data check`."
+            )
 
     def pause(self) -> None:
         """What follows until the next step is no part of its time."""

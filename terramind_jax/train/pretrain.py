@@ -36,11 +36,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
+    configuration.check(config)
     config = with_codebooks(config)
     encoder, decoder = streams(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
-    configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
 
     # ---- Length of the run, counted in tokens ----
     batch_size, run = config.train.batch_size, config.run
@@ -52,8 +52,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Model, optimizer and state, laid out on the mesh ----
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
+    device_batches(config, index, mesh, workers=run.workers)  # raises what they would, before anything is written
+    if validation is not None:
+        device_batches(config, validation, mesh, train=False)
     module = networks.TerraMind(transformer_config(config))
     tx = optimizer.adamw(config.optimizer)
+    configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, run.keep)
     train_state, buffers, layout, totals = state.start(partial(networks.init, module), tx, mesh, config.train.seed, checkpoints)
     step = int(train_state.step)
@@ -196,7 +200,10 @@ def open_validation(config: ConfigDict) -> Index | None:
 def device_batches(
     config: ConfigDict, index: Index, mesh: jax.sharding.Mesh, *, consumed: int = 0, workers: int = 0, train: bool = True
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data."""
+    """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
+
+    Checks configuration and data at once and reads when the first batch is asked for.
+    """
     encoder, decoder = streams(config)
     pipeline = {name: config.data[name] for name in ("views_per_sample", "view_window", "patch_group", "capacity_sigmas")}
     host = batches(
@@ -213,8 +220,7 @@ def device_batches(
         seed=config.train.seed,
         train=train,
     )
-    for batch in host:
-        yield sharding.to_global({name: value for name, value in batch.items() if name != "sample"}, mesh)
+    return (sharding.to_global({name: value for name, value in batch.items() if name != "sample"}, mesh) for batch in host)
 
 
 def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -33,13 +33,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
+    configuration.check(config)
     module = networks.Tokenizer(tokenizer_config(config))
+    if module.config.decoder != "vit":
+        raise ValueError(f"model.decoder is {module.config.decoder!r}; only tokenizers with the decoder 'vit' can be trained here.")
     modality, size = config.model.modality, config.data.image_size
     index = open_images(config, config.data.train_split)
     validation = (
         open_images(config, config.data.val_split) if (Path(config.data.root) / config.data.val_split / modality).is_dir() else None
     )
-    configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
 
     # ---- Length of the run, counted in samples ----
     batch_size, run = config.train.batch_size, config.run
@@ -51,7 +53,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     mesh = sharding.make_mesh(**config.mesh)
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
+    device_batches(config, index, mesh, workers=run.workers)  # raises what they would, before anything is written
+    if validation is not None:
+        device_batches(config, validation, mesh, train=False)
     tx = optimizer.adamw(config.optimizer)
+    configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, run.keep)
     init = partial(networks.init, module)
     train_state, buffers, layout, totals = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
@@ -219,7 +225,10 @@ def open_images(config: ConfigDict, split: str) -> Index:
 def device_batches(
     config: ConfigDict, index: Index, mesh: jax.sharding.Mesh, *, consumed: int = 0, workers: int = 0, train: bool = True
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data."""
+    """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
+
+    Checks configuration and data at once and reads when the first batch is asked for.
+    """
     host = image_batches(
         index,
         config.model.modality,
@@ -232,8 +241,7 @@ def device_batches(
         image_size=config.data.image_size,
         train=train,
     )
-    for batch in host:
-        yield sharding.to_global({"image": batch["image"], "bad": batch["bad"]}, mesh)
+    return (sharding.to_global({"image": batch["image"], "bad": batch["bad"]}, mesh) for batch in host)
 
 
 def load(workdir: str | os.PathLike) -> tuple[networks.Tokenizer, dict[str, Any]]:

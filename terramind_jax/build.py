@@ -1,0 +1,162 @@
+"""The released models by name and options, without their weights: networks, and the shapes of what they need (spec 5.1, 6.1, 8.5, 8.6)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import meta
+
+from terramind_jax import modalities, tim, tokenizer, zoo
+from terramind_jax import model as networks
+from terramind_jax.modalities import Stream
+from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Model, Pretraining, ThinkingInModalities
+
+REQUIRED = "required"
+_NETWORK = dict(dtype="float32", remat="none", unroll=1)
+_BACKBONE = dict(
+    modalities=None,  # names, and {name: channels} of new ones; None: every released one
+    merge_method="mean",
+    img_size=224,
+    patch_size=16,  # of new modalities
+    num_register_tokens=0,
+    drop_path_rate=0.0,
+    modality_drop_rate=0.0,
+    **_NETWORK,
+)
+_SAMPLING = dict(decoding_steps=1, temps=1.0, top_p=0.8, top_k=0)
+
+# Options of each kind of model with their defaults: the reference's names, then those of the networks.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "backbone": dict(bands={}, in_chans=None, **_BACKBONE),
+    "tim": dict(tim_modalities=["LULC"], tim_chained_generations=True, **{f"tim_{k}": v for k, v in _SAMPLING.items()}, **_BACKBONE),
+    "generate": dict(
+        modalities=REQUIRED, output_modalities=REQUIRED, timesteps=50, img_size=224, standardize=False, offset={}, **_SAMPLING, **_NETWORK
+    ),
+    "encdec": dict(_NETWORK),
+    "tokenizer": dict(dtype="float32", unroll=1),
+}
+
+
+def model(name: str, **options: Any) -> Model:
+    """The model `name` with `jax.ShapeDtypeStruct` for weights; a ValueError for an unknown name, option or modality."""
+    entry = zoo.get(name)
+    options = _complete(entry, options)
+    return _BUILDERS[entry.kind](entry, options)
+
+
+def abstract(module: nn.Module) -> dict:
+    """Shapes of the variables of a network of ours, unboxed."""
+    return meta.unbox(jax.eval_shape(partial(init, module), jax.random.key(0)))
+
+
+def init(module: nn.Module, key: jax.Array) -> dict:
+    """Fresh variables of a network of ours, boxed with their logical axes."""
+    return tokenizer.init(module, key) if isinstance(module, tokenizer.Tokenizer) else networks.init(module, key)
+
+
+def tokenizer_of(modality: str, version: str, **options: Any) -> tokenizer.Tokenizer:
+    """The released tokenizer of one modality (spec 6.1)."""
+    m = modalities.get(modality, version)
+    decoder = "vit" if m.name == "LULC" else "unet"
+    return tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality=m.name, channels=m.channels, levels=m.levels, decoder=decoder, **options))
+
+
+def _complete(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = OPTIONS[entry.kind]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}."
+            raise ValueError(f"{entry.name} has no option {name!r}{hint}")
+    full = {**known, **options}
+    missing = [name for name, value in full.items() if value is REQUIRED]
+    if missing:
+        raise ValueError(f"{entry.name} needs the option{'s' if len(missing) > 1 else ''} {' and '.join(missing)}.")
+    return full
+
+
+def _pick(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names}
+
+
+# ---- one kind each ----
+
+
+def _backbone(entry: zoo.Entry, options: dict[str, Any]) -> FeatureExtractor:
+    streams = input_streams(entry, options)
+    module = networks.Backbone(_backbone_config(entry, options, streams.values()))
+    own = {"streams": streams, "tokenizers": _tokenizers(entry, streams.values())}
+    return FeatureExtractor(entry.name, module, abstract(module), options, **own)
+
+
+def _backbone_config(entry: zoo.Entry, options: Mapping[str, Any], streams: Sequence[Stream]) -> networks.BackboneConfig:
+    size = _pick(zoo.SIZES[entry.size], "dim", "encoder_depth", "num_heads", "gated_mlp", "use_bias")
+    same = ("patch_size", "merge_method", "num_register_tokens", "drop_path_rate", "modality_drop_rate", *_NETWORK)
+    streams = tuple({s.key: s for s in streams}.values())
+    return networks.BackboneConfig(**size, streams=streams, image_size=options["img_size"], **_pick(options, *same))
+
+
+def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
+    streams = input_streams(entry, options)
+    targets = [modalities.output_stream(name) for name in options["tim_modalities"]]
+    config = _backbone_config(entry, options, [*streams.values(), *targets])
+    # Unchained, the generator does not know what it generated, and so has no embeddings of it (spec 8.6).
+    seen = config if options["tim_chained_generations"] else _backbone_config(entry, options, streams.values())
+    module, generator = networks.Backbone(config), tim.generator(seen, targets, zoo.SIZES[entry.size]["decoder_depth"])
+    tokenizers = _tokenizers(entry, (*streams.values(), *targets))  # as the reference, also of what is only generated
+    own = {"streams": streams, "tokenizers": tokenizers, "generator": (generator, abstract(generator))}
+    return ThinkingInModalities(entry.name, module, abstract(module), options, **own)
+
+
+def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
+    inputs = [modalities.input_stream(name) for name in options["modalities"]]
+    outputs = [modalities.output_stream(name) for name in options["output_modalities"]]
+    seen = {s.key: s for s in (*inputs, *outputs[:-1])}  # a later output sees the earlier ones (spec 8.5.1)
+    settings = dict(encoder=tuple(seen.values()), decoder=tuple({s.key: s for s in outputs}.values()), image_size=options["img_size"])
+    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **settings, **_pick(options, *_NETWORK)))
+    return Generator(entry.name, module, abstract(module), options, _tokenizers(entry, (*inputs, *outputs)))
+
+
+def _encdec(entry: zoo.Entry, options: dict[str, Any]) -> Pretraining:
+    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **options))
+    return Pretraining(entry.name, module, abstract(module), options)
+
+
+def _tokenizer(entry: zoo.Entry, options: dict[str, Any]) -> ImageTokenizer:
+    module = tokenizer_of(entry.modality, entry.version, **options)
+    return ImageTokenizer(entry.name, module, abstract(module), options)
+
+
+_BUILDERS = {"backbone": _backbone, "tim": _tim, "generate": _generate, "encdec": _encdec, "tokenizer": _tokenizer}
+
+
+def input_streams(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Stream]:
+    """The inputs of a feature extractor by user name; ``{name: channels}`` makes a new pixel stream of that name (spec 5.1)."""
+    chosen = options["modalities"]
+    if chosen is None and options.get("in_chans"):
+        chosen = {"image": options["in_chans"]}
+    if chosen is None:
+        released = modalities.ENCODER_STREAMS if entry.version == "v1" else modalities.V01_ENCODER_STREAMS
+        chosen = [_user_name(stream, released) for stream in released]
+    streams: dict[str, Stream] = {}
+    for item in [chosen] if isinstance(chosen, (str, Mapping)) else chosen:
+        new = item if isinstance(item, Mapping) else {}
+        streams |= {name: Stream(name, name, "pixels", channels=int(channels)) for name, channels in new.items()}
+        streams |= {} if new else {item: modalities.input_stream(item)}
+    return streams
+
+
+def _user_name(stream: Stream, released: Sequence[Stream]) -> str:
+    """The modality's name where that means this stream, else the stream's key: S2L2A pixels and tokens are two inputs."""
+    return stream.modality if modalities.input_stream(stream.modality) == stream else stream.key
+
+
+def _tokenizers(entry: zoo.Entry, streams: Sequence[Stream]) -> dict[str, tuple]:
+    names = dict.fromkeys(s.modality for s in streams if s.kind == "tokens")
+    found = {name: tokenizer_of(name, entry.version) for name in names}
+    return {name: (module, abstract(module)) for name, module in found.items()}

@@ -1,0 +1,1 @@
+"""Weights in and out: rules between our variables and the reference's state dicts, and the files that hold them."""

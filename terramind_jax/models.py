@@ -1,0 +1,226 @@
+"""The released models by name: load, call, save (the names and options are the reference's).
+
+    model = tm.load("terramind_v1_base_generate", modalities=["S2L2A"], output_modalities=["S1GRD", "LULC"])
+    made = model.generate({"S2L2A": pixels}, seed=0, timesteps=10, standardize=True)
+
+A `Model` is frozen data: networks, variables, options. Its methods are one line over the pure functions of `generate`, `tim`,
+`model` and `tokenizer`, which is what a sharded job calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from terramind_jax import coordinates, generate, modalities, tim, tokenizer, zoo
+from terramind_jax import model as networks
+from terramind_jax.modalities import Stream
+from terramind_jax.model import backbone
+
+Variables = Mapping[str, Any]
+
+# The reference's options of sampling, and what `generate.generate_tokens` calls them.
+SAMPLING = {"decoding_steps": "steps", "temps": "temperature", "top_p": "top_p", "top_k": "top_k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model. ``module.apply(variables, ...)`` is pure; `dataclasses.replace` with other variables gives the same model retrained."""
+
+    name: str
+    module: nn.Module
+    variables: Variables
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizers: Mapping[str, tuple[tokenizer.Tokenizer, Variables]] = dataclasses.field(default_factory=dict)  # by modality
+
+    @property
+    def version(self) -> str:
+        return zoo.get(self.name).version
+
+    def standardize(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays ``[..., C]`` by user name in physical units -> zero mean, unit variance; names without statistics pass (spec 1.4)."""
+        return {name: self._scale(name, x, inverse=False) for name, x in inputs.items()}
+
+    def destandardize(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inverse of `standardize`."""
+        return {name: self._scale(name, x, inverse=True) for name, x in outputs.items()}
+
+    def _scale(self, name: str, x: np.ndarray, *, inverse: bool) -> np.ndarray:
+        modality = self._modality(name)
+        if modality in ("LULC", "coords", "caption") or modality not in modalities.MODALITIES:
+            return x
+        mean, std = modalities.statistics(modality, self.version)
+        bands = self.options.get("bands", {}).get(name)
+        if bands:
+            at = [modalities.get(modality).bands.index(band) for band in bands if band in modalities.get(modality).bands]
+            if len(at) != len(bands):
+                raise ValueError(f"{name} has bands without statistics ({', '.join(bands)}); standardise them yourself.")
+            mean, std = mean[at], std[at]
+        mean = mean + np.float32(0 if inverse else self.options.get("offset", {}).get(name, 0))
+        x = np.asarray(x, np.float32)
+        return x * std + mean if inverse else (x - mean) / std
+
+    def _modality(self, name: str) -> str:
+        return modalities.input_stream(name).modality
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureExtractor(Model):
+    """``terramind_*``: standardised inputs to features of every layer (spec 5)."""
+
+    streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)  # by user name
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> list:
+        """Inputs by user name, in the order of concatenation: pixels ``[B, H, W, C]`` standardised, LULC ``[B, H, W]`` classes, NDVI
+        ``[B, H, W, 1]``, coords ``[B, 2]`` -> a list of `encoder_depth` features ``[B, N, D]`` (`merge_method` dict: by user name)."""
+        return self._rename(backbone.features(self.module, self.variables, self.encode(inputs)))
+
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Inputs by stream as the network takes them: images whose stream holds tokens are tokenised."""
+        encoded = {}
+        for name, x in inputs.items():
+            stream = self._stream(name)
+            encoded[stream.key] = x if stream.kind == "pixels" else encode_input(stream, x, self.tokenizers)
+        return encoded
+
+    def _stream(self, name: str) -> Stream:
+        if name not in self.streams:
+            raise ValueError(f"This model has no input {name!r}; it was built with {', '.join(self.streams)}.")
+        return self.streams[name]
+
+    def _modality(self, name: str) -> str:
+        return self._stream(name).modality
+
+    def _rename(self, features: list) -> list:
+        if self.module.config.merge_method != "dict":
+            return features
+        names = {stream.key: name for name, stream in self.streams.items()}
+        return [{names.get(key, key): x for key, x in layer.items()} for layer in features]
+
+
+def encode_input(stream: Stream, x: np.ndarray, tokenizers: Mapping[str, tuple]) -> jax.Array:
+    """One standardised input of a stream that holds ids: ``[B, h, w]`` or, of coordinates ``[B, 2]``, ``[B, 3]``."""
+    if stream.key == "coords":
+        return coordinates.encode(np.asarray(x))
+    return generate.encode_input(stream.key, x, tokenizers, standardize=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingInModalities(FeatureExtractor):
+    """``*_tim``: a feature extractor that first generates `tim_modalities` from its inputs, and reads them, too (spec 8.6)."""
+
+    generator: tuple[networks.TerraMind, Variables] | None = None
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> list:
+        """As `FeatureExtractor.__call__`; `seed` is of the generation, one integer or ``[B]``."""
+        encoded = self.encode(inputs)
+        return self._rename(tim.features(self.module, self.variables, *self.generator, encoded, self._targets, **self._settings(seed)))
+
+    def think(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> dict[str, jax.Array]:
+        """The inputs by stream, followed by the ids of what was generated from them."""
+        return tim.think(*self.generator, self.encode(inputs), self._targets, **self._settings(seed))
+
+    @property
+    def _targets(self) -> list[str]:
+        return [modalities.output_stream(name).key for name in self.options["tim_modalities"]]
+
+    def _settings(self, seed: int | np.ndarray) -> dict[str, Any]:
+        own = {ours: self.options[f"tim_{theirs}"] for theirs, ours in SAMPLING.items()}
+        return {"seed": seed, "chained": self.options["tim_chained_generations"], **own}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator(Model):
+    """``*_generate``: any modalities to any others (spec 8.5)."""
+
+    def generate(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        seed: int | np.ndarray = 0,
+        timesteps: int | None = None,
+        standardize: bool | None = None,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Inputs by user name to every output that the model was built for, each conditioning the next.
+
+        Args:
+          inputs: images ``[B, H, W, C]``, LULC ``[B, H, W]`` classes, coords ``[B, 2]`` as (lon, lat).
+          seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
+          timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
+          **options: of `generate.generate_tokens`, over what the model was built with.
+
+        Returns:
+          ``{name: array}``: float32 ``[B, H, W, C]``, of LULC logits of the classes, coords ``[B, 2]`` with NaN where none was written.
+        """
+        timesteps = self.options["timesteps"] if timesteps is None else timesteps
+        standardize = self.options["standardize"] if standardize is None else standardize
+        tokens = self.generate_tokens(inputs, seed, standardize=standardize, **options)
+        streams = {name: modalities.output_stream(name) for name in tokens}
+        made = {
+            name: generate.decode_output(streams[name], ids, self.tokenizers, standardize=False, seed=seed, timesteps=timesteps)
+            for name, ids in tokens.items()
+        }
+        return self.destandardize(made) if standardize else made
+
+    def generate_tokens(
+        self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
+    ) -> dict[str, jax.Array]:
+        """The same before decoding: ``{name: ids}``, int32 ``[B, h, w]``, of sequences ``[B, L]``."""
+        standardize = self.options["standardize"] if standardize is None else standardize
+        inputs = self.standardize(inputs) if standardize else inputs
+        known = {modalities.input_stream(n).key: generate.encode_input(n, x, self.tokenizers, standardize=False) for n, x in inputs.items()}
+        names = {modalities.output_stream(name).key: name for name in self.options["output_modalities"]}
+        settings = {**{ours: self.options[theirs] for theirs, ours in SAMPLING.items()}, **options}
+        made = generate.generate_tokens(self.module, self.variables, known, list(names), seed=seed, **settings)
+        return {names[key]: ids for key, ids in made.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining(Model):
+    """``*_encdec``: the whole pretraining model (spec 4)."""
+
+    def __call__(self, batch: Mapping[str, jax.Array], kind: str = "mod") -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A batch of slots, described in `terramind_jax.data.pipeline` -> loss and mean loss a stream, 0 where it has no targets."""
+        return _losses(self.variables, batch, module=self.module, kind=kind)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "kind"))
+def _losses(variables: Variables, batch, *, module: networks.TerraMind, kind: str):
+    sums, counts = module.apply(variables, batch, method="losses")
+    streams = module.config.decoder
+    loss = networks.loss.combine(sums, counts, [s.vocab_size for s in streams], kind)
+    return loss, {s.key: sums[i] / jax.numpy.maximum(counts[i], 1) for i, s in enumerate(streams)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenizer(Model):
+    """``*_tokenizer_*``: one modality's images to tokens and back (spec 6)."""
+
+    def encode(self, x: np.ndarray) -> jax.Array:
+        """Standardised ``[B, H, W, C]``, of LULC also classes ``[B, H, W]`` -> int32 tokens ``[B, h, w]``."""
+        return _apply(self.variables, x, module=self.module, method="encode")
+
+    def decode(self, tokens: np.ndarray, seed: int | np.ndarray = 0, timesteps: int = 50, noise: np.ndarray | None = None, **options: Any):
+        """Tokens ``[B, h, w]`` -> standardised ``[B, H, W, C]``, of LULC logits; `noise` fixes what the diffusion starts from.
+
+        `options` are those of `tokenizer.decode`, such as ``clip=False``: the published clip keeps outputs within one standard deviation.
+        """
+        return tokenizer.decode(self.module, self.variables, tokens, seed=seed, timesteps=timesteps, noise=noise, **options)
+
+    def features(self, x: np.ndarray, return_type: str = "embedding"):
+        """As a backbone: ``embedding``, ``latent`` or ``quantized`` maps of standardised images (spec 6.8)."""
+        return _apply(self.variables, x, module=self.module, method="features", return_type=return_type)
+
+    def _modality(self, name: str) -> str:
+        return modalities.get(name).name
+
+
+@functools.partial(jax.jit, static_argnames=("module", "method", "return_type"))
+def _apply(variables: Variables, x: jax.Array, *, module: tokenizer.Tokenizer, method: str, **options: str):
+    return module.apply(variables, x, method=method, **options)

@@ -1,0 +1,138 @@
+"""Thinking in Modalities: the feature extractor also reads what a frozen TerraMind generates from its inputs (spec 8.6).
+
+Pure functions of two networks. `think` adds the generated ids to the inputs, `features` also runs the backbone. In training, `think`
+belongs before the step: nothing differentiates through ids. What differs from the reference, on purpose:
+
+- Generator and backbone have variables of their own, equal arrays after loading. The reference shares the embedding modules if generation
+  is chained, so that freezing the generator also freezes the backbone's embeddings.
+- Several decoding steps follow their schedule; the reference fails in the second.
+- Modality dropping works with any number of generated streams, which it may drop like inputs; one modality survives. The reference
+  fails with two streams, and with one it may drop all inputs.
+- A generated sequence has the length of a tokenised one; the reference writes up to 50 tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from terramind_jax import generate
+from terramind_jax.modalities import Stream
+from terramind_jax.model import Backbone, BackboneConfig, TerraMind, TransformerConfig, backbone
+from terramind_jax.model.positions import resize_bicubic
+
+Variables = Mapping[str, Any]
+
+
+def generator(config: BackboneConfig, targets: Sequence[Stream], decoder_depth: int) -> TerraMind:
+    """The network that thinks for a backbone of this configuration: the same encoder, and a decoder for `targets`.
+
+    Its encoder reads `config.streams`, and with the targets among them what it has written. The reference's has them if it chains.
+    """
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(TransformerConfig) if hasattr(config, f.name)}
+    return TerraMind(TransformerConfig(**shared | dict(decoder_depth=decoder_depth, decoder=tuple(targets))))
+
+
+def think(
+    module: TerraMind,
+    variables: Variables,
+    inputs: Mapping[str, jax.Array],
+    targets: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    chained: bool = True,
+    steps: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 0.8,
+    top_k: int | float = 0,
+) -> collections.OrderedDict[str, jax.Array]:
+    """The inputs, followed by the ids of those `targets` that are not among them.
+
+    Args:
+      module, variables: the `generator`; for images of another size than its own, positions are interpolated.
+      inputs: arrays by stream, as `Backbone.__call__` takes them; images square and of one size.
+      targets: streams in the order in which they are generated.
+      seed: one integer, or ``[B]``, one a sample.
+      chained: whether a generated stream conditions those after it.
+      steps, temperature, top_p, top_k: as in `generate.generate_tokens`; temperature 0 takes the most probable tokens.
+
+    Returns:
+      Inputs and ids, int32 ``[B, h, w]`` for images and ``[B, L]`` for sequences, in an order that `jax.jit` keeps.
+
+    Raises:
+      ValueError: what `generate.generate_tokens` objects to.
+    """
+    known = collections.OrderedDict(inputs)
+    new = [target for target in targets if target not in known]
+    module, variables = _at_size(module, variables, _image_size(module, known))
+    options = dict(seed=seed, steps=steps, temperature=temperature, top_p=top_p, top_k=top_k)
+    ids: dict[str, jax.Array] = {}
+    for together in [new] if chained else [[target] for target in new]:
+        ids |= generate.generate_tokens(module, variables, known, together, **options)
+    sequences = {s.key for s in module.config.decoder if s.kind == "sequence"}
+    for key in new:
+        known[key] = ids[key][:, :-1] if key in sequences else ids[key]  # a sequence's last place is always padding
+    return known
+
+
+def features(
+    module: Backbone,
+    variables: Variables,
+    thinker: TerraMind,
+    thinker_variables: Variables,
+    inputs: Mapping[str, jax.Array],
+    targets: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    **options: Any,
+) -> backbone.Features:
+    """The backbone's features of `inputs` and of what the thinker, a `generator`, makes of them: `think`, then `backbone.features`.
+
+    ``mean``, ``max`` and ``concat`` treat generated images as further modalities; ``dict`` holds the inputs only. `options` are `think`'s.
+    """
+    thought = think(thinker, thinker_variables, inputs, targets, seed=seed, **options)
+    return only_inputs(backbone.features(module, variables, thought), inputs)
+
+
+def only_inputs(outputs: backbone.Features, inputs: Mapping[str, jax.Array]) -> backbone.Features:
+    """Outputs of ``merge_method="dict"`` without the generated streams; any others unchanged."""
+    kept = {*inputs, backbone.REGISTER_TOKENS}
+    return [{key: x for key, x in output.items() if key in kept} if isinstance(output, Mapping) else output for output in outputs]
+
+
+# ---- images of another size ----
+
+
+def _image_size(module: TerraMind, inputs: Mapping[str, jax.Array]) -> int:
+    """Pixels along one side of the inputs; the generator's own without images."""
+    for stream in module.config.encoder:
+        if stream.key in inputs and stream.kind == "pixels":
+            return inputs[stream.key].shape[1]
+        if stream.key in inputs and stream.kind == "tokens":
+            return round(inputs[stream.key][0].size ** 0.5) * module.config.patch_size
+    return module.config.image_size
+
+
+def _at_size(module: TerraMind, variables: Variables, image_size: int) -> tuple[TerraMind, Variables]:
+    """The same network with its positions interpolated to images of another size (spec 5.6)."""
+    config = module.config
+    if image_size == config.image_size:
+        return module, variables
+    grid = (image_size // config.patch_size,) * 2
+
+    def resize(tables: Mapping[str, jax.Array], streams: Sequence[Stream]) -> dict[str, jax.Array]:
+        images = {s.key for s in streams if s.kind != "sequence"}
+        own = (config.grid, config.grid, config.dim)
+        return {k: resize_bicubic(jnp.reshape(x, own), grid).reshape(-1, config.dim) if k in images else x for k, x in tables.items()}
+
+    buffers = dict(meta.unbox(variables)["buffers"])
+    buffers["encoder_pos_emb"] = resize(buffers["encoder_pos_emb"], config.encoder)
+    buffers["decoder_pos_emb"] = resize(buffers["decoder_pos_emb"], config.decoder)
+    return TerraMind(dataclasses.replace(config, image_size=image_size)), {**variables, "buffers": buffers}

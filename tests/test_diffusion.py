@@ -1,0 +1,197 @@
+"""Diffusion decoding: schedule and timesteps (spec 6.6, 6.7), the scan against written-out loops, what a sample may depend on."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_unet
+
+from terramind_jax import sampling, tokenizer
+from terramind_jax.tokenizer import diffusion
+
+FAST = {"xla_backend_optimization_level": 0}
+SMALL = tokenizer.TokenizerConfig(
+    "DEM", 1, dim=32, depth=1, num_heads=2, image_size=64, decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1
+)
+normal = test_unet.normal
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+    """These programs run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def decode():
+    """Four steps of a small network that saturates some pixels."""
+    variables = test_unet.build(SMALL, scale=0.15)
+    return functools.partial(tokenizer.decode, tokenizer.Tokenizer(SMALL), variables, timesteps=4)
+
+
+def tokens(batch=2, height=2, width=2):
+    return np.random.default_rng(3).integers(0, SMALL.codebook_size, (batch, height, width)).astype(np.int32)
+
+
+# ---- schedule ----
+
+
+def test_schedule_is_the_references():
+    got = diffusion.alphas_cumprod()
+    expected = {0: 0.99989998, 1: 0.99977934, 2: 0.99963862, 10: 0.99779314, 19: 0.99419469, 39: 0.98052371, 99: 0.89637816}
+    expected |= {499: 0.07602873, 500: 0.07524620, 979: 2.0058392e-06, 998: 4.2132733e-09}
+    np.testing.assert_allclose(got[list(expected)], list(expected.values()), rtol=1e-5)
+    assert got[999] == 0 and (np.diff(got) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "spacing", "expected"),
+    [
+        (10, "trailing", [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        (3, "trailing", [999, 666, 333, 0]),
+        (4, "leading", [750, 500, 250, 0]),
+        (3, "linspace", [999, 499, 0]),
+        (1, "trailing", [999]),
+        (1, "linspace", [999]),
+    ],
+)
+def test_timesteps_are_the_references(timesteps, spacing, expected):
+    assert diffusion.spaced(timesteps, spacing).tolist() == expected
+
+
+def test_timesteps_that_do_not_divide_1000_are_more():
+    assert len(diffusion.spaced(30, "trailing")) == 31
+    assert diffusion.spaced(50, "trailing")[[0, 1, -1]].tolist() == [999, 979, 19] and len(diffusion.spaced(50, "trailing")) == 50
+
+
+# ---- steps ----
+
+
+def predict(x, t):
+    """Some network; its predictions go beyond -1 ... 1."""
+    return 1.5 * jnp.tanh(x + t / 1000)
+
+
+def loop(x, timesteps, scheduler, spacing, clip, noise):
+    """The formulas of spec 6.7 one after another, in float64."""
+    a = diffusion.alphas_cumprod()
+    for t in diffusion.spaced(timesteps, "leading" if scheduler == "ddpm" else spacing):
+        before = t - 1000 // timesteps
+        previous = a[before] if before >= 0 else 1.0
+        x0 = 1.5 * np.tanh(x + t / 1000)
+        limited = np.clip(x0, -1, 1) if clip else x0
+        if scheduler == "ddim":
+            eps = (x - np.sqrt(a[t]) * x0) / np.sqrt(1 - a[t])
+            x = np.sqrt(previous) * limited + np.sqrt(1 - previous) * eps
+        else:
+            alpha = a[t] / previous
+            mean = np.sqrt(previous) * (1 - alpha) / (1 - a[t]) * limited + np.sqrt(alpha) * (1 - previous) / (1 - a[t]) * x
+            x = mean + (np.sqrt((1 - previous) / (1 - a[t]) * (1 - alpha)) * noise(t) if t > 0 else 0)
+    return x
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(
+    ("scheduler", "timesteps", "spacing"),
+    [
+        ("ddim", 10, "trailing"),
+        ("ddim", 7, "trailing"),
+        ("ddim", 6, "leading"),
+        ("ddim", 6, "linspace"),
+        ("ddpm", 5, "trailing"),
+        ("ddpm", 1000, "leading"),
+    ],
+)
+def test_the_scan_is_the_written_out_loop(scheduler, timesteps, spacing, clip):
+    start, table = normal(0, (2, 4, 4, 1)), normal(1, (1000, 2, 4, 4, 1))
+    draw = (lambda t: jnp.asarray(table)[t]) if scheduler == "ddpm" else None
+    got = diffusion.sample(predict, start, diffusion.plan(timesteps, scheduler, spacing), clip=clip, draw=draw)
+    expected = loop(start.astype(np.float64), timesteps, scheduler, spacing, clip, lambda t: table[t])
+    np.testing.assert_allclose(got, expected, atol=2e-4 if timesteps == 1000 else 1e-5)
+    assert (np.abs(got) <= 1).all() == clip
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_a_perfect_network_is_believed(scheduler):
+    image = np.clip(normal(5, (1, 4, 4, 1)), -1, 1)
+    keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(0, 1)), "x")
+    draw = lambda t: jax.vmap(lambda key: jax.random.normal(key, (4, 4, 1)))(sampling.step_keys(keys, t))  # noqa: E731
+    got = diffusion.sample(lambda x, t: jnp.asarray(image), normal(6, image.shape), diffusion.plan(8, scheduler, "leading"), draw=draw)
+    np.testing.assert_allclose(got, image, atol=1e-6)
+
+
+# ---- decoding ----
+
+
+def test_a_sample_does_not_depend_on_its_batch(decode):
+    ids = tokens()
+    for options in ({}, {"scheduler": "ddpm", "clip": False}):
+        both, second = decode(ids, seed=[5, 6], **options), decode(ids[1:], seed=6, **options)
+        assert both.shape == (2, 32, 32, 1) and both.dtype == jnp.float32 and np.isfinite(both).all()
+        np.testing.assert_allclose(both[1], second[0], atol=1e-4)
+        assert np.abs(both - decode(ids, seed=[5, 7], **options)).max((1, 2, 3))[1] > 1e-2
+
+
+def test_one_seed_gives_every_sample_the_same_noise(decode):
+    one = decode(tokens(1), seed=3)
+    np.testing.assert_allclose(decode(np.repeat(tokens(1), 2, axis=0), seed=3)[1], one[0], atol=1e-4)
+
+
+def test_given_noise_replaces_the_seed(decode):
+    noise = normal(4, (2, 32, 32, 1))
+    np.testing.assert_array_equal(decode(tokens(), noise=noise, seed=1), decode(tokens(), noise=noise, seed=2))
+    assert np.abs(decode(tokens(), noise=noise) - decode(tokens())).max() > 1e-2
+
+
+def test_images_are_clipped_unless_asked_otherwise(decode):
+    assert np.abs(decode(tokens())).max() == 1
+    assert np.abs(decode(tokens(), clip=False)).max() > 1.1
+
+
+def test_images_need_not_be_square(decode):
+    assert decode(tokens(1, 4, 2)).shape == (1, 64, 32, 1)
+
+
+def test_decoding_can_be_part_of_a_larger_program(decode):
+    inside = jax.jit(lambda ids: decode(ids) + 1)(tokens())
+    np.testing.assert_allclose(inside, decode(tokens()) + 1, atol=1e-4)
+
+
+def test_a_decoder_of_one_pass_ignores_the_options():
+    config = tokenizer.TokenizerConfig("LULC", 9, levels=(7, 5, 5, 5, 5), dim=32, depth=1, num_heads=2, image_size=64)
+    module, variables = tokenizer.Tokenizer(config), test_unet.build(config)
+    ids = tokens() % config.codebook_size
+    got = tokenizer.decode(module, variables, ids, seed=[1, 2], timesteps=3, clip=True)
+    np.testing.assert_allclose(got, jax.jit(lambda v: module.apply(v, ids, method="decode"))(variables), atol=1e-5)
+    assert got.shape == (2, 32, 32, 9)
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": normal(0, (2, 32, 32, 2))}, r"noise has shape \[2, 32, 32, 2\]; these tokens decode to \[2, 32, 32, 1\]"),
+        ({"scheduler": "euler"}, "Unknown scheduler 'euler'; known schedulers: ddim, ddpm"),
+        ({"spacing": "karras"}, "Unknown spacing 'karras' of timesteps; known spacings: trailing, leading, linspace"),
+        ({"timesteps": 0}, "number of timesteps is 0; it must be between 1 and 1000"),
+        ({"timesteps": 1001}, "number of timesteps is 1001"),
+        ({"seed": [1, 2, 3]}, r"seed has shape \(3,\)"),
+    ],
+)
+def test_wrong_options_are_one_sentence(decode, options, message):
+    with pytest.raises(ValueError, match=message):
+        decode(tokens(), **options)
+
+
+def test_sides_that_cannot_be_halved_are_one_sentence():
+    module = tokenizer.Tokenizer(tokenizer.TokenizerConfig("S1GRD", 2, decoder="unet"))
+    with pytest.raises(ValueError, match=r"S1GRD tokens of shape \[1, 15, 14\] are an image of 240x224 pixels; .* multiples of 32"):
+        tokenizer.decode(module, {}, np.zeros((1, 15, 14), np.int32))

@@ -1,0 +1,102 @@
+"""The hub, imitated: what is downloaded is verified, converted once and read offline afterwards."""
+
+import hashlib
+import types
+import warnings
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import errors
+
+from terramind_jax import hub, zoo
+from terramind_jax.convert import files
+
+ENTRY = zoo.Entry("m", "backbone", "v1", "someone/model", "weights.safetensors", size="tiny")
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub with one file, that counts downloads and whose answers can be changed."""
+    source = tmp_path / "server" / "weights.safetensors"
+    source.parent.mkdir()
+    files.write(source, {"a": np.arange(4, dtype=np.float32)})
+    state = types.SimpleNamespace(source=source, downloads=0, sha256=hashlib.sha256(source.read_bytes()).hexdigest(), error=None)
+
+    def metadata(url, **_):
+        if state.error:
+            raise state.error
+        return types.SimpleNamespace(commit_hash=COMMIT, etag=state.sha256, size=source.stat().st_size)
+
+    def download(repository, file, revision):
+        state.downloads += 1
+        path = tmp_path / "hf" / f"{state.downloads}-{file}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(source.read_bytes())
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(tmp_path / "cache"))
+    state.cache = tmp_path / "cache"
+    return state
+
+
+def test_downloaded_once_pinned_and_offline_afterwards(server):
+    first = hub.weights(ENTRY)
+    server.error = OSError("no network")
+    second = hub.weights(ENTRY)
+    np.testing.assert_array_equal(first["a"], second["a"])
+    assert server.downloads == 1
+    folder = server.cache / "someone--model"
+    assert (folder / "revision").read_text() == COMMIT and COMMIT in (folder / COMMIT / "weights.json").read_text()
+    with pytest.raises(ConnectionError, match="no network"):
+        hub.weights(ENTRY, refresh=True)
+
+
+def test_what_arrives_damaged_is_deleted(server, tmp_path):
+    server.sha256 = "0" * 64
+    with pytest.raises(ValueError, match="arrived damaged .* it was deleted, try again"):
+        hub.weights(ENTRY)
+    assert not list((tmp_path / "hf").iterdir()) and not server.cache.exists()
+
+
+def test_an_interrupted_download_leaves_nothing_to_read(server, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise ConnectionResetError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", interrupted)
+        with pytest.raises(ConnectionError, match="could not be downloaded .connection lost.; without a network, download it elsewhere"):
+            hub.weights(ENTRY)
+    assert not server.cache.exists()
+    assert hub.weights(ENTRY)["a"].shape == (4,)
+
+
+def test_a_gated_repository(server):
+    response = types.SimpleNamespace(headers={}, request=types.SimpleNamespace(url="", method="GET"), status_code=403)
+    server.error = errors.GatedRepoError("gated", response=response)
+    with pytest.raises(PermissionError, match="someone/model/weights.safetensors is gated; ask for access"):
+        hub.weights(ENTRY)
+
+
+def test_a_cache_that_cannot_be_written(server, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "write", refuse)
+    with pytest.warns(UserWarning, match="cannot be written .Permission denied.; the weights are converted again next time"):
+        assert hub.weights(ENTRY)["a"].shape == (4,)
+
+
+def test_the_published_hash_is_checked_too(server, monkeypatch):
+    monkeypatch.setitem(zoo.SHA256, ENTRY.file, "1" * 64)
+    with pytest.raises(ValueError, match="arrived damaged"):
+        hub.weights(ENTRY)
+
+
+def test_no_warning_when_all_is_well(server):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hub.weights(ENTRY)
