@@ -1,6 +1,7 @@
 """The data contract: order, slots, crops, views, groups and hosts, on an index in memory and on small shards."""
 
 import collections
+import dataclasses
 import io
 import itertools
 import logging
@@ -20,6 +21,11 @@ SIZE, TILE, SIDE = 64, 80, 4
 NAMES = ("S2L2A", "S1GRD", "S1RTC", "DEM", "LULC")
 CONFIG = DataConfig(image_size=SIZE, threads=0)
 MASKS = masks.MaskConfig(input_tokens=24, target_tokens=16)
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings():
+    views.warn_once.cache_clear()
 
 
 class MemoryIndex:
@@ -48,7 +54,7 @@ class MemoryIndex:
             raise DataError(f"shard 7: sample {self.keys[i]!r} is damaged.")
         m = modalities.get(modality)
         rng = np.random.default_rng([i, NAMES.index(modality)])
-        return rng.integers(0, 100, (len(m.bands), self.tile, self.tile)).astype(m.dtype).transpose(1, 2, 0)
+        return rng.integers(0, 10 if modality == "LULC" else 100, (len(m.bands), self.tile, self.tile)).astype(m.dtype).transpose(1, 2, 0)
 
     def tokens(self, i, modality):
         assert self.has_tokens[i, NAMES.index(modality)], "tokens that are not there"
@@ -183,7 +189,6 @@ def test_default_capacity_follows_availability_and_rarely_overflows():
 
 
 def test_a_bad_sample_keeps_its_slot_and_stops_nothing(caplog):
-    views.warn_once.cache_clear()  # what other tests have warned of
     with caplog.at_level(logging.WARNING):
         found = take(3, MemoryIndex(bad=(3, 5)), mask=masks.MaskConfig(24, 16, ({"S2L2A": 1.0, "DEM": 1.0},)))
     good = take(3, mask=masks.MaskConfig(24, 16, ({"S2L2A": 1.0, "DEM": 1.0},)))
@@ -193,7 +198,44 @@ def test_a_bad_sample_keeps_its_slot_and_stops_nothing(caplog):
         assert (batch["input_modality"][batch["bad"]] == PADDING).all() and (batch["target_modality"][batch["bad"]] == PADDING).all()
         np.testing.assert_array_equal(batch["target_id"][~batch["bad"]], reference["target_id"][~batch["bad"]])
     assert sum(b["bad"].sum() for b in found) == 2
-    assert caplog.text.count("shard 7: sample 'k003' is damaged") == 1  # though it is met in every epoch
+    assert "shard 7: sample 'k003' is damaged" in caplog.text
+
+
+def test_a_bad_sample_is_logged_once(caplog):
+    mask = masks.MaskConfig(24, 16, ({"S2L2A": 1.0, "DEM": 1.0},))
+    with caplog.at_level(logging.WARNING):
+        found = take(6, MemoryIndex(bad=(3, 5)), mask=mask)
+    assert sum(b["bad"].sum() for b in found) == 4
+    assert sorted(r.getMessage() for r in caplog.records) == [f"Skipped: shard 7: sample 'k00{i}' is damaged." for i in (3, 5)]
+
+
+class Spoiled(MemoryIndex):
+    """Sample 3 has a class and a token that do not exist."""
+
+    def read(self, i, modality):
+        array = super().read(i, modality).copy()
+        array[..., 0] = 10 if (i, modality) == (3, "LULC") else array[..., 0]
+        return array
+
+    def tokens(self, i, modality):
+        grid = super().tokens(i, modality)
+        grid[0, 0, 0] = 4375 if (i, modality) == (3, "LULC") else grid[0, 0, 0]
+        return grid
+
+
+def test_ids_beyond_the_vocabulary_make_a_sample_bad(caplog):
+    mask = masks.MaskConfig(24, 16, ({"tok_lulc@224": 1.0},), ({"DEM": 1.0},))
+    with caplog.at_level(logging.WARNING):
+        found = take(3, Spoiled(), mask=mask)
+    assert np.concatenate([b["sample"][b["bad"]] for b in found]).tolist() == [3]
+    assert "Sample 'k003': tokens of LULC go from" in caplog.text and "to 4375, but its vocabulary has 4375" in caplog.text
+
+
+def test_crops_with_classes_that_do_not_exist_are_bad():
+    images = list(pipeline.image_batches(Spoiled(), "LULC", batch_size=4, image_size=SIZE, train=False, threads=0))
+    assert np.flatnonzero(np.concatenate([b["bad"] for b in images])).tolist() == [3]
+    variants = pipeline.variant_images(Spoiled(), "LULC", image_size=SIZE, threads=0)
+    assert [v["sample"] for v in variants if v["bad"]] == [3]
 
 
 # ---- order, position, hosts -------------------------------------------------------------------------------------------------
@@ -221,13 +263,10 @@ def test_hosts_and_batch_size_only_deal_out_the_same_views(consumed):
     data = DataConfig(image_size=SIZE, patch_group=2, threads=0)
     whole = [row for b in take(2, data=data, batch_size=12, consumed=consumed) for row in rows(b)]
     for hosts, batch_size in ((2, 8), (3, 12), (1, 4)):
-        parts = [
-            row
-            for h in range(hosts)
-            for b in take(24 // batch_size, data=data, batch_size=batch_size, consumed=consumed, host=h, hosts=hosts)
-            for row in rows(b)
-        ]
-        assert collections.Counter(parts) == collections.Counter(whole)
+        shares = [take(24 // batch_size, data=data, batch_size=batch_size, consumed=consumed, host=h, hosts=hosts) for h in range(hosts)]
+        for b, parts in enumerate(zip(*shares, strict=True)):
+            found = [row for part in parts for row in rows(part)]
+            assert collections.Counter(found) == collections.Counter(whole[b * batch_size : (b + 1) * batch_size])
 
 
 def test_another_seed_or_epoch_gives_other_masks_and_the_same_seed_the_same():
@@ -250,6 +289,26 @@ def test_views_of_a_sample_go_to_different_batches_and_it_is_read_once():
     assert len({row for batch in found for row in rows(batch)}) == 36
     probed = {(int(i == 2), m) for i, m in enumerate(NAMES)} | {(int(i == 2), f"{m}_tokens") for i, m in enumerate(NAMES)}
     assert all(count <= 1 + (key in probed) for key, count in index.reads.items())  # the start looks at one sample of each
+
+
+def test_a_window_that_does_not_fit_batch_and_workers_is_said_once(caplog):
+    data = DataConfig(image_size=SIZE, views_per_sample=2, view_window=8, threads=0)
+    for workers, said in ((0, 0), (2, 0), (3, 1), (3, 1)):
+        pipeline.batches(MemoryIndex(), ENCODER_STREAMS, DECODER_STREAMS, data, MASKS, batch_size=4, workers=workers)
+        assert len(caplog.records) == said
+    assert "view_window 8 is no multiple of batch_size x workers = 12: a sample is read again" in caplog.text
+
+
+@pytest.mark.parametrize(("window", "again"), [(16, 0), (8, 1)])
+def test_later_views_wait_with_the_worker_that_gives_them_and_no_more_than_its_share(window, again):
+    data = DataConfig(image_size=SIZE, views_per_sample=3, view_window=window, threads=0)
+    index, most = MemoryIndex(16), 0
+    groups = pipeline.ViewGroups(index, ENCODER_STREAMS, DECODER_STREAMS, data, MASKS, seed=0, train=True, readers=4)
+    for position in (4 * batch + row for batch in (0, 4, 8) for row in range(4)):  # what the first of four workers gives
+        groups(position)
+        most = max(most, len(groups.memo.views))
+    assert most <= 2 * window / 4
+    assert (max(index.reads.values()) > 1) == again
 
 
 def test_views_do_not_depend_on_what_was_kept_in_memory():
@@ -332,6 +391,10 @@ def test_pixels_that_are_not_finite_make_a_sample_bad():
         ({"data": DataConfig(image_size=96)}, "Tiles of DEM are 80x80 pixels, smaller than image_size 96"),
         ({"data": DataConfig(image_size=48)}, r"expected \(10, 3, 3\); tokenize for image_size 48"),
         ({"host": 2, "hosts": 2}, "host 2 one of 2"),
+        (
+            {"encoder": (dataclasses.replace(modalities.STREAMS["tok_dem@224"], vocab_size=30),)},
+            "Sample 'k000': tokens of DEM go from .*, but its vocabulary has 30; tokenize again",
+        ),
         ({"decoder": (modalities.STREAMS["tok_ndvi@224"],)}, "None of the 12 samples has both an input among .* made by `tokenize`"),
     ],
 )
@@ -372,8 +435,8 @@ def test_shards_give_batches_in_threads_and_mark_the_damaged_sample(tmp_path):
     found = take(3, index, data, batch_size=2)
     for a, b in zip(found, take(3, index, CONFIG, batch_size=2), strict=True):
         assert rows(a) == rows(b)
-    bad = np.concatenate([b["sample"][b["bad"]] for b in found]).tolist()
-    assert bad in ([2], [])  # its mask may not need the damaged array
+    needed = take(3, index, data, batch_size=2, mask=masks.MaskConfig(24, 16, ({"untok_sen2l2a@224": 1.0},)))  # the damaged array
+    assert np.concatenate([b["sample"][b["bad"]] for b in needed]).tolist() == [2]
     images = list(pipeline.image_batches(index, "S2L2A", batch_size=3, image_size=SIZE, train=False))
     assert np.concatenate([b["bad"] for b in images]).tolist() == [False, False, True, False, False, False]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import flax.linen as nn
 import jax
@@ -106,6 +107,28 @@ def test_shards_that_are_there_are_kept(root, weights, quick):
     second.unlink()
     run(root, weights)
     assert first.stat().st_mtime_ns == kept
+    assert open_index(root, "train", ["DEM"]).has_tokens.sum() == 3
+
+
+def test_tokens_follow_pixels_that_were_replaced(root, weights, quick):
+    run(root, weights)
+    first, second = sorted((root / "train" / "DEM_tokens").glob("*.tar"))
+    kept, before = second.stat().st_mtime_ns, open_index(root, "train", ["DEM"]).tokens(0, "DEM")
+    write_shard(root, 1, {"a": tile(9), "b": tile(2, SIZE)})
+    run(root, weights)
+    after = open_index(root, "train", ["DEM"])
+    assert not np.array_equal(after.tokens(0, "DEM"), before) and second.stat().st_mtime_ns == kept
+    done = first.stat().st_mtime_ns
+    for path in (root / "train" / "DEM").glob("*.tar"):
+        os.utime(path, (1, 1))  # a copy has other times and the same pixels
+    run(root, weights)
+    assert (first.stat().st_mtime_ns, second.stat().st_mtime_ns) == (done, kept)
+
+
+def test_tokens_that_do_not_say_what_they_were_made_from_are_made_again(root, weights, quick):
+    run(root, weights)
+    write_shard(root, 1, {"a": None}, "DEM_tokens")
+    run(root, weights)
     assert open_index(root, "train", ["DEM"]).has_tokens.sum() == 3
 
 
