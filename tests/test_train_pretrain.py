@@ -155,6 +155,55 @@ def test_what_cannot_work_is_one_sentence(root, finished, tmp_path):
         pretrain.train(config, finished)
 
 
+def test_a_refused_start_leaves_the_workdir_free(root, tmp_path, monkeypatch):
+    """Whatever is wrong, it is said before anything is written, so that the corrected command may use the same folder."""
+    wrong = {
+        "model.dtype": "float17",
+        "run.keep": 0,
+        "mesh.data": 3,
+        "train.batch_size": 4,
+        "data.view_window": 7,
+        "mask.input_tokens": 0,
+        "model.image_size": 64,
+        "data.targets": ("S1GRD",),
+    }
+    for field, value in wrong.items():
+        config = tiny_run.pretraining(root)
+        group, name = field.split(".")
+        config[group][name] = value
+        with pytest.raises(ValueError, match=r"^[^\n]*[.]$"):
+            pretrain.train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists(), field
+    monkeypatch.setattr(tiny_run, "CODEBOOKS", {"DEM": 1, "LULC": 1})
+    with pytest.raises(ValueError, match="its vocabulary has 1; tokenize again, or correct tokenizer.json"):
+        pretrain.train(tiny_run.pretraining(root), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_that_cannot_work_is_said_at_the_start(tmp_path):
+    root = tiny_run.write_shards(tmp_path / "shards")
+    for path in (root / "val").glob("DEM_tokens/*.tar"):
+        path.unlink()
+    config = tiny_run.pretraining(root)
+    config.data.update(inputs=("LULC",), targets=("DEM",))
+    with pytest.raises(ValueError, match="None of the 5 samples has both an input|There are no token shards under .*val"):
+        pretrain.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_learns_nothing_stops(tmp_path):
+    writer = logging.Writer(tmp_path, step=0, total=9, tensorboard=False, progress=False)
+    meter = logging.Meter(writer, {}, log_every=1, work={"tokens": 1, "flops": 1, "peak": 1})
+    good, bad, worse = ({"loss": np.float32(x), "grad_norm": np.float32(y)} for x, y in ((1, 1), (np.nan, 1), (1, np.inf)))
+    for step in range(1, 3 * logging.PATIENCE):  # never so many in a row
+        meter.add(step, good if step % logging.PATIENCE == 0 else bad, 0.0)
+    meter.add(step + 1, good, 0.0)
+    for step in range(1, logging.PATIENCE + 1):
+        meter.add(step, worse, 0.0)
+    with pytest.raises(ValueError, match=r"not finite in the last 100 steps, to step 100, and nothing was learned; lower optimizer"):
+        meter.flush()
+
+
 def command(config: Path, workdir: Path) -> list[str]:
     return [sys.executable, "-m", "terramind_jax", "pretrain", f"--config={config}", f"--workdir={workdir}"]
 

@@ -117,3 +117,14 @@ def test_what_cannot_work_is_one_sentence(root, tmp_path):
     config.model.decoder = "unet"
     with pytest.raises(ValueError, match="model.decoder is 'unet'; only tokenizers with the decoder 'vit' can be trained"):
         tokenizer.train(config, tmp_path)
+    for field, value, message in (
+        ("run.keep", 0, r"run\.keep=0; expected at least 1"),
+        ("model.dtype", "float17", r"model\.dtype='float17'; expected one of auto"),
+        ("data.image_size", 64, "Tiles of DEM are 48x48 pixels, smaller than image_size 64"),
+    ):
+        config = tiny_run.tokenizer_training(root)
+        group, name = field.split(".")
+        config[group][name] = value
+        with pytest.raises(ValueError, match=message):
+            tokenizer.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())

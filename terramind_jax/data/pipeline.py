@@ -113,8 +113,7 @@ def _check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, 
 
 def _check_samples(index: Index, streams: Sequence[Stream], image_size: int) -> None:
     """Reads the first sample of each modality, so that what is wrong with all of them is said at once and not skipped for ever."""
-    present = {s.key: s for s in streams if s.modality in index.modalities}.values()
-    for stream in sorted(present, key=lambda s: (s.kind, s.modality)):
+    for stream in sorted({s for s in streams if s.modality in index.modalities}, key=lambda s: (s.kind, s.modality)):
         table = index.available if stream.kind == "pixels" else index.has_tokens
         there = table[:, index.modalities.index(stream.modality)]
         if not there.any():
