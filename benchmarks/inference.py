@@ -10,18 +10,15 @@ do not change the work. `--peer` needs the `parity` extra, or the environment th
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from train_step import processor
+import process
 
 PARITY = Path(__file__).parent.parent / "tests" / "parity"
 TARGETS = ["S1GRD", "LULC", "DEM", "NDVI"]
@@ -91,17 +88,12 @@ def measure(side: str, case: str, size: int, repeats: int) -> dict[str, float]:
 
 
 def child(side: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--side", side, "--case", case, f"--size={arguments.size}", f"--repeats={arguments.repeats}"]
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{side} failed in {case!r}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return process.measure(__file__, "--side", side, "--case", case, f"--size={arguments.size}", f"--repeats={arguments.repeats}")
 
 
 def report(arguments: argparse.Namespace) -> str:
     lines = [
-        f"Inference on {os.cpu_count()} cores of {processor()}, JAX {importlib.metadata.version('jax')}, float32, {arguments.size} px; "
+        f"Inference on {process.where()}, float32, {arguments.size} px; "
         f"medians of {arguments.rounds} x {arguments.repeats} calls, one process after the other.",
         "",
         "| case | s | first call s | reference s | speed relative to the reference |",

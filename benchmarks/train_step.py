@@ -12,16 +12,14 @@ rate of a large matrix product, plus the optimiser's 28 bytes a parameter over t
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+import process
 
 from terramind_jax import zoo
 
@@ -112,19 +110,13 @@ def peer(size: str, batch: int, inputs: int, targets: int, steps: int) -> dict[s
 
 
 def child(side: str, size: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Runs one side in a process of its own, so that the two never share threads or memory."""
     passed = [f"--{k}={v}" for k, v in vars(arguments).items() if k not in ("sizes", "peer", "side", "out", "rounds")]
-    command = [sys.executable, __file__, "--side", side, "--sizes", size, *passed]
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{side} failed for {size}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return process.measure(__file__, "--side", side, "--sizes", size, *passed)
 
 
 def report(arguments: argparse.Namespace) -> str:
     lines = [
-        f"Step time on {os.cpu_count()} cores of {processor()}, JAX {importlib.metadata.version('jax')}: batch {arguments.batch}, "
+        f"Step time on {process.where()}: batch {arguments.batch}, "
         f"{arguments.inputs} input and {arguments.targets} target tokens, {arguments.dtype}; medians of {arguments.rounds} x "
         f"{arguments.steps} steps, one process after the other.",
         "",
@@ -143,17 +135,6 @@ def report(arguments: argparse.Namespace) -> str:
         peer_cells = f"{theirs:.2f} | {ratio:.2f}" if arguments.peer else "not run | -"
         lines.append(f"| {size} | {mine:.2f} | {tokens / mine:.0f} | {sum(floor):.2f} ({floor[0]:.2f} + {floor[1]:.2f}) | {peer_cells} |")
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """Name of the CPU, with its widest vector instructions where Linux tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
-    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in fields.get("flags", "").split()), "")
-    return f"{fields.get('model name', platform.machine())} {widest}".strip()
 
 
 def main() -> None:

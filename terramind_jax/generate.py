@@ -22,7 +22,7 @@ import numpy as np
 from terramind_jax import coordinates, modalities, sampling
 from terramind_jax.modalities import Stream
 from terramind_jax.model import TerraMind
-from terramind_jax.tokenizer import Tokenizer, decode
+from terramind_jax.tokenizer import Tokenizer, apply, decode
 
 Variables = Mapping[str, Any]
 Schedule = Literal["roar", "maskgit"]
@@ -152,7 +152,7 @@ def encode_input(
     if stream.kind == "pixels":
         return x
     tokenizer, variables = tokenizers[stream.modality]
-    return _apply(variables, jnp.asarray(x), module=tokenizer, method="encode")
+    return apply(tokenizer, variables, x, "encode")
 
 
 def decode_output(
@@ -239,11 +239,6 @@ def _write_sequence(variables, inputs, words, counts, temperatures, guidance_sca
     ids = jnp.full((b, total), coordinates.PAD).at[:, 0].set(START)
     ids, _ = jax.lax.scan(body, ids, jnp.arange(length))
     return jnp.pad(_until_sentinel(ids[:, 1:]), ((0, 0), (0, 1)), constant_values=coordinates.PAD)
-
-
-@functools.partial(jax.jit, static_argnames=("module", "method"))
-def _apply(variables, x, *, module, method) -> jax.Array:
-    return module.apply(variables, x, method=method)
 
 
 # ---- pieces of a step ----

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from terramind_jax import coordinates, generate, modalities, tim, tokenizer, zoo
+from terramind_jax import generate, modalities, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
 from terramind_jax.model import backbone
@@ -86,7 +86,8 @@ class FeatureExtractor(Model):
         encoded = {}
         for name, x in inputs.items():
             stream = self._stream(name)
-            encoded[stream.key] = x if stream.kind == "pixels" else encode_input(stream, x, self.tokenizers)
+            is_pixels = stream.kind == "pixels"  # of any bands, and of modalities of the user's own
+            encoded[stream.key] = x if is_pixels else generate.encode_input(stream.key, x, self.tokenizers, standardize=False)
         return encoded
 
     def _stream(self, name: str) -> Stream:
@@ -102,13 +103,6 @@ class FeatureExtractor(Model):
             return features
         names = {stream.key: name for name, stream in self.streams.items()}
         return [{names.get(key, key): x for key, x in layer.items()} for layer in features]
-
-
-def encode_input(stream: Stream, x: np.ndarray, tokenizers: Mapping[str, tuple]) -> jax.Array:
-    """One standardised input of a stream that holds ids: ``[B, h, w]`` or, of coordinates ``[B, 2]``, ``[B, 3]``."""
-    if stream.key == "coords":
-        return coordinates.encode(np.asarray(x))
-    return generate.encode_input(stream.key, x, tokenizers, standardize=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +198,7 @@ class ImageTokenizer(Model):
 
     def encode(self, x: np.ndarray) -> jax.Array:
         """Standardised ``[B, H, W, C]``, of LULC also classes ``[B, H, W]`` -> int32 tokens ``[B, h, w]``."""
-        return _apply(self.variables, x, module=self.module, method="encode")
+        return tokenizer.apply(self.module, self.variables, x, "encode")
 
     def decode(self, tokens: np.ndarray, seed: int | np.ndarray = 0, timesteps: int = 50, noise: np.ndarray | None = None, **options: Any):
         """Tokens ``[B, h, w]`` -> standardised ``[B, H, W, C]``, of LULC logits; `noise` fixes what the diffusion starts from.
@@ -215,12 +209,7 @@ class ImageTokenizer(Model):
 
     def features(self, x: np.ndarray, return_type: str = "embedding"):
         """As a backbone: ``embedding``, ``latent`` or ``quantized`` maps of standardised images (spec 6.8)."""
-        return _apply(self.variables, x, module=self.module, method="features", return_type=return_type)
+        return tokenizer.apply(self.module, self.variables, x, "features", return_type=return_type)
 
     def _modality(self, name: str) -> str:
         return modalities.get(name).name
-
-
-@functools.partial(jax.jit, static_argnames=("module", "method", "return_type"))
-def _apply(variables: Variables, x: jax.Array, *, module: tokenizer.Tokenizer, method: str, **options: str):
-    return module.apply(variables, x, method=method, **options)

@@ -158,20 +158,15 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
         raise ValueError(f"{source} and {target} are both directories; copy it, or give {target} a suffix such as {files.SAFETENSORS}.")
     start = time.monotonic()
     print(f"Reading {source}", flush=True)
-    if source.is_dir():
-        state = _directory_to_torch(source)
-        print(f"Writing {target}: {len(state)} tensors", flush=True)
-        files.write(target, state)
-    elif target.suffix:
-        state = files.read(source)
+    state = _directory_to_torch(source) if source.is_dir() else files.read(source)
+    if target.suffix:
         print(f"Writing {target}: {len(state)} tensors", flush=True)
         files.write(target, state)
     else:
-        state = files.read(source)
         model = build.model(name or identify(state, source))
         print(f"Converting {len(state)} tensors to {model.name}", flush=True)
         flat = rules.flatten(rules.from_torch(state, rules_of(model.module), build.abstract(model.module)))
-        for path in flat:  # one by one, for the same reason: memory
+        for path in flat:  # one by one: NumPy's array is freed before the next is copied
             flat[path] = jax.numpy.asarray(flat[path])
         print(f"Writing {target}", flush=True)
         save(dataclasses.replace(model, variables=rules.unflatten(flat)), target)

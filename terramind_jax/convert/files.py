@@ -36,20 +36,22 @@ def read(path: str | os.PathLike) -> dict[str, Array]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
-    raise ValueError(f"{path} has an unknown suffix; expected {', '.join(TORCH_SUFFIXES)} or {SAFETENSORS}.")
+    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
 
 
 def write(path: str | os.PathLike, state: Mapping[str, Array]) -> None:
     """Writes a state dict by the suffix of `path`, which must be free. Arrays that are one object stay tied in a ``.pt``."""
     path = Path(path)
+    write_to = _write_safetensors if _is_safetensors(path) else _write_torch
+    with replacing(path) as partial:
+        write_to(partial, state)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the suffix; a ValueError if it is neither that nor PyTorch's."""
     if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS):
         raise ValueError(f"{path} has an unknown suffix; expected {', '.join(TORCH_SUFFIXES)} or {SAFETENSORS}.")
-    with replacing(path) as partial:
-        _write_safetensors(partial, state) if path.suffix == SAFETENSORS else _write_torch(partial, state)
+    return path.suffix == SAFETENSORS
 
 
 @contextmanager

@@ -85,9 +85,10 @@ class Embedder(nn.Module):
         """
         stream = self.stream(key, self.config.encoder)
         if stream.kind == "pixels":
-            p = self.config.patch_size_of(stream)
-            grid = (values.shape[1] // p, values.shape[2] // p)
-            content = patchify(values, p).astype(self.dtype) @ self.patch_proj()[key].astype(self.dtype)
+            patches = patchify(values, self.config.patch_size_of(stream))
+            grid = patches.shape[1:3]
+            patches = patches.reshape(values.shape[0], -1, patches.shape[3])
+            content = patches.astype(self.dtype) @ self.patch_proj()[key].astype(self.dtype)
         else:
             side = round(values[0].size ** 0.5)
             grid = values.shape[1:] if values.ndim == 3 else (side, side)
@@ -114,8 +115,10 @@ class Embedder(nn.Module):
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/P * W/P, P*P*C]``: patches row-major, (row, column, channel) inside, channel fastest (spec 3.1)."""
+    """``[B, H, W, C]`` -> ``[B, H/P, W/P, P*P*C]``: inside a patch (row, column, channel), channel fastest (spec 3.1).
+
+    Whole rows of P*C numbers move.
+    """
     b, height, width, channels = pixels.shape
-    p = patch_size
-    x = pixels.reshape(b, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (height // p) * (width // p), p * p * channels)
+    h, w = height // patch_size, width // patch_size
+    return pixels.reshape(b, h, patch_size, w, patch_size * channels).swapaxes(2, 3).reshape(b, h, w, -1)

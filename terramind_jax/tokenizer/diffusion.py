@@ -16,7 +16,7 @@ import numpy as np
 
 from terramind_jax import sampling
 from terramind_jax.tokenizer import conv
-from terramind_jax.tokenizer.vqvae import Tokenizer
+from terramind_jax.tokenizer.vqvae import Tokenizer, apply
 
 Scheduler = Literal["ddim", "ddpm"]
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -53,7 +53,7 @@ def decode(
       ValueError: tokens whose image the decoder cannot halve often enough, noise of another shape, an unknown scheduler or spacing.
     """
     if module.config.decoder == "vit":
-        return _decode_at_once(variables, tokens, module=module)
+        return apply(module, variables, tokens, "decode")
     shape = image_shape(module, tokens.shape)
     if noise is not None and tuple(noise.shape) != shape:
         raise ValueError(f"The starting noise has shape {list(noise.shape)}; these tokens decode to {list(shape)}.")
@@ -71,11 +71,6 @@ def image_shape(module: Tokenizer, shape: tuple[int, ...]) -> tuple[int, int, in
         sides = f"the diffusion decoder needs sides that are multiples of {c.decoder_multiple}"
         raise ValueError(f"{c.modality} tokens of shape {list(shape)} are an image of {height}x{width} pixels; {sides}.")
     return shape[0], height, width, c.channels
-
-
-@functools.partial(jax.jit, static_argnames="module")
-def _decode_at_once(variables, tokens, *, module) -> jax.Array:
-    return module.apply(variables, tokens, method="decode")
 
 
 @functools.partial(jax.jit, static_argnames=("module", "clip", "noisy"))
@@ -113,7 +108,7 @@ def sample(
         new = clipped * (jnp.clip(x0, -1, 1) if clip else x0) + noisy * x + clean * x0
         return new if draw is None else new + random * draw(t), None
 
-    return jax.lax.scan(lambda x, step: body(x, step), x.astype(jnp.float32), steps)[0]
+    return jax.lax.scan(body, x.astype(jnp.float32), steps)[0]
 
 
 # ---- schedule ----

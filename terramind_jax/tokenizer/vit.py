@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from terramind_jax.model.embeddings import patchify
 from terramind_jax.model.layers import Initializer, Linear, Mlp, SelfAttention, project, stack, uniform, xavier
 from terramind_jax.model.positions import resize_bicubic, sincos_2d
 from terramind_jax.tokenizer.config import TokenizerConfig
@@ -30,13 +31,6 @@ def layer_norm(dtype: str, name: str) -> nn.LayerNorm:
     """LayerNorm with scale and bias, eps 1e-6, statistics in float32."""
     scale_init, bias_init = (nn.with_logical_partitioning(i, ("norm",)) for i in (nn.initializers.ones, nn.initializers.zeros))
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, scale_init=scale_init, bias_init=bias_init, name=name)
-
-
-def patchify(image: jax.Array, patch_size: int) -> jax.Array:
-    """``[B, H, W, C]`` -> ``[B, H/p, W/p, p * p * C]``, channel fastest; whole rows of p * C numbers move."""
-    batch, height, width, channels = image.shape
-    h, w = height // patch_size, width // patch_size
-    return image.reshape(batch, h, patch_size, w, patch_size * channels).swapaxes(2, 3).reshape(batch, h, w, -1)
 
 
 def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:

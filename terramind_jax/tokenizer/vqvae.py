@@ -5,7 +5,9 @@ Inputs are standardised images, channels last; LULC comes as class maps or as on
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,7 +21,6 @@ from terramind_jax.tokenizer.vit import ViTDecoder, ViTEncoder, patchify, pointw
 # A decoder is a module of TokenizerConfig that maps codes [B, h, w, latent_dim] to [B, H, W, C]; a diffusion decoder takes a noisy
 # image and its timestep, too, and `diffusion.decode` calls it once a step.
 DECODERS = {"vit": ViTDecoder, "unet": UNetDecoder}
-
 
 Features = Literal["embedding", "latent", "quantized"]
 
@@ -88,6 +89,12 @@ class Tokenizer(nn.Module):
     def predict(self, codes: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
         """A diffusion decoder's prediction of the clean image from the noisy `x` ``[B, H, W, C]`` at timestep `t`."""
         return self.decoder(codes, x, t)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "method", "return_type"))
+def apply(module: Tokenizer, variables: Mapping[str, Any], x: jax.Array, method: str, **options: str) -> Any:
+    """One of `Tokenizer`'s methods, compiled: ``encode``, ``decode`` or, with a ``return_type``, ``features``."""
+    return module.apply(variables, x, method=method, **options)
 
 
 def init(module: Tokenizer, key: jax.Array) -> dict:

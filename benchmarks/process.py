@@ -1,0 +1,37 @@
+"""What the benchmarks share: one process a measurement, and the machine's name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def measure(script: str, *flags: str) -> dict[str, Any]:
+    """Runs a benchmark with `flags` in a process of its own, so that no two sides share threads or memory; its last line is JSON."""
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{Path(script).name} {' '.join(flags)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def where() -> str:
+    """What a table was measured on: cores, processor and version of JAX."""
+    return f"{os.cpu_count()} cores of {_processor()}, JAX {importlib.metadata.version('jax')}"
+
+
+def _processor() -> str:
+    """Name of the CPU, with its widest vector instructions where Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in fields.get("flags", "").split()), "")
+    return f"{fields.get('model name', platform.machine())} {widest}".strip()
