@@ -14,6 +14,7 @@ from flax.core import meta
 from terramind_jax import modalities, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
+from terramind_jax.model import backbone
 from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Model, Pretraining, ThinkingInModalities
 
 REQUIRED = "required"
@@ -89,9 +90,18 @@ def _pick(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _backbone(entry: zoo.Entry, options: dict[str, Any]) -> FeatureExtractor:
     streams = input_streams(entry, options)
-    module = networks.Backbone(_backbone_config(entry, options, streams.values()))
-    own = {"streams": streams, "tokenizers": _tokenizers(entry, streams.values())}
+    config = backbone.with_bands(_backbone_config(entry, options, streams.values()), bands_by_stream(streams, options["bands"]))
+    module, chosen = networks.Backbone(config), {s.key: s for s in config.streams}
+    own = {"streams": {name: chosen[s.key] for name, s in streams.items()}, "tokenizers": _tokenizers(entry, streams.values())}
     return FeatureExtractor(entry.name, module, abstract(module), options, **own)
+
+
+def bands_by_stream(streams: Mapping[str, Stream], bands: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The option ``bands``, by user name, keyed by stream."""
+    unknown = [name for name in bands if name not in streams]
+    if unknown:
+        raise ValueError(f"bands are given for {unknown[0]!r}, which is no input of this model; it has {', '.join(streams)}.")
+    return {streams[name].key: wanted for name, wanted in bands.items()}
 
 
 def _backbone_config(entry: zoo.Entry, options: Mapping[str, Any], streams: Sequence[Stream]) -> networks.BackboneConfig:

@@ -1,5 +1,7 @@
 """Captions as tokens, v0.1 only: WordPiece with a published vocabulary file, through the `tokenizers` library (spec 7.2, 7.3).
 
+The file is the published one or it is not there: without it (None) captions are ids, in and out.
+
 The reference pads a batch to its longest caption before it appends [EOS], so that a caption's tokens depend on the captions around it.
 Here [EOS] follows the caption and padding comes last; alone in its batch, a caption has the reference's tokens.
 """
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from terramind_jax import coordinates, modalities
+from terramind_jax import coordinates, modalities, zoo
 
 MASK = " [S_1]"  # ends every caption: from here on the model may write
 MAX_TOKENS = modalities.STREAMS["caption"].max_tokens
@@ -40,10 +42,22 @@ def load(path: str | os.PathLike) -> Tokenizer:
     return vocabulary
 
 
-def encode(vocabulary: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """Captions -> int32 ids ``[B, L]``: word pieces, [S_1], [EOS], then padding. One of more than 256 ids is a ValueError."""
+def encode(vocabulary: Tokenizer | None, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+    """Captions -> int32 ids ``[B, L]``: word pieces, [S_1], [EOS], then padding. Ids ``[B, L]`` pass as they are.
+
+    Raises:
+      ValueError: more than 256 ids, ids that the model does not have, or strings without a vocabulary.
+    """
     if isinstance(texts, str):
         raise ValueError("Captions are one string, expected a list with one string a sample.")
+    if not all(isinstance(text, str) for text in texts):
+        return _check_ids(np.asarray(texts))
+    if vocabulary is None:
+        raise ValueError(
+            "This model has no caption vocabulary, so that captions are ids [B, L]; for strings save "
+            f"{'/'.join(zoo.VOCABULARIES['caption'])} of the Hugging Face hub as FOLDER/caption.json and load with tokenizers=FOLDER, "
+            "or load with tokenizers='hub'."
+        )
     rows = [[*encoding.ids, coordinates.EOS] for encoding in vocabulary.encode_batch([text + MASK for text in texts])]
     longest = max(map(len, rows), default=0)
     if longest > MAX_TOKENS:
@@ -55,8 +69,22 @@ def encode(vocabulary: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     return ids
 
 
-def decode(vocabulary: Tokenizer, ids: np.ndarray) -> list[str]:
-    """Ids ``[B, L]`` -> captions: without padding and [EOS], other special tokens kept, sentences capitalised (spec 7.2)."""
+def _check_ids(ids: np.ndarray) -> np.ndarray:
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.shape[1] > MAX_TOKENS:
+        expected = f"a list of strings, or integer ids [B, L] of at most {MAX_TOKENS} tokens"
+        raise ValueError(f"Captions are {ids.dtype} {list(ids.shape)}; expected {expected}.")
+    if ids.size and not 0 <= ids.min() <= ids.max() < coordinates.VOCAB_SIZE:
+        raise ValueError(f"Captions have ids from {ids.min()} to {ids.max()}; the model has 0-{coordinates.VOCAB_SIZE - 1}.")
+    return ids.astype(np.int32)
+
+
+def decode(vocabulary: Tokenizer | None, ids: np.ndarray) -> list[str] | np.ndarray:
+    """Ids ``[B, L]`` -> captions: without padding and [EOS], other special tokens kept, sentences capitalised (spec 7.2).
+
+    Without a vocabulary the ids.
+    """
+    if vocabulary is None:
+        return np.asarray(ids)
     texts = [vocabulary.decode([i for i in row if i != coordinates.PAD], skip_special_tokens=False) for row in np.asarray(ids).tolist()]
     return [_capitalize(text.replace(" [EOS]", "")) for text in texts]
 

@@ -5,6 +5,10 @@ same between arrays in physical units. What the network sees in a step is the re
 followed (the reference decodes everything in the first step and fails in the second), random orders belong to a sample rather than to
 the batch, and guidance works for every kind of condition.
 
+What is generated has the size of the images that are given, whatever the model was built for: positions of encoder and decoder are
+interpolated, as in the reference (spec 5.6). There the last image decides and another size fails later; here all must agree. Without an
+image the size is the model's own, there 224 pixels.
+
 A target compiles once for its number of steps: the steps are a scan over padded counts, and the target's own tokens have
 encoder slots from the start, hidden until they are written.
 """
@@ -12,6 +16,7 @@ encoder slots from the start, hidden until they are written.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -19,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terramind_jax import coordinates, modalities, sampling
+from terramind_jax import captions, coordinates, modalities, sampling
 from terramind_jax.modalities import Stream
-from terramind_jax.model import TerraMind
+from terramind_jax.model import TerraMind, transformer
 from terramind_jax.tokenizer import Tokenizer, apply, decode
 
 Variables = Mapping[str, Any]
@@ -52,9 +57,10 @@ def generate_tokens(
     """Samples the streams `targets` in their order (spec 8.1-8.4).
 
     Args:
-      inputs: arrays by encoder stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]``, sequences ``[B, L]`` right-padded
-        with 0. May be empty.
-      targets: decoder streams. One that also is an encoder stream conditions those after it.
+      inputs: arrays by encoder stream: pixels ``[B, S, S, C]`` standardised, image tokens ``[B, s, s]`` or ``[B, s * s]``, sequences
+        ``[B, L]`` right-padded with 0. Images are of one size, any multiple of the patch size. May be empty.
+      targets: decoder streams. One that also is an encoder stream conditions those after it; if it is a sequence, those before it read
+        its start token, as in the reference.
       seed: one integer: a sample's result depends on it and on the sample alone, whatever batch it is in. Or ``[B]``, one a sample.
       steps: decoding steps of an image. Sequences are written token by token.
       schedule: ``roar`` writes a random subset in each step; ``maskgit`` draws all that is missing and keeps the most probable.
@@ -64,18 +70,20 @@ def generate_tokens(
       guidance_scale: ``u + (c - u) * scale`` of the logits with (c) and without (u) the inputs and the finished targets; 1 is off.
 
     Returns:
-      ``{target: ids}``, int32 ``[B, h, w]`` for images and ``[B, L]``, right-padded with 0, for sequences.
+      ``{target: ids}``, int32 ``[B, s, s]`` for images and ``[B, L]``, right-padded with 0, for sequences.
 
     Raises:
-      ValueError: a stream that the model lacks or that is both input and target, wrong shapes, settings out of range.
+      ValueError: a stream that the model lacks or that is both input and target, wrong shapes, images of different sizes, settings out
+        of range.
     """
     encoder = {s.key: s for s in module.config.encoder}
     decoder = {s.key: s for s in module.config.decoder}
     known = {key: jnp.asarray(value) for key, value in inputs.items()}
-    batch_size = _check(module, known, targets, encoder, decoder, seed)
+    batch_size = _check(known, targets, encoder, decoder, seed)
+    module, variables = transformer.at_size(module, variables, _image_size(module, known))
     words = jnp.asarray(sampling.seed_words(seed, batch_size))
     outputs = {}
-    for target in targets:
+    for i, target in enumerate(targets):
         option = functools.partial(_option, target=target)
         settings = dict(top_k=option(top_k), top_p=float(option(top_p)), guided=option(guidance_scale) != 1)
         sampling.check_filters(settings["top_k"], settings["top_p"])
@@ -88,7 +96,9 @@ def generate_tokens(
         temperatures = sampling.temperature_schedule(option(temperature_schedule), option(temperature), counts)
         settings["greedy"] = option(temperature) <= sampling.GREEDY_TEMPERATURE
         plan = (jnp.asarray(counts), jnp.asarray(temperatures), jnp.float32(option(guidance_scale)))
-        outputs[target] = run(variables, known, words, *plan, module=module, target=target, **settings)
+        later = [key for key in targets[i + 1 :] if key in encoder and encoder[key].kind == "sequence"]
+        seen = known | {key: jnp.full((batch_size, 1), START) for key in later}
+        outputs[target] = run(variables, seen, words, *plan, module=module, target=target, **settings)
         if target in encoder:
             known[target] = outputs[target]
     return outputs
@@ -102,25 +112,27 @@ def generate(
     outputs: Sequence[str],
     *,
     seed: int | np.ndarray,
+    vocabulary: captions.Tokenizer | None = None,
     standardize: bool = True,
     timesteps: int = 10,
     clip: bool = True,
     **options: Any,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray | list[str]]:
     """Generates modalities from modalities (spec 8.5).
 
     Args:
       tokenizers: ``{modality: (module, variables)}`` of every tokenised input and every image output.
-      inputs: arrays by user name: images ``[B, H, W, C]`` in the modality's unit, LULC also ``[B, H, W]`` classes, coords ``[B, 2]`` as
-        (lon, lat) in degrees.
+      inputs: by user name: images ``[B, S, S, C]`` in the modality's unit, LULC also ``[B, S, S]`` classes, coords ``[B, 2]`` as
+        (lon, lat) in degrees, caption a list of strings or ids ``[B, L]``.
       outputs: user names in the order of generation; each conditions those after it.
+      vocabulary: of captions, see `terramind_jax.captions`; None: captions are ids.
       standardize: False if the inputs are standardised already; then the outputs are, too.
       timesteps, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
       **options: those of `generate_tokens`; mappings are keyed by the names in `outputs`.
 
     Returns:
-      ``{name: array}`` for each of `outputs`: float32 ``[B, H, W, C]`` (LULC: logits of the 10 classes), coords ``[B, 2]``, NaN where the
-      model wrote none.
+      ``{name: array}`` for each of `outputs`: float32 ``[B, S, S, C]`` (LULC: logits of the 10 classes), coords ``[B, 2]``, NaN where the
+      model wrote none, caption a list of strings.
 
     Raises:
       ValueError: an unknown modality, a wrong array, a missing tokenizer, or anything `generate_tokens` objects to.
@@ -128,18 +140,27 @@ def generate(
     streams = {name: modalities.output_stream(name) for name in outputs}
     _check_names(module, inputs, streams, tokenizers)
     options = {name: _by_stream(value, streams) for name, value in options.items()}
-    values = {modalities.input_stream(name).key: encode_input(name, x, tokenizers, standardize=standardize) for name, x in inputs.items()}
+    encode = functools.partial(encode_input, tokenizers=tokenizers, vocabulary=vocabulary, standardize=standardize)
+    values = {modalities.input_stream(name).key: encode(name, x) for name, x in inputs.items()}
     targets = list(dict.fromkeys(stream.key for stream in streams.values()))
     tokens = generate_tokens(module, variables, values, targets, seed=seed, **options)
-    finish = functools.partial(decode_output, tokenizers=tokenizers, standardize=standardize, seed=seed, timesteps=timesteps, clip=clip)
+    settings = dict(standardize=standardize, seed=seed, timesteps=timesteps, clip=clip)
+    finish = functools.partial(decode_output, tokenizers=tokenizers, vocabulary=vocabulary, **settings)
     return {name: finish(stream, tokens[stream.key]) for name, stream in streams.items()}
 
 
 def encode_input(
-    name: str, x: np.ndarray, tokenizers: Mapping[str, tuple[Tokenizer, Variables]], *, standardize: bool = True
+    name: str,
+    x: np.ndarray | Sequence[str],
+    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    *,
+    vocabulary: captions.Tokenizer | None = None,
+    standardize: bool = True,
 ) -> np.ndarray | jax.Array:
-    """One user array as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens."""
+    """One user array, or captions, as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens."""
     stream = modalities.input_stream(name)
+    if stream.modality == "caption":
+        return captions.encode(vocabulary, x)
     x = np.asarray(x)
     if stream.kind == "sequence":
         return coordinates.encode(x)
@@ -160,11 +181,14 @@ def decode_output(
     tokens: jax.Array,
     tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
     *,
+    vocabulary: captions.Tokenizer | None = None,
     standardize: bool = True,
     seed: int | np.ndarray = 0,
     **decoding: Any,
-) -> np.ndarray:
-    """Ids of one stream as the user's array; see `generate`. `decoding` are options of `terramind_jax.tokenizer.decode`."""
+) -> np.ndarray | list[str]:
+    """Ids of one stream as the user's array, or captions; see `generate`. `decoding` are options of `terramind_jax.tokenizer.decode`."""
+    if stream.modality == "caption":
+        return captions.decode(vocabulary, np.asarray(tokens))
     if stream.kind == "sequence":
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
     tokenizer, variables = tokenizers[stream.modality]
@@ -309,6 +333,31 @@ def _until_sentinel(ids: jax.Array) -> jax.Array:
     return jnp.where(ended, coordinates.PAD, ids)
 
 
+# ---- images of another size ----
+
+
+def _image_size(module: TerraMind, inputs: Mapping[str, jax.Array]) -> int:
+    """Pixels along one side of the images, which must agree; without any the model's own."""
+    images = [stream for stream in module.config.encoder if stream.key in inputs and stream.kind != "sequence"]
+    sides = {stream.key: _side(stream, inputs[stream.key].shape, module.config.patch_size) for stream in images}
+    if len(set(sides.values())) > 1:
+        raise ValueError(f"The images must be of one size; their sides are {', '.join(f'{k} {n} pixels' for k, n in sides.items())}.")
+    return next(iter(sides.values()), module.config.image_size)
+
+
+def _side(stream: Stream, shape: tuple[int, ...], patch_size: int) -> int:
+    """Pixels along one side of one image input."""
+    if stream.kind == "pixels":
+        if len(shape) == 4 and shape[1] == shape[2] and shape[1] % patch_size == 0 and shape[3] == stream.channels:
+            return shape[1]
+        expected = f"[B, S, S, {stream.channels}], S a multiple of the patch size {patch_size}"
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; expected {expected}.")
+    side = math.isqrt(math.prod(shape[1:]))
+    if shape[1:] not in ((side, side), (side**2,)):
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; expected the ids of a square of tokens, [B, s, s] or [B, s * s].")
+    return side * patch_size
+
+
 # ---- arguments ----
 
 
@@ -334,7 +383,7 @@ def _check_schedule(schedule: str) -> str:
     return schedule
 
 
-def _check(module, inputs, targets, encoder, decoder, seed) -> int:
+def _check(inputs, targets, encoder, decoder, seed) -> int:
     """Raises unless these streams can be generated from those; returns the batch size."""
     for role, keys, known in (("input", inputs, encoder), ("target", targets, decoder)):
         unknown = [key for key in keys if key not in known]
@@ -350,19 +399,7 @@ def _check(module, inputs, targets, encoder, decoder, seed) -> int:
     sizes = {key: value.shape[0] for key, value in inputs.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The inputs differ in batch size: {', '.join(f'{key} {size}' for key, size in sizes.items())}.")
-    for key, value in inputs.items():
-        _check_grid(module, encoder[key], value.shape)
     return next(iter(sizes.values()), np.size(seed))
-
-
-def _check_grid(module: TerraMind, stream: Stream, shape: tuple[int, ...]) -> None:
-    config = module.config
-    if stream.kind == "pixels" and shape[1:] != (config.image_size, config.image_size, stream.channels):
-        expected = f"[B, {config.image_size}, {config.image_size}, {stream.channels}]"
-        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from {expected}.")
-    if stream.kind == "tokens" and shape[1:] not in ((config.grid, config.grid), (config.grid**2,)):
-        expected = f"[B, {config.grid}, {config.grid}] tokens"
-        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; this model generates from {expected}.")
 
 
 def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> None:

@@ -36,9 +36,9 @@ def weights(entry: zoo.Entry, *, revision: str | None = None, refresh: bool = Fa
       ConnectionError: nothing cached and the hub cannot be reached. ValueError: what came is not what the hub or `zoo.SHA256` states.
       PermissionError: a gated repository. ImportError: the first conversion needs PyTorch.
     """
-    folder = cache_folder() / entry.repository.replace("/", "--")
+    folder = _folder(entry.repository)
     wanted = revision or (None if refresh else _pinned(folder))
-    cached = folder / (wanted or "-") / Path(entry.file).with_suffix(files.SAFETENSORS)
+    cached = _cached(entry, wanted)
     if cached.is_file():
         return files.read(cached)
     path, commit, sha256 = download(entry.repository, entry.file, wanted)
@@ -47,9 +47,30 @@ def weights(entry: zoo.Entry, *, revision: str | None = None, refresh: bool = Fa
     return state
 
 
-def vocabulary(name: str) -> Path:
-    """The published vocabulary file of ``coords`` or ``caption``, in the hub's own cache."""
-    return download(*zoo.VOCABULARIES[name], None)[0]
+def has_weights(entry: zoo.Entry) -> bool:
+    """Whether `weights` needs no network."""
+    return _cached(entry, _pinned(_folder(entry.repository))).is_file()
+
+
+def vocabulary(name: str, *, fetch: bool = True) -> Path | None:
+    """The published vocabulary file of ``coords`` or ``caption``, from the cache or else from the hub; None if `fetch` forbids the latter.
+
+    Raises what `weights` raises.
+    """
+    repository, file = zoo.VOCABULARIES[name]
+    folder = _folder(repository)
+    pinned = _pinned(folder)
+    cached = folder / (pinned or "-") / file
+    if cached.is_file() or not fetch:
+        return cached if cached.is_file() else None
+    path, commit, _ = download(repository, file, pinned)
+    try:
+        (folder / commit).mkdir(parents=True, exist_ok=True)
+        _write_text(folder / commit / file, path.read_text())
+        _write_text(folder / PIN, commit)
+    except OSError:  # a cache that cannot be written, which `weights` warns of
+        return path
+    return folder / commit / file
 
 
 def download(repository: str, file: str, revision: str | None) -> tuple[Path, str, str]:
@@ -67,7 +88,7 @@ def download(repository: str, file: str, revision: str | None) -> tuple[Path, st
     except PermissionError as error:
         raise PermissionError(f"The download folder {error.filename} cannot be written; set HF_HOME to one that can.") from None
     except Exception as error:  # every HTTP library has exceptions of its own
-        advice = "without a network, download it elsewhere and give its path as the weights"
+        advice = "without a network, download it elsewhere and load it from its path"
         raise ConnectionError(f"{where} could not be downloaded ({_first_line(error)}); {advice}.") from error
     return path, stated.commit_hash, _verify(path, file, stated.size, stated.etag)
 
@@ -84,6 +105,15 @@ def _verify(path: Path, file: str, size: int | None, etag: str | None) -> str:
             f"{file} arrived damaged (SHA-256 {sha256}, expected {' and '.join(sorted(expected))}); it was deleted, try again."
         )
     return sha256
+
+
+def _folder(repository: str) -> Path:
+    return cache_folder() / repository.replace("/", "--")
+
+
+def _cached(entry: zoo.Entry, revision: str | None) -> Path:
+    """Where the converted weights are, if they are there."""
+    return _folder(entry.repository) / (revision or "-") / Path(entry.file).with_suffix(files.SAFETENSORS)
 
 
 def _pinned(folder: Path) -> str | None:

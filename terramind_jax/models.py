@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from terramind_jax import generate, modalities, tim, tokenizer, zoo
+from terramind_jax import captions, generate, modalities, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
-from terramind_jax.model import backbone
+from terramind_jax.model import backbone, temporal
 
 Variables = Mapping[str, Any]
 
@@ -38,6 +38,7 @@ class Model:
     variables: Variables
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizers: Mapping[str, tuple[tokenizer.Tokenizer, Variables]] = dataclasses.field(default_factory=dict)  # by modality
+    vocabulary: captions.Tokenizer | None = None  # of captions; without it captions are ids
 
     @property
     def version(self) -> str:
@@ -50,6 +51,10 @@ class Model:
     def destandardize(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse of `standardize`."""
         return {name: self._scale(name, x, inverse=True) for name, x in outputs.items()}
+
+    def _encode(self, name: str, x: np.ndarray | Sequence[str]) -> np.ndarray | jax.Array:
+        """A standardised input as its stream takes it."""
+        return generate.encode_input(name, x, self.tokenizers, vocabulary=self.vocabulary, standardize=False)
 
     def _scale(self, name: str, x: np.ndarray, *, inverse: bool) -> np.ndarray:
         modality = self._modality(name)
@@ -78,8 +83,28 @@ class FeatureExtractor(Model):
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> list:
         """Inputs by user name, in the order of concatenation: pixels ``[B, H, W, C]`` standardised, LULC ``[B, H, W]`` classes, NDVI
-        ``[B, H, W, 1]``, coords ``[B, 2]`` -> a list of `encoder_depth` features ``[B, N, D]`` (`merge_method` dict: by user name)."""
+        ``[B, H, W, 1]``, coords ``[B, 2]``, caption a list of strings or ids ``[B, L]`` -> a list of `encoder_depth` features
+        ``[B, N, D]`` (`merge_method` dict: by user name)."""
         return self._rename(backbone.features(self.module, self.variables, self.encode(inputs)))
+
+    def over_time(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        pooling: temporal.Pooling = "mean",
+        *,
+        subset_lengths: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list:
+        """Features of time series: all steps in one call of the encoder, then pooled (`model.temporal.over_time`).
+
+        Args:
+          inputs: as of a call, with time second: images ``[B, T, H, W, C]``, coords ``[B, T, 2]``, captions as ids ``[B, T, L]``.
+          pooling: ``keep`` gives ``[B, T, N, D]``, ``concat`` ``[B, N, T * D]``, ``mean``, ``max`` and ``diff`` ``[B, N, D]``.
+          subset_lengths: splits the steps into groups, which are averaged first.
+          **options: of a call; the `seed` of Thinking in Modalities may be ``[B * T]``.
+        """
+        encode = functools.partial(self, **options)
+        return temporal.over_time(encode, inputs, pooling, subset_lengths=subset_lengths)
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Inputs by stream as the network takes them: images whose stream holds tokens are tokenised."""
@@ -87,7 +112,7 @@ class FeatureExtractor(Model):
         for name, x in inputs.items():
             stream = self._stream(name)
             is_pixels = stream.kind == "pixels"  # of any bands, and of modalities of the user's own
-            encoded[stream.key] = x if is_pixels else generate.encode_input(stream.key, x, self.tokenizers, standardize=False)
+            encoded[stream.key] = x if is_pixels else self._encode(stream.key, x)
         return encoded
 
     def _stream(self, name: str) -> Stream:
@@ -140,35 +165,35 @@ class Generator(Model):
         timesteps: int | None = None,
         standardize: bool | None = None,
         **options: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | list[str]]:
         """Inputs by user name to every output that the model was built for, each conditioning the next.
 
         Args:
-          inputs: images ``[B, H, W, C]``, LULC ``[B, H, W]`` classes, coords ``[B, 2]`` as (lon, lat).
+          inputs: images ``[B, S, S, C]``, LULC ``[B, S, S]`` classes, coords ``[B, 2]`` as (lon, lat), caption a list of strings or ids
+            ``[B, L]``. Images are of one size, any multiple of 16 pixels; diffusion decoders need multiples of 32.
           seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           **options: of `generate.generate_tokens`, over what the model was built with.
 
         Returns:
-          ``{name: array}``: float32 ``[B, H, W, C]``, of LULC logits of the classes, coords ``[B, 2]`` with NaN where none was written.
+          ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where
+          none was written, caption a list of strings, or ids without a vocabulary.
         """
         timesteps = self.options["timesteps"] if timesteps is None else timesteps
         standardize = self.options["standardize"] if standardize is None else standardize
         tokens = self.generate_tokens(inputs, seed, standardize=standardize, **options)
-        streams = {name: modalities.output_stream(name) for name in tokens}
-        made = {
-            name: generate.decode_output(streams[name], ids, self.tokenizers, standardize=False, seed=seed, timesteps=timesteps)
-            for name, ids in tokens.items()
-        }
+        settings = dict(vocabulary=self.vocabulary, standardize=False, seed=seed, timesteps=timesteps)
+        decode = functools.partial(generate.decode_output, tokenizers=self.tokenizers, **settings)
+        made = {name: decode(modalities.output_stream(name), ids) for name, ids in tokens.items()}
         return self.destandardize(made) if standardize else made
 
     def generate_tokens(
         self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
     ) -> dict[str, jax.Array]:
-        """The same before decoding: ``{name: ids}``, int32 ``[B, h, w]``, of sequences ``[B, L]``."""
+        """The same before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``."""
         standardize = self.options["standardize"] if standardize is None else standardize
         inputs = self.standardize(inputs) if standardize else inputs
-        known = {modalities.input_stream(n).key: generate.encode_input(n, x, self.tokenizers, standardize=False) for n, x in inputs.items()}
+        known = {modalities.input_stream(name).key: self._encode(name, x) for name, x in inputs.items()}
         names = {modalities.output_stream(name).key: name for name in self.options["output_modalities"]}
         settings = {**{ours: self.options[theirs] for theirs, ours in SAMPLING.items()}, **options}
         made = generate.generate_tokens(self.module, self.variables, known, list(names), seed=seed, **settings)

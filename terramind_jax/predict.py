@@ -165,6 +165,9 @@ def _check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: st
         raise ValueError(f"{'No input' if not inputs else 'No output'} is named; generation needs at least one of each.")
     if lulc_codes is not None and lulc_codes not in LULC_CODES:
         raise ValueError(f"Unknown LULC codes {lulc_codes!r}; expected one of {', '.join(LULC_CODES)}.")
+    streams = (*map(modalities.input_stream, inputs), *map(modalities.output_stream, to))
+    if any(stream.modality == "caption" for stream in streams):
+        raise ValueError("A caption is text, which this command neither reads nor writes; load the model in Python for it.")
     for name in inputs:
         if modalities.input_stream(name).modality == "LULC" and lulc_codes is None:
             raise ValueError(f"The codes of {name} are not declared; say with --lulc_codes what they are: {', '.join(LULC_CODES)}.")

@@ -4,7 +4,8 @@ Pure functions of two networks. `think` adds the generated ids to the inputs, `f
 belongs before the step: nothing differentiates through ids. What differs from the reference, on purpose:
 
 - Generator and backbone have variables of their own, equal arrays after loading. The reference shares the embedding modules if generation
-  is chained, so that freezing the generator also freezes the backbone's embeddings.
+  is chained, so that freezing the generator also freezes the backbone's embeddings. Its state dict cannot hold two sets of them: exporting
+  a chained model whose backbone's embeddings were trained is an error (`check_shared`); a directory of `save` holds both.
 - Several decoding steps follow their schedule; the reference fails in the second.
 - Modality dropping works with any number of generated streams, which it may drop like inputs; one modality survives. The reference
   fails with two streams, and with one it may drop all inputs.
@@ -19,14 +20,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from terramind_jax import generate
 from terramind_jax.modalities import Stream
 from terramind_jax.model import Backbone, BackboneConfig, TerraMind, TransformerConfig, backbone
-from terramind_jax.model.positions import resize_bicubic
 
 Variables = Mapping[str, Any]
 
@@ -56,8 +55,8 @@ def think(
     """The inputs, followed by the ids of those `targets` that are not among them.
 
     Args:
-      module, variables: the `generator`; for images of another size than its own, positions are interpolated.
-      inputs: arrays by stream, as `Backbone.__call__` takes them; images square and of one size.
+      module, variables: the `generator`.
+      inputs: arrays by stream, as `Backbone.__call__` takes them; images square and of one size, which need not be the generator's own.
       targets: streams in the order in which they are generated.
       seed: one integer, or ``[B]``, one a sample.
       chained: whether a generated stream conditions those after it.
@@ -71,7 +70,6 @@ def think(
     """
     known = collections.OrderedDict(inputs)
     new = [target for target in targets if target not in known]
-    module, variables = _at_size(module, variables, _image_size(module, known))
     options = dict(seed=seed, steps=steps, temperature=temperature, top_p=top_p, top_k=top_k)
     ids: dict[str, jax.Array] = {}
     for together in [new] if chained else [[target] for target in new]:
@@ -107,32 +105,27 @@ def only_inputs(outputs: backbone.Features, inputs: Mapping[str, jax.Array]) -> 
     return [{key: x for key, x in output.items() if key in kept} if isinstance(output, Mapping) else output for output in outputs]
 
 
-# ---- images of another size ----
+# ---- embeddings that the reference shares if generation is chained ----
+
+SHARED = (("params", "mod_emb"), ("params", "patch_proj"), ("params", "encoder_token_emb"), ("buffers", "encoder_pos_emb"))
 
 
-def _image_size(module: TerraMind, inputs: Mapping[str, jax.Array]) -> int:
-    """Pixels along one side of the inputs; the generator's own without images."""
-    for stream in module.config.encoder:
-        if stream.key in inputs and stream.kind == "pixels":
-            return inputs[stream.key].shape[1]
-        if stream.key in inputs and stream.kind == "tokens":
-            return round(inputs[stream.key][0].size ** 0.5) * module.config.patch_size
-    return module.config.image_size
+def share(found: Mapping[str, Mapping[str, Any]], variables: Variables) -> dict[str, Any]:
+    """`found`, part of a generator's variables, with the backbone's embeddings where it lacks some."""
+    merged = {group: dict(found.get(group, {})) for group in ("params", "buffers")}
+    for group, name in SHARED:
+        if name in variables[group]:
+            merged[group][name] = {**variables[group][name], **merged[group].get(name, {})}
+    return merged
 
 
-def _at_size(module: TerraMind, variables: Variables, image_size: int) -> tuple[TerraMind, Variables]:
-    """The same network with its positions interpolated to images of another size (spec 5.6)."""
-    config = module.config
-    if image_size == config.image_size:
-        return module, variables
-    grid = (image_size // config.patch_size,) * 2
-
-    def resize(tables: Mapping[str, jax.Array], streams: Sequence[Stream]) -> dict[str, jax.Array]:
-        images = {s.key for s in streams if s.kind != "sequence"}
-        own = (config.grid, config.grid, config.dim)
-        return {k: resize_bicubic(jnp.reshape(x, own), grid).reshape(-1, config.dim) if k in images else x for k, x in tables.items()}
-
-    buffers = dict(meta.unbox(variables)["buffers"])
-    buffers["encoder_pos_emb"] = resize(buffers["encoder_pos_emb"], config.encoder)
-    buffers["decoder_pos_emb"] = resize(buffers["decoder_pos_emb"], config.decoder)
-    return TerraMind(dataclasses.replace(config, image_size=image_size)), {**variables, "buffers": buffers}
+def check_shared(variables: Variables, thinker_variables: Variables) -> None:
+    """Raises a ValueError unless the embeddings of a backbone and its chained generator are equal."""
+    ours, theirs = meta.unbox(variables), meta.unbox(thinker_variables)
+    tables = [(name, ours[group].get(name, {}), theirs[group].get(name, {})) for group, name in SHARED]
+    differing = [f"{name}/{key}" for name, own, other in tables for key in own if not np.array_equal(own[key], other[key])]
+    if differing:
+        raise ValueError(
+            f"The backbone's embeddings differ from the generator's ({', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}); "
+            "TerraTorch's chained model has one for both: keep them frozen, as it does, or save to a directory."
+        )

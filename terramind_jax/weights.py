@@ -12,7 +12,6 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,12 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from terramind_jax import build, hub, modalities, zoo
+from terramind_jax import build, captions, coordinates, hub, modalities, sources, tim, zoo
 from terramind_jax import model as networks
-from terramind_jax.convert import files, rules, tokenizers, transformer
+from terramind_jax.convert import files, rules
 from terramind_jax.model import backbone
 from terramind_jax.models import FeatureExtractor, Generator, Model, ThinkingInModalities, Variables
 from terramind_jax.tokenizer import Tokenizer
-
-GENERATOR, TOKENIZER = "sampler.model.", "tokenizer."
-INFO, ARRAYS, MAIN = "model.json", "arrays", "main"  # what a directory of `save` holds, and its name of an empty prefix
-
-# What a feature extractor or a generator leaves in a file of the whole model: the rest of it, and modalities that it was not built with.
-REST = (
-    "mask_token",
-    "decoder.*",
-    "decoder_*",
-    *(f"encoder_embeddings.{key}.*" for key in modalities.STREAMS),
-    GENERATOR + "*",
-    TOKENIZER + "*",
-)
 
 
 def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **options: Any) -> Model:
@@ -52,7 +38,9 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
       seed: of what is drawn: random weights, fresh embeddings of new modalities.
       **options: the reference's (spec 5.1, 8.5, 8.6); `build.OPTIONS` lists them with their defaults. ``tokenizers`` says where the
         tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one work directory, or directory
-        of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words of `weights`.
+        of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words of `weights`. The same
+        place may have the published vocabularies, in a folder as ``caption.json`` and ``coords.json``: captions are ids without theirs,
+        that of coordinates is only compared with the rule that the package follows.
 
     Raises:
       ValueError: an unknown name or option, or weights that do not fit, with everything that is wrong at once.
@@ -60,30 +48,54 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
     """
     of_tokenizers = options.pop("tokenizers", None)
     model, key = build.model(name, **options), jax.random.key(seed)
-    source = open_source(weights, zoo.get(name))
+    online = weights == "hub" and not hub.has_weights(zoo.get(name))
+    source = sources.open_source(weights, zoo.get(name))
     filled = {}
     for i, (prefix, (module, _)) in enumerate(networks_of(model).items()):
         inner, here = source, prefix
-        if prefix.startswith(TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
-            (module, inner), here = _open_tokenizer(model, module, of_tokenizers or weights), ""
-        filled[prefix] = module, _on_device(complete(module, inner.take(here, module), jax.random.fold_in(key, i)))
-    model = with_networks(model, filled)
-    bands = model.options.get("bands")
-    return select_bands(model, bands, jax.random.fold_in(key, len(filled))) if bands else model
+        if prefix.startswith(sources.TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
+            inner, here = _open_tokenizer(model, module, of_tokenizers or weights), ""
+        module, fresh = inner.network(here, module), jax.random.fold_in(key, i)
+        found = _take_bands(inner, model, fresh) if not prefix and model.options.get("bands") else inner.take(here, module)
+        if prefix == sources.GENERATOR and is_chained(model):
+            found = tim.share(found, filled[""][1])
+        filled[prefix] = module, _on_device(complete(module, found, fresh))
+    return with_vocabulary(with_networks(model, filled), of_tokenizers or weights, online=online)
 
 
-def _open_tokenizer(model: Model, module: Tokenizer, words: str | os.PathLike) -> tuple[Tokenizer, Source]:
+def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array) -> dict[str, Any]:
+    """Variables of a feature extractor for some bands, from a source that has those bands already or, as the published files, all."""
+    config, bands = model.module.config, build.bands_by_stream(model.streams, model.options["bands"])
+    whole = {name: backbone.known_bands(name) for name, wanted in bands.items() if source.holds_all_bands(name, len(wanted))}
+    found = source.take("", networks.Backbone(backbone.with_bands(config, whole)))
+    return backbone.select_bands(found, {name: bands[name] for name in whole}, key) if whole else found
+
+
+def _open_tokenizer(model: Model, module: Tokenizer, words: str | os.PathLike) -> sources.Source:
     """`open_tokenizer`; one that only decodes what Thinking in Modalities generates may be missing, and is random then."""
+    modality = module.config.modality
     try:
-        return open_tokenizer(words, module, model.version)
+        return sources.open_tokenizer(words, modality, model.version)
     except FileNotFoundError:
         inputs = [stream.modality for stream in getattr(model, "streams", {}).values()]
-        if not isinstance(model, ThinkingInModalities) or module.config.modality in inputs:
+        if not isinstance(model, ThinkingInModalities) or modality in inputs:
             raise
-        warnings.warn(
-            f"There is no tokenizer of {module.config.modality} near {words}; it is random, and only decoding needs it.", stacklevel=3
-        )
-        return module, Random()
+        warnings.warn(f"There is no tokenizer of {modality} near {words}; it is random, and only decoding needs it.", stacklevel=3)
+        return sources.Random()
+
+
+def with_vocabulary(model: Model, words: str | os.PathLike, *, online: bool) -> Model:
+    """The model with the vocabulary of its captions if that is found; the one of its coordinates, if found, is checked.
+
+    A missing one is no error: captions are ids then, and the rule of coordinates is known. So the hub is only asked for the latter when
+    it has just been reached (`online`).
+    """
+    streams = {stream.key for stream in getattr(model.module.config, "streams", ())}
+    if "coords" in streams and (path := sources.find_vocabulary("coords", words, fetch=online)):
+        coordinates.check_vocabulary(path)
+    if "caption" in streams and (path := sources.find_vocabulary("caption", words)):
+        return dataclasses.replace(model, vocabulary=captions.load(path))
+    return model
 
 
 def from_torch(state_dict: Mapping[str, Any], name: str, **options: Any) -> dict[str, Any]:
@@ -96,15 +108,21 @@ def from_torch(state_dict: Mapping[str, Any], name: str, **options: Any) -> dict
     """
     model = build.model(name, **options)
     prefix, (module, _) = next(iter(networks_of(model).items()))
-    source = StateDict({key: np.asarray(x) for key, x in state_dict.items()})
-    return complete(module, source.take(prefix, module), jax.random.key(0))
+    source, key = sources.StateDict({key: np.asarray(x) for key, x in state_dict.items()}), jax.random.key(0)
+    found = _take_bands(source, model, key) if model.options.get("bands") else source.take(prefix, module)
+    return complete(module, found, key)
 
 
 def to_torch(model: Model) -> dict[str, np.ndarray]:
-    """The state dict, float32 NumPy arrays, that loads strictly into TerraTorch's model of the same name and options (spec 10.6)."""
+    """The state dict, float32 NumPy arrays, that loads strictly into TerraTorch's model of the same name and options (spec 10.6).
+
+    A ValueError if that cannot hold the model: chained Thinking in Modalities whose backbone has embeddings of its own, see `tim`.
+    """
+    if is_chained(model):
+        tim.check_shared(model.variables, model.generator[1])
     state: dict[str, np.ndarray] = {}
     for prefix, (module, variables) in networks_of(model).items():
-        part = rules.to_torch(jax.device_get(meta.unbox(variables)), rules_of(module))
+        part = rules.to_torch(jax.device_get(meta.unbox(variables)), sources.rules_of(module))
         state |= {prefix + key: x for key, x in part.items()}
     return state
 
@@ -122,23 +140,14 @@ def save(model: Model, path: str | os.PathLike) -> None:
 
     with files.replacing(path) as partial:
         partial.mkdir()
-        (partial / INFO).write_text(json.dumps({"name": model.name, "options": dict(model.options)}, indent=1))
-        arrays = {prefix or MAIN: _on_device(meta.unbox(variables)) for prefix, (_, variables) in networks_of(model).items()}
-        # Compressed, or from NumPy, weights would be in memory twice and more; they hardly compress.
-        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
-        ocp.Checkpointer(handler).save(partial.absolute() / ARRAYS, args=ocp.args.PyTreeSave(arrays))
-
-
-def select_bands(model: FeatureExtractor, bands: Mapping[str, list[str]], key: jax.Array) -> FeatureExtractor:
-    """A feature extractor for some bands of its modalities, by user name (spec 5.3); see `model.backbone.select_bands`."""
-    unknown = [name for name in bands if name not in model.streams]
-    if unknown:
-        raise ValueError(f"bands are given for {unknown[0]!r}, which is no input of this model; it has {', '.join(model.streams)}.")
-    by_stream = {model.streams[name].key: list(wanted) for name, wanted in bands.items()}
-    config, variables = backbone.select_bands(model.module.config, model.variables, by_stream, key)
-    now = {s.key: s for s in config.streams}
-    streams = {name: now[s.key] for name, s in model.streams.items()}
-    return dataclasses.replace(model, module=networks.Backbone(config), variables=variables, streams=streams)
+        parts = {prefix or sources.MAIN: part for prefix, part in networks_of(model).items()}
+        own = {name: dataclasses.asdict(module.config) for name, (module, _) in parts.items() if isinstance(module, Tokenizer)}
+        info = {"name": model.name, "options": dict(model.options), sources.TOKENIZERS: own}
+        (partial / sources.INFO).write_text(json.dumps(info, indent=1))
+        arrays = {name: _on_device(meta.unbox(variables)) for name, (_, variables) in parts.items()}
+        # Compressed, from NumPy, or many at a time, weights would be in memory twice and more; they hardly compress.
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=sources.largest(arrays), use_compression=False)
+        ocp.Checkpointer(handler).save(partial.absolute() / sources.ARRAYS, args=ocp.args.PyTreeSave(arrays))
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | None = None) -> None:
@@ -154,7 +163,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
     """
     source, target = Path(source), Path(target)
     files.check_free(target)
-    if source.is_dir() and not target.suffix:
+    if target.suffix:
+        files.is_safetensors(target)  # raises for other suffixes than its and PyTorch's, before anything is read
+    elif source.is_dir():
         raise ValueError(f"{source} and {target} are both directories; copy it, or give {target} a suffix such as {files.SAFETENSORS}.")
     start = time.monotonic()
     print(f"Reading {source}", flush=True)
@@ -165,9 +176,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
     else:
         model = build.model(name or identify(state, source))
         print(f"Converting {len(state)} tensors to {model.name}", flush=True)
-        flat = rules.flatten(rules.from_torch(state, rules_of(model.module), build.abstract(model.module)))
+        flat = rules.flatten(rules.from_torch(state, sources.rules_of(model.module), build.abstract(model.module)))
         for path in flat:  # one by one: NumPy's array is freed before the next is copied
-            flat[path] = jax.numpy.asarray(flat[path])
+            flat[path] = jax.device_put(flat[path]).block_until_ready()
         print(f"Writing {target}", flush=True)
         save(dataclasses.replace(model, variables=rules.unflatten(flat)), target)
     print(f"Done in {time.monotonic() - start:.0f} s", flush=True)
@@ -175,15 +186,17 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
 
 def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:
     """State dict of a directory of `save` or a work directory."""
-    if not (path / INFO).is_file():
-        module, variables = _read_workdir(path)
-        return rules.to_torch(variables, rules_of(module))
-    info = json.loads((path / INFO).read_text())
-    model, arrays = build.model(info["name"], **info["options"]), read_directory(path)
+    if not (path / sources.INFO).is_file():
+        module, variables = sources.read_workdir(path)
+        return rules.to_torch(variables, sources.rules_of(module))
+    info = json.loads((path / sources.INFO).read_text())
+    model, (arrays, own) = build.model(info["name"], **info["options"]), sources.read_directory(path)
+    if is_chained(model):
+        tim.check_shared(arrays[""], arrays[sources.GENERATOR])
     state = {}
     for prefix, (module, _) in networks_of(model).items():
-        flat = rules.flatten(arrays.pop(prefix))
-        state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, rules_of(module)).items()}
+        flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(own.get(prefix, module))
+        state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
     return state
 
 
@@ -210,10 +223,10 @@ def identify(state: Mapping[str, Any], path: Path) -> str:
 
 def networks_of(model: Model) -> dict[str, tuple[nn.Module, Variables]]:
     """Every network of a model by its prefix in the reference's state dict, the main one first."""
-    main = GENERATOR if isinstance(model, Generator) else ""
+    main = sources.GENERATOR if isinstance(model, Generator) else ""
     parts = {main: (model.module, model.variables)}
     if getattr(model, "generator", None):
-        parts[GENERATOR] = model.generator
+        parts[sources.GENERATOR] = model.generator
     return parts | {_prefix(name): part for name, part in model.tokenizers.items()}
 
 
@@ -223,34 +236,18 @@ def with_networks(model: Model, parts: Mapping[str, tuple[nn.Module, Variables]]
     changes: dict[str, Any] = dict(module=module, variables=variables)
     changes["tokenizers"] = {name: parts[_prefix(name)] for name in model.tokenizers}
     if getattr(model, "generator", None):
-        changes["generator"] = parts[GENERATOR]
+        changes["generator"] = parts[sources.GENERATOR]
     return dataclasses.replace(model, **changes)
+
+
+def is_chained(model: Model) -> bool:
+    """Whether the reference's model of that name has one set of embeddings for its backbone and its generator."""
+    return isinstance(model, ThinkingInModalities) and model.options["tim_chained_generations"]
 
 
 def _prefix(modality: str) -> str:
     """Of a tokenizer."""
-    return f"{TOKENIZER}{modalities.MODALITIES[modality].tokens}."
-
-
-def rules_of(module: nn.Module) -> list[rules.Rule]:
-    """How one network's variables and the reference's state dict correspond."""
-    c = module.config
-    if isinstance(module, Tokenizer):
-        return tokenizers.rules(c)
-    if isinstance(module, networks.Backbone):
-        return transformer.backbone_rules(c)
-    return transformer.rules(c.encoder, c.decoder, dim=c.dim, gated_mlp=c.gated_mlp, use_bias=c.use_bias)
-
-
-def may_lack(module: nn.Module, path: str) -> bool:
-    """Whether a source may lack a leaf, which is then fresh: what TerraMind does not have, and positions of another image size."""
-    if isinstance(module, Tokenizer):
-        return False
-    c, (_, group, *rest) = module.config, path.split("/")
-    is_new = bool(rest) and group in ("mod_emb", "patch_proj", "encoder_pos_emb") and rest[-1] not in modalities.STREAMS
-    return (
-        is_new or group in (backbone.REGISTER_TOKENS, "missing_mod_token") or ("pos_emb" in group and c.image_size != modalities.IMAGE_SIZE)
-    )
+    return f"{sources.TOKENIZER}{modalities.MODALITIES[modality].tokens}."
 
 
 def complete(module: nn.Module, found: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
@@ -268,126 +265,4 @@ def complete(module: nn.Module, found: Mapping[str, Any], key: jax.Array) -> dic
 
 
 def _on_device(variables: Variables) -> dict[str, Any]:
-    return jax.tree.map(jax.numpy.asarray, dict(variables))
-
-
-# ---- sources: where the variables of a network, by its prefix, come from ----
-
-
-class Random:
-    """Nothing: everything is fresh."""
-
-    def holds(self, prefix: str) -> bool:
-        return True
-
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
-        return {}
-
-
-class StateDict:
-    """A state dict of the reference: of the whole pretraining model, or of the very model that is wanted."""
-
-    def __init__(self, state: Mapping[str, np.ndarray], origin: str = "") -> None:
-        self._state, self._origin = state, origin
-        halves = sorted({str(x.dtype) for x in state.values() if x.dtype in rules.HALVES})
-        if halves:
-            warnings.warn(f"{origin or 'The state dict'} holds {' and '.join(halves)} weights; they become float32.", stacklevel=4)
-
-    def holds(self, prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in self._state)
-
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
-        """One network's variables, by the names with the prefix, or the plain ones of a pretraining model if there are none."""
-        is_whole = not prefix and isinstance(module, networks.TerraMind)
-        prefix = prefix if self.holds(prefix) else ""
-        part = {key[len(prefix) :]: x for key, x in self._state.items() if key.startswith(prefix)}
-        ignore = () if is_whole or isinstance(module, Tokenizer) else REST
-        optional = partial(may_lack, module)
-        try:
-            return rules.from_torch(part, rules_of(module), build.abstract(module), optional=optional, ignore=ignore)
-        except ValueError as error:
-            raise ValueError(f"{self._origin}: {error}" if self._origin else str(error)) from None
-
-
-class Tree:
-    """Variables of ours by prefix; a network takes by name what it has."""
-
-    def __init__(self, arrays: Mapping[str, Variables], origin: str | os.PathLike) -> None:
-        self._arrays, self._origin = arrays, origin
-
-    def holds(self, prefix: str) -> bool:
-        return prefix in self._arrays
-
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
-        there = rules.flatten(self._arrays[prefix if prefix in self._arrays else next(iter(self._arrays))])
-        found, problems = {}, []
-        for path, leaf in rules.flatten(build.abstract(module)).items():
-            if path in there and there[path].shape == leaf.shape:
-                found[path] = there[path]
-            elif not may_lack(module, path):
-                problems.append(
-                    f"{path} is {list(there[path].shape)}, expected {list(leaf.shape)}" if path in there else f"{path} is missing"
-                )
-        if problems:
-            more = f", and {len(problems) - rules.SHOWN} more" if len(problems) > rules.SHOWN else ""
-            raise ValueError(f"{self._origin} does not fit this model: {', '.join(problems[: rules.SHOWN])}{more}.")
-        return rules.unflatten(found)
-
-
-Source = Random | StateDict | Tree
-
-
-def open_source(weights: str | os.PathLike, entry: zoo.Entry) -> Source:
-    """What `weights` of `load` means."""
-    if weights == "random":
-        return Random()
-    if weights == "hub":
-        return StateDict(hub.weights(entry), f"{entry.repository}/{entry.file}")
-    path = Path(weights)
-    return Tree(read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
-
-
-def read_directory(path: Path) -> dict[str, Variables]:
-    """Variables by prefix from a directory of `save` or the work directory of a training."""
-    if (path / INFO).is_file():
-        import orbax.checkpoint as ocp
-
-        checkpointer = ocp.PyTreeCheckpointer()
-        known = checkpointer.metadata((path / ARRAYS).absolute()).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known)
-        arrays = checkpointer.restore((path / ARRAYS).absolute(), restore_args=as_numpy)
-        return {"" if prefix == MAIN else prefix: variables for prefix, variables in arrays.items()}
-    return {"": _read_workdir(path)[1]}
-
-
-def _read_workdir(path: Path) -> tuple[nn.Module, Variables]:
-    """Network and variables of a training's work directory, of either kind."""
-    from terramind_jax import config
-    from terramind_jax.train import pretrain, tokenizer
-
-    is_tokenizer = "modality" in config.of_workdir(path).model
-    return (tokenizer if is_tokenizer else pretrain).load(path)[:2]
-
-
-def open_tokenizer(words: str | os.PathLike, module: Tokenizer, version: str) -> tuple[Tokenizer, Source]:
-    """One modality's tokenizer from the hub, at random, or from a folder that holds or lies beside it. A trained one has its own sizes."""
-    modality = module.config.modality
-    if words in ("hub", "random"):
-        return module, open_source(words, zoo.tokenizer(modality, version))
-    path = find_tokenizer(Path(words), modality, version)
-    if (path / "config.json").is_file():
-        module, variables = _read_workdir(path)
-        return module, Tree({"": variables}, path)
-    return module, open_source(path, zoo.tokenizer(modality, version))
-
-
-def find_tokenizer(near: Path, modality: str, version: str) -> Path:
-    """The tokenizer of one modality in a folder, its ``tokenizers``, or beside it; by the modality's name or the published file's."""
-    here = near if near.is_dir() else near.parent
-    stems = (modality, Path(zoo.tokenizer(modality, version).file).stem)
-    for folder in (here, here / "tokenizers", here.resolve().parent / "tokenizers"):
-        for stem in stems:
-            for path in (folder / stem, *(folder / f"{stem}{suffix}" for suffix in (files.SAFETENSORS, *files.TORCH_SUFFIXES))):
-                if path.exists():
-                    return path
-    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; say where with tokenizers=, such as 'hub'.")
+    return jax.device_put(dict(variables))

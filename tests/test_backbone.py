@@ -217,12 +217,16 @@ def test_modalities_are_dropped_at_the_rate(variables):
 # ---- bands ----
 
 
+def select_bands(config, variables, bands, key):
+    return backbone.with_bands(config, bands), backbone.select_bands(variables, bands, key)
+
+
 def test_bands_choose_columns():
     s2 = STREAMS["untok_sen2l2a@224"]
     config = dataclasses.replace(CONFIG, streams=(s2, DEM), merge_method="mean")
     variables = random_variables(Backbone(config))
     wanted = ["SWIR_2", "MINE", "BLUE", "SWIR_2"]
-    few, fewer = backbone.select_bands(config, variables, {s2.key: wanted}, jax.random.key(1))
+    few, fewer = select_bands(config, variables, {s2.key: wanted}, jax.random.key(1))
     assert few.streams[0].channels == 4
     old, new = (v["params"]["patch_proj"][s2.key].reshape(256, -1, 16) for v in (variables, fewer))
     for i, band in enumerate(wanted):
@@ -232,7 +236,7 @@ def test_bands_choose_columns():
     assert fewer["params"]["patch_proj"][DEM.key] is variables["params"]["patch_proj"][DEM.key]
     # All bands in another order are the same model with its channels in that order.
     order = np.random.default_rng(0).permutation(12)
-    same, moved = backbone.select_bands(config, variables, {s2.key: [S2L2A_BANDS[i] for i in order]}, jax.random.key(1))
+    same, moved = select_bands(config, variables, {s2.key: [S2L2A_BANDS[i] for i in order]}, jax.random.key(1))
     image = np.random.default_rng(0).normal(size=(1, 48, 48, 12)).astype(np.float32)
     expected = backbone.features(Backbone(config), variables, {s2.key: image})
     close(backbone.features(Backbone(same), moved, {s2.key: image[..., order]}), expected)
@@ -248,9 +252,9 @@ def test_bands_choose_columns():
         ({"untok_dem@224": "DEM"}, "expected a list of names such as"),
     ],
 )
-def test_band_errors(variables, bands, message):
+def test_band_errors(bands, message):
     with pytest.raises(ValueError, match=message):
-        backbone.select_bands(CONFIG, variables, bands, jax.random.key(0))
+        backbone.with_bands(CONFIG, bands)
 
 
 # ---- sizes ----
@@ -315,6 +319,13 @@ def test_errors_of_merging(variables):
         dataclasses.replace(CONFIG, merge_method="sum")
     with pytest.raises(ValueError, match="drop_path_rate is 2; expected a probability"):
         dataclasses.replace(CONFIG, drop_path_rate=2)
+
+
+def test_padding_of_sequences_is_hidden(variables):
+    arrays = inputs(S1.key, COORDS.key)
+    arrays[COORDS.key][:] = [[7, 8, 3], [9, 3, 0]]
+    short = run(variables, {S1.key: arrays[S1.key][1:], COORDS.key: arrays[COORDS.key][1:, :2]})
+    close([x[1:, :11] for x in run(variables, arrays)], short)
 
 
 # ---- time series ----

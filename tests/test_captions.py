@@ -65,6 +65,31 @@ def test_one_string_is_refused(vocabulary):
         captions.encode(vocabulary, "a river")
 
 
+def test_ids_pass_and_stay_ids_without_a_vocabulary(vocabulary):
+    ids = np.array([[300, 301, 5, 3], [304, 5, 3, 0]])
+    for given in (vocabulary, None):
+        encoded = captions.encode(given, ids)
+        assert encoded.dtype == np.int32
+        np.testing.assert_array_equal(encoded, ids)
+    np.testing.assert_array_equal(captions.decode(None, ids), ids)
+    with pytest.raises(ValueError, match=r"no caption vocabulary.*Tokenizer-Text/config.json .* tokenizers='hub'"):
+        captions.encode(None, ["a river"])
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (np.zeros((2, 3)), r"Captions are float64 \[2, 3\]; expected a list of strings, or integer ids"),
+        (np.zeros(3, int), r"Captions are int64 \[3\]"),
+        (np.ones((1, 257), int), "at most 256 tokens"),
+        (np.array([[5, 30_000]]), "ids from 5 to 30000; the model has 0-29999"),
+    ],
+)
+def test_what_is_neither_text_nor_ids_is_refused(ids, message):
+    with pytest.raises(ValueError, match=message):
+        captions.encode(None, ids)
+
+
 def test_a_missing_a_foreign_and_another_vocabulary_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no caption vocabulary at .*none.json"):
         captions.load(tmp_path / "none.json")

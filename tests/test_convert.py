@@ -1,5 +1,6 @@
 """Weights in and out: rules and files round-trip, and whatever is wrong with either is said in one sentence."""
 
+import json
 import pickle
 
 import jax
@@ -12,7 +13,7 @@ from terramind_jax.convert import files, rules
 from terramind_jax.convert.rules import Rule
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import TerraMind, TransformerConfig
-from terramind_jax.weights import rules_of
+from terramind_jax.sources import rules_of
 
 CONFIG = TransformerConfig(
     dim=64,
@@ -164,12 +165,14 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
     files.write(tmp_path / "x.pt", state)
     back = files.read(tmp_path / "x.pt")
     assert back[TIED[0]] is back[TIED[1]] and list(back) == list(state)
-    assert all(back[name].tobytes() == x.tobytes() for name, x in state.items())
+    assert all(np.asarray(back[name]).tobytes() == x.tobytes() for name, x in state.items())
     (tmp_path / "short.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-1000])
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a": Evil()}))
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pt")
-    torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "half.pt")
+    half = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    torch.save({"a": half, "view": half[1], "turned": half.T}, tmp_path / "half.pt")
+    torch.save({"a": half[:, :2].contiguous(), "view": half[1]}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for name, message in (
         ("short.pt", "truncated or no PyTorch file"),
         ("evil.pt", "Python objects beside its tensors; it was not loaded"),
@@ -179,7 +182,29 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
         with pytest.raises(ValueError, match=message):
             files.read(tmp_path / name)
     assert not (tmp_path / "executed").exists()
-    assert files.read(tmp_path / "half.pt")["a"].dtype == ml_dtypes.bfloat16
+    torch.save({"a": half, "view": half[1]}, tmp_path / "views.pt")
+    for name, n in (("half.pt", 3), ("legacy.pt", 2), ("views.pt", 3)):
+        back = files.read(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(back["a"], np.float32), half.float()[:, :n])
+        np.testing.assert_array_equal(np.asarray(back["view"], np.float32), [3, 4, 5])
+        assert back["a"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(np.asarray(files.read(tmp_path / "half.pt")["turned"], np.float32), half.float().T)
+
+
+def test_ties_survive_safetensors_and_pytorch(tmp_path, state):
+    files.write(tmp_path / "a.safetensors", state)
+    back = files.read(tmp_path / "a.safetensors")
+    assert back[TIED[0]] is back[TIED[1]] and len({id(x) for x in back.values()}) == len({id(x) for x in state.values()})
+    pytest.importorskip("torch")
+    files.write(tmp_path / "a.pt", back)
+    again = files.read(tmp_path / "a.pt")
+    assert again[TIED[0]] is again[TIED[1]]
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    data[8 + size + json.loads(data[8 : 8 + size])[TIED[1]]["data_offsets"][0]] ^= 1
+    (tmp_path / "b.safetensors").write_bytes(data)
+    changed = files.read(tmp_path / "b.safetensors")
+    assert changed[TIED[0]] is not changed[TIED[1]]  # so that a load says that they are not tied
 
 
 def test_without_pytorch(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from terramind_jax import coordinates, generate, modalities, model, sampling, tokenizer
 from terramind_jax.modalities import STREAMS, Stream
+from terramind_jax.model.positions import resize_bicubic
 
 PIXELS = STREAMS["untok_dem@224"]
 A = Stream("tok_a", "NDVI", "tokens", vocab_size=40)
@@ -53,8 +54,8 @@ def network():
     return build((PIXELS, A, B, COORDS), (A, B, C, COORDS))
 
 
-def pixels(batch, seed=0):
-    return {PIXELS.key: np.random.default_rng(seed).normal(size=(batch, 48, 48, 1)).astype(np.float32)}
+def pixels(batch, seed=0, side=48):
+    return {PIXELS.key: np.random.default_rng(seed).normal(size=(batch, side, side, 1)).astype(np.float32)}
 
 
 def run(network, inputs, targets=("tok_a",), **options):
@@ -162,6 +163,14 @@ def test_a_target_without_encoder_stream_conditions_nothing(network):
     np.testing.assert_array_equal(chained["tok_a"], run(network, pixels(2), temperature=0)["tok_a"])
 
 
+def test_a_sequence_to_come_is_seen_as_its_start(network):
+    """As in the reference (spec 8.3, 8.4)."""
+    before = run(network, pixels(2), ("tok_a", "coords"), temperature=0)["tok_a"]
+    explicit = run(network, pixels(2) | {"coords": np.full((2, 1), generate.START)}, temperature=0)["tok_a"]
+    np.testing.assert_array_equal(before, explicit)
+    assert (before != run(network, pixels(2), temperature=0)["tok_a"]).any()
+
+
 def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network):
     plain = run(network, pixels(2), temperature=0, steps=2)["tok_a"]
     np.testing.assert_array_equal(plain, run(network, pixels(2), temperature=0, steps=2, guidance_scale=1 + 2e-7)["tok_a"])
@@ -173,6 +182,24 @@ def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network)
 def test_generates_from_nothing(network):
     tokens = run(network, {}, seed=np.arange(3))["tok_a"]
     assert tokens.shape == (3, SIDE, SIDE) and len({t.tobytes() for t in tokens}) == 3
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_images_of_another_size_interpolate_positions(network, side):
+    """Of the inputs by the network itself, of the outputs by the resized table: one pass, put together by hand (spec 5.6)."""
+    module, variables = network
+    inputs, grid = pixels(2, side=side) | {"tok_b": np.arange(2 * (side // 16) ** 2).reshape(2, -1) % 24}, (side // 16,) * 2
+    table = resize_bicubic(variables["buffers"]["decoder_pos_emb"]["tok_a"].reshape(SIDE, SIDE, -1), grid).reshape(-1, 16)
+    params = variables["params"]
+    apply = jax.jit(functools.partial(module.apply, variables), static_argnames=("method",))
+    slots = [module.apply(variables, key, value, method="embed") for key, value in inputs.items()]
+    context = apply(*(jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True)), method="encode")
+    queries = jnp.broadcast_to(params["mask_token"] + table + params["mod_emb"]["tok_a"], (2, *table.shape))
+    expected = module.apply(variables, "tok_a", apply(queries, context, None, method="decode"), method="logits").argmax(-1)
+    tokens = run(network, inputs, temperature=0)["tok_a"]
+    np.testing.assert_array_equal(tokens, expected.reshape(2, *grid))
+    chained = run(network, inputs, ("tok_a", "coords", "tok_c"), steps=2, seed=np.arange(2))
+    assert chained["tok_a"].shape == chained["tok_c"].shape == (2, *grid) and chained["coords"].shape == (2, 4)
 
 
 def test_one_program_a_target_and_number_of_steps(network):
@@ -216,8 +243,10 @@ def test_padding_of_a_sequence_input_is_hidden(network):
         (pixels(1), ("tok_a", "tok_a"), {}, "name a stream twice"),
         ({}, ("tok_c",), {}, "needs at least one input"),
         (pixels(2) | {"tok_b": np.zeros((1, SIDE, SIDE), int)}, ("tok_a",), {}, "differ in batch size"),
-        ({PIXELS.key: np.zeros((1, 32, 32, 1))}, ("tok_a",), {}, r"generates from \[B, 48, 48, 1\]"),
-        ({"tok_b": np.zeros((1, 2, 2), int)}, ("tok_a",), {}, r"generates from \[B, 3, 3\] tokens"),
+        ({PIXELS.key: np.zeros((1, 32, 48, 1))}, ("tok_a",), {}, r"expected \[B, S, S, 1\], S a multiple of the patch size 16"),
+        ({PIXELS.key: np.zeros((1, 40, 40, 1))}, ("tok_a",), {}, r"expected \[B, S, S, 1\], S a multiple of the patch size 16"),
+        ({"tok_b": np.zeros((1, 8), int)}, ("tok_a",), {}, r"shape \[1, 8\]; expected the ids of a square of tokens"),
+        (pixels(1) | {"tok_b": np.zeros((1, 2, 2), int)}, ("tok_a",), {}, "untok_dem@224 48 pixels, tok_b 32 pixels"),
         (pixels(1), ("tok_a",), {"steps": 0}, "must be at least 1"),
         (pixels(1), ("tok_a",), {"schedule": "raster"}, "known schedules: roar, maskgit"),
         (pixels(1), ("tok_a",), {"top_p": 2.0}, "top_p is 2.0"),
@@ -254,8 +283,17 @@ def test_generates_every_modality_in_its_unit(system):
     result = generate.generate(*system, scene(), ["NDVI", "LULC", "coords"], seed=0, temperature=0)
     assert {name: x.shape for name, x in result.items()} == {"NDVI": (2, 48, 48, 1), "LULC": (2, 48, 48, 10), "coords": (2, 2)}
     inputs = {"DEM": modalities.standardize("DEM", scene()["DEM"])}
-    standardized = generate.generate(*system, inputs, ["NDVI"], seed=0, temperature=0, standardize=False)
+    standardized = generate.generate(*system, inputs, ["NDVI", "LULC", "coords"], seed=0, temperature=0, standardize=False)
     np.testing.assert_allclose(modalities.destandardize("NDVI", standardized["NDVI"]), result["NDVI"], rtol=1e-5)
+
+
+def test_images_of_another_size_return_at_that_size(system):
+    dem = np.tile(scene()["DEM"], (1, 2, 2, 1))[:, :80, :80]
+    lulc = np.random.default_rng(3).integers(0, 10, (2, 80, 80))
+    result = generate.generate(*system, {"DEM": dem, "LULC": lulc}, ["NDVI", "coords"], seed=0)
+    assert result["NDVI"].shape == (2, 80, 80, 1) and result["coords"].shape == (2, 2)
+    with pytest.raises(ValueError, match="must be of one size; their sides are untok_dem@224 48 pixels, tok_lulc@224 80 pixels"):
+        generate.generate(*system, scene() | {"LULC": lulc}, ["NDVI"], seed=0)
 
 
 def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):

@@ -10,7 +10,8 @@ from parity import batches
 
 from terramind_jax import build
 from terramind_jax.convert import rules
-from terramind_jax.weights import complete, rules_of
+from terramind_jax.sources import rules_of
+from terramind_jax.weights import complete
 
 OUTPUTS = golden.load("outputs.json")
 

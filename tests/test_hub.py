@@ -1,6 +1,7 @@
 """The hub, imitated: what is downloaded is verified, converted once and read offline afterwards."""
 
 import hashlib
+import shutil
 import types
 import warnings
 
@@ -100,3 +101,23 @@ def test_no_warning_when_all_is_well(server):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hub.weights(ENTRY)
+
+
+def test_a_vocabulary_is_read_offline_once_it_was_fetched(server, monkeypatch):
+    monkeypatch.setitem(zoo.VOCABULARIES, "caption", ("someone/text", "config.json"))
+    server.source.write_text('{"model": {}}')
+    server.sha256 = None  # the hub states none of a small file
+    assert hub.vocabulary("caption", fetch=False) is None and server.downloads == 0
+    first = hub.vocabulary("caption")
+    server.error = OSError("no network")
+    assert hub.vocabulary("caption") == hub.vocabulary("caption", fetch=False) == first
+    assert first.read_text() == '{"model": {}}' and first.is_relative_to(server.cache / "someone--text" / COMMIT)
+    shutil.rmtree(server.cache)
+    with pytest.raises(ConnectionError, match="someone/text/config.json could not be downloaded .no network."):
+        hub.vocabulary("caption")
+
+
+def test_whether_weights_are_cached(server):
+    assert not hub.has_weights(ENTRY)
+    hub.weights(ENTRY)
+    assert hub.has_weights(ENTRY)

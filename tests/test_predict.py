@@ -135,6 +135,7 @@ def test_tiles_cover_every_pixel(height, width):
         ({"DEM": "a.tif"}, [], "No output is named"),
         ({"S3": "a.tif"}, ["NDVI"], "Unknown input modality 'S3'"),
         ({"DEM": "a.tif"}, ["S3"], "Unknown output modality 'S3'"),
+        ({"DEM": "a.tif"}, ["caption"], "A caption is text, which this command neither reads nor writes"),
         ({"DEM": "missing.tif"}, ["NDVI"], "There is no file or folder"),
         ({"DEM": "empty"}, ["NDVI"], "empty is empty: it holds no GeoTIFF"),
         ({"DEM": "a.tif", "coords": "empty"}, ["NDVI"], "mix files and folders"),

@@ -7,7 +7,7 @@ import pytest
 
 from terramind_jax import build, zoo
 from terramind_jax.convert import rules
-from terramind_jax.weights import rules_of
+from terramind_jax.sources import rules_of
 
 STATE_DICTS = json.loads((pathlib.Path(__file__).parent / "golden" / "state_dicts.json").read_text())
 

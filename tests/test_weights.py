@@ -6,28 +6,18 @@ import json
 
 import jax
 import ml_dtypes
+import nano_models
 import numpy as np
 import pytest
 
 import terramind_jax as tm
 from terramind_jax import build, cli, weights, zoo
 from terramind_jax.convert import files
-from terramind_jax.tokenizer import Tokenizer
-
-NANO = dict(dim=64, encoder_depth=2, decoder_depth=1, num_heads=1, gated_mlp=False, use_bias=True)
-UNET = dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
 
 
 @pytest.fixture(autouse=True)
 def shrunk(monkeypatch):
-    def small(modality, version, **options):
-        released = tokenizer_of(modality, version).config
-        sizes = dict(dim=32, depth=1, num_heads=2, **UNET)
-        return Tokenizer(dataclasses.replace(released, **sizes, **options))
-
-    tokenizer_of = build.tokenizer_of
-    monkeypatch.setitem(zoo.SIZES, "tiny", NANO)
-    monkeypatch.setattr(build, "tokenizer_of", small)
+    nano_models.shrink(monkeypatch, "tiny")
 
 
 def images(batch=1, size=224, seed=0):
@@ -125,6 +115,7 @@ GENERATE = dict(modalities=["LULC", "S2L2A"], output_modalities=["DEM"])
     ("name", "options"),
     [
         ("terramind_v1_tiny", dict(modalities=["S2L2A", "NDVI", {"PLANET": 6}], merge_method="concat", num_register_tokens=2)),
+        ("terramind_v1_tiny", dict(modalities=["S2L2A", "DEM"], bands={"S2L2A": ["RED", "MINE", "BLUE"]})),
         ("terramind_v1_tiny_generate", GENERATE),
         ("terramind_v1_tiny_tim", dict(modalities=["S2L2A", "NDVI"], tim_modalities=["DEM"])),
         ("terramind_v1_tiny_encdec", {}),
@@ -146,6 +137,25 @@ def test_saved_and_loaded_models_are_equal(tmp_path, name, options, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_tokenizers_of_their_own_size(tmp_path, monkeypatch):
+    model = tm.load("terramind_v1_tokenizer_dem", "random", seed=4)
+    tm.save(model, tmp_path / "tokenizers" / "DEM")
+    generator = tm.load("terramind_v1_tiny_generate", "random", tokenizers=tmp_path, modalities=["S2L2A"], output_modalities=["DEM"])
+    tm.save(generator, tmp_path / "generator")
+    monkeypatch.undo()  # the released sizes are others now
+    monkeypatch.setitem(zoo.SIZES, "tiny", nano_models.NANO)
+    loaded = tm.load("terramind_v1_tiny_generate", tmp_path / "generator", modalities=["S2L2A"], output_modalities=["DEM"])
+    again = tm.load("terramind_v1_tokenizer_dem", tmp_path / "tokenizers" / "DEM", dtype="bfloat16")
+    assert equal(loaded.tokenizers["DEM"][1], model.variables) and equal(again.variables, model.variables)
+    assert loaded.tokenizers["DEM"][0] == model.module and again.module.config == dataclasses.replace(model.module.config, dtype="bfloat16")
+    cli.main(["convert", str(tmp_path / "generator"), str(tmp_path / "generator.safetensors")])
+    assert {k: x.shape for k, x in files.read(tmp_path / "generator.safetensors").items()} == {
+        k: x.shape for k, x in tm.to_torch(generator).items()
+    }
+    with pytest.raises(ValueError, match="DEM holds a tokenizer of DEM, not of NDVI"):
+        tm.load("terramind_v1_tokenizer_ndvi", tmp_path / "tokenizers" / "DEM")
+
+
 def test_every_model_of_a_size_reads_the_file_of_the_whole(tmp_path):
     whole = tm.load("terramind_v1_tiny_encdec", "random", seed=1)
     state = tm.to_torch(whole)
@@ -164,6 +174,23 @@ def test_every_model_of_a_size_reads_the_file_of_the_whole(tmp_path):
     variables = tm.from_torch(state, "terramind_v1_tiny", modalities=["S2L2A"])
     np.testing.assert_array_equal(variables["params"]["encoder"]["attn"]["qkv"]["kernel"], params["encoder"]["attn"]["qkv"]["kernel"])
     assert len(state) == len(tm.to_torch(whole)) and "mask_token" in state  # the caller's dict is whole
+
+
+def test_bands_are_taken_from_files_of_all_bands(tmp_path):
+    bands = {"S2L2A": ["RED", "GREEN", "BLUE"]}
+    whole = tm.load("terramind_v1_tiny_encdec", "random")
+    all_bands = tm.load("terramind_v1_tiny", "random", seed=2, modalities=["S2L2A"])
+    for i, source in enumerate((whole, all_bands)):
+        kernel = source.variables["params"]["patch_proj"]["untok_sen2l2a@224"].reshape(256, 12, 64)
+        for suffix in ("", ".safetensors"):
+            tm.save(source, tmp_path / f"{i}{suffix}")
+            model = tm.load("terramind_v1_tiny", tmp_path / f"{i}{suffix}", modalities=["S2L2A"], bands=bands)
+            got = model.variables["params"]["patch_proj"]["untok_sen2l2a@224"].reshape(256, 3, 64)
+            np.testing.assert_array_equal(got, kernel[:, [3, 2, 1]])
+    variables = tm.from_torch(tm.to_torch(model), "terramind_v1_tiny", modalities=["S2L2A"], bands=bands)
+    assert equal(variables, model.variables)
+    with pytest.raises(ValueError, match=r"'LULC' is not a pixel stream|'tok_lulc@224' is not a pixel stream"):
+        tm.load("terramind_v1_tiny", "random", modalities=["LULC"], bands={"LULC": ["LULC"]})
 
 
 def test_other_image_sizes_have_fresh_positions(tmp_path):

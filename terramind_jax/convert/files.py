@@ -8,15 +8,17 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SAFETENSORS = ".safetensors"
+TIED = "tied"  # what the header of a .safetensors file calls the names that were one array with another
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -27,8 +29,7 @@ DTYPES = {
 
 
 def read(path: str | os.PathLike) -> dict[str, Array]:
-    """Name -> array in the file's own dtype, bfloat16 included. Tied tensors of a ``.pt`` are one array; those of ``.safetensors`` are
-    read when they are used.
+    """Name -> array in the file's own dtype, bfloat16 included, read when it is used. Tied tensors are one object.
 
     Raises:
       FileNotFoundError, ImportError (a ``.pt`` without PyTorch), ValueError (truncated, foreign, or with anything but tensors in it).
@@ -36,18 +37,18 @@ def read(path: str | os.PathLike) -> dict[str, Array]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    return _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
 
 
 def write(path: str | os.PathLike, state: Mapping[str, Array]) -> None:
     """Writes a state dict by the suffix of `path`, which must be free. Arrays that are one object stay tied in a ``.pt``."""
     path = Path(path)
-    write_to = _write_safetensors if _is_safetensors(path) else _write_torch
+    write_to = _write_safetensors if is_safetensors(path) else _write_torch
     with replacing(path) as partial:
         write_to(partial, state)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """By the suffix; a ValueError if it is neither that nor PyTorch's."""
     if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS):
         raise ValueError(f"{path} has an unknown suffix; expected {', '.join(TORCH_SUFFIXES)} or {SAFETENSORS}.")
@@ -75,7 +76,7 @@ def check_free(path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of a ``.safetensors`` file, read when it is used: ``np.asarray(x)``."""
+    """One tensor in a file, read when it is used: ``np.asarray(x)``."""
 
     path: Path
     offset: int
@@ -101,17 +102,28 @@ def _read_safetensors(path: Path) -> dict[str, Stored]:
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
-    header.pop("__metadata__", None)
+    tied = json.loads(header.pop("__metadata__", {}).get(TIED, "{}"))
     unknown = [f"{name} {x['dtype']}" for name, x in header.items() if x["dtype"] not in DTYPES]
     if unknown:
         raise ValueError(f"{path} holds {unknown[0]}; expected {', '.join(DTYPES)}.")
-    return {name: Stored(path, 8 + size + x["data_offsets"][0], tuple(x["shape"]), DTYPES[x["dtype"]]) for name, x in header.items()}
+    state = {name: Stored(path, 8 + size + x["data_offsets"][0], tuple(x["shape"]), DTYPES[x["dtype"]]) for name, x in header.items()}
+    return {name: _tied_to(state, tied.get(name), x) for name, x in state.items()}
+
+
+def _tied_to(state: Mapping[str, Stored], name: str | None, x: Stored) -> Stored:
+    """`x`, or what the file says it is tied to, unless another program has changed one of the two."""
+    return state[name] if name in state and np.array_equal(state[name], x) else x
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
-    """One tensor after the other; the library's own writer copies all of them first."""
+    """One tensor after the other; the library's own writer copies all of them first.
+
+    The format has no ties: every name has its data, as a strict load expects, and the header tells what was one array.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    first: dict[int, str] = {}
+    tied = {name: first[id(x)] for name, x in state.items() if first.setdefault(id(x), name) != name}
+    header, end = {"__metadata__": {"format": "pt", **({TIED: json.dumps(tied)} if tied else {})}}, 0
     for name, x in state.items():
         start, end = end, end + math.prod(x.shape) * x.dtype.itemsize
         header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
@@ -133,25 +145,51 @@ def _torch():
     return torch
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
+def _read_torch(path: Path) -> dict[str, Array]:
+    stored = {name: _stored(path, x) for name, x in _torch_load(path).items()}
+    if all(stored.values()):
+        return _one_object_each(stored, stored)
+    # An old PyTorch, or a file that does not hold its tensors in one piece each: all are read at once.
+    tensors = {name: x.detach().contiguous() for name, x in _torch_load(path, fake=False).items()}
+    places = {name: (x.data_ptr() if x.numel() else name, x.shape, x.dtype) for name, x in tensors.items()}
+    return _one_object_each({name: _to_numpy(x) for name, x in tensors.items()}, places)
+
+
+def _one_object_each(state: Mapping[str, Array], places: Mapping[str, Hashable]) -> dict[str, Array]:
+    """Arrays of the same place are the same object."""
+    first: dict[Hashable, Array] = {}
+    return {name: first.setdefault(places[name], x) for name, x in state.items()}
+
+
+def _torch_load(path: Path, fake: bool = True) -> dict[str, Any]:
+    """The dictionary of tensors in a file; `fake` ones know where in the file their data is and hold none."""
     torch = _torch()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with FakeTensorMode() if fake else nullcontext():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads to
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(f"{path} holds Python objects beside its tensors; it was not loaded, as that would run its code.") from None
         raise ValueError(f"{path} is truncated or no PyTorch file ({str(error).splitlines()[0]}).") from None
     if not isinstance(loaded, Mapping) or not all(isinstance(x, torch.Tensor) for x in loaded.values()):
         raise ValueError(f"{path} is no flat dictionary of tensors, as the published files are; save model.state_dict() instead.")
-    seen: dict[tuple, np.ndarray] = {}
+    return loaded
 
-    def to_numpy(x) -> np.ndarray:
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype)
-        if key not in seen or not x.numel():
-            seen[key] = x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-        return seen[key]
 
-    return {name: to_numpy(x.detach().contiguous()) for name, x in loaded.items()}
+def _stored(path: Path, x) -> Stored | None:
+    """A fake tensor's place in the file, None if that is unknown or not in one piece."""
+    start = getattr(x.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or not x.is_contiguous():
+        return None
+    return Stored(path, start + x.storage_offset() * x.itemsize, tuple(x.shape), np.dtype(str(x.dtype).removeprefix("torch.")))
+
+
+def _to_numpy(x) -> np.ndarray:
+    import torch
+
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _write_torch(path: Path, state: Mapping[str, Array]) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from terramind_jax import modalities
+from terramind_jax.coordinates import PAD
 from terramind_jax.modalities import Stream
 from terramind_jax.model.embeddings import NORMAL, Embedder
 from terramind_jax.model.layers import EncoderBlock, LayerNorm, stack, uniform
@@ -88,7 +89,8 @@ class BackboneConfig:
 class Backbone(Embedder):
     """The feature extractor. Variables are ``{"params", "buffers"}``.
 
-    Merging equals the reference's, except where that fails or contradicts itself:
+    Padding of sequences is hidden, so that a sample does not depend on the captions around it; the reference reads it. Merging equals the
+    reference's, except where that fails or contradicts itself:
 
     - ``concat`` fills missing image modalities with `missing_mod_token`, after those that are there, as in the reference; but there a
       sequence input takes the place of one filler, so that the output is narrower than `out_channels`. Here it does not.
@@ -119,9 +121,9 @@ class Backbone(Embedder):
         """The outputs of all blocks, merged over modalities (spec 5.4, 5.5); the norm is on the last one only.
 
         Args:
-          inputs: arrays by stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]`` or ``[B, n]``, sequences ``[B, L]``, of
-            which every id is read. Their order is that of tokens and of concatenated channels. `jax.jit` sorts the keys of a plain dict:
-            pass an ``OrderedDict`` through it.
+          inputs: arrays by stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]`` or ``[B, n]``, sequences ``[B, L]``,
+            right-padded with 0, which is hidden. Their order is that of tokens and of concatenated channels. `jax.jit` sorts the keys of a
+            plain dict: pass an ``OrderedDict`` through it.
           train: drop paths and modalities, drawn from the rng stream ``dropout``.
 
         Returns:
@@ -135,16 +137,28 @@ class Backbone(Embedder):
         parts = [jnp.add(*self.embed(key, value)) for key, value in inputs.items()]
         lengths = [part.shape[1] for part in parts]
         kept = self._draw_modalities(list(inputs)) if train and self.config.modality_drop_rate and len(parts) > 1 else None
-        mask = None
         if self.config.num_register_tokens:
             registers = jnp.broadcast_to(self.register_tokens, (parts[0].shape[0], *self.register_tokens.shape))
             parts, lengths = [registers.astype(self.dtype), *parts], [registers.shape[1], *lengths]
             kept = None if kept is None else jnp.append(True, kept)
-        if kept is not None:
-            mask = ~jnp.repeat(kept, jnp.asarray(lengths), total_repeat_length=sum(lengths))[None, None, None]
-        outputs = self._blocks(jnp.concatenate(parts, axis=1), mask, train)
         names = [*[REGISTER_TOKENS] * bool(self.config.num_register_tokens), *inputs]
-        return [self._merge(x, dict(zip(names, lengths, strict=True)), kept) for x in outputs]
+        lengths = dict(zip(names, lengths, strict=True))
+        outputs = self._blocks(jnp.concatenate(parts, axis=1), self._mask(inputs, lengths, kept), train)
+        return [self._merge(x, lengths, kept) for x in outputs]
+
+    def _mask(self, inputs: Mapping[str, jax.Array], lengths: Mapping[str, int], kept: jax.Array | None) -> jax.Array | None:
+        """``[B or 1, 1, 1, N]``, True = hidden from attention: padding of sequences and dropped modalities; None if there is neither."""
+        mask = None
+        sequences = {s.key for s in self.config.streams if s.kind == "sequence"} & {*inputs}
+        if sequences:
+            b = next(iter(inputs.values())).shape[0]
+            parts = [inputs[key] == PAD if key in sequences else jnp.zeros((b, n), bool) for key, n in lengths.items()]
+            mask = jnp.concatenate(parts, axis=1)[:, None, None]
+        if kept is not None:
+            total = sum(lengths.values())
+            dropped = ~jnp.repeat(kept, jnp.asarray([*lengths.values()]), total_repeat_length=total)[None, None, None]
+            mask = dropped if mask is None else mask | dropped
+        return mask
 
     def _blocks(self, x: jax.Array, mask: jax.Array | None, train: bool) -> list[jax.Array]:
         rate, depth = self.config.drop_path_rate, self.config.encoder_depth
@@ -213,36 +227,37 @@ def _split(x: jax.Array, lengths: Mapping[str, int]) -> dict[str, jax.Array]:
 # ---- bands ----
 
 
-def select_bands(
-    config: BackboneConfig, variables: Variables, bands: Mapping[str, Sequence[str]], key: jax.Array
-) -> tuple[BackboneConfig, dict]:
-    """A feature extractor whose pixel streams have other bands (spec 5.3).
+def with_bands(config: BackboneConfig, bands: Mapping[str, Sequence[str]]) -> BackboneConfig:
+    """The configuration of a feature extractor whose pixel streams have other bands (spec 5.3).
 
-    Args:
-      config, variables: with all bands of the modalities.
-      bands: wanted names by stream, in the order of the input's channels. A name that the modality does not have, such as a sensor's
-        own band, starts from fresh weights, uniform as a new PyTorch layer's.
-      key: for the fresh weights.
-
-    Returns:
-      The configuration with the new numbers of channels, and the variables with the new patch projections.
-
-    Raises:
-      ValueError: a stream that is unknown, has no bands, or is asked for none.
+    `bands` are names by stream, in the order of the input's channels. A ValueError says that a stream is unknown, has no bands, or is
+    asked for none.
     """
     streams = {s.key: s for s in config.streams}
-    kernels = dict(variables["params"]["patch_proj"])
     for name, wanted in bands.items():
-        known = modalities.MODALITIES[streams[name].modality].bands if name in streams and name in modalities.STREAMS else ()
-        if not known or streams[name].kind != "pixels":
-            pixels = ", ".join(key for key, s in streams.items() if s.kind == "pixels" and key in modalities.STREAMS)
+        if not (name in streams and streams[name].kind == "pixels" and known_bands(name)):
+            pixels = ", ".join(key for key, s in streams.items() if s.kind == "pixels" and known_bands(key))
             raise ValueError(f"{name!r} is not a pixel stream with known bands; this model has {pixels or 'none'}.")
         if not wanted or isinstance(wanted, str):
-            raise ValueError(f"{name!r} is given the bands {wanted!r}; expected a list of names such as {list(known)[:3]}.")
-        kernels[name] = _select_columns(kernels[name], known, wanted, jax.random.fold_in(key, modalities.stream_id(name)))
+            raise ValueError(f"{name!r} is given the bands {wanted!r}; expected a list of names such as {list(known_bands(name))[:3]}.")
         streams[name] = dataclasses.replace(streams[name], channels=len(wanted))
-    params = {**variables["params"], "patch_proj": kernels}
-    return dataclasses.replace(config, streams=tuple(streams.values())), {**variables, "params": params}
+    return dataclasses.replace(config, streams=tuple(streams.values()))
+
+
+def select_bands(variables: Variables, bands: Mapping[str, Sequence[str]], key: jax.Array) -> dict[str, Any]:
+    """Variables with all bands of TerraMind's modalities -> with those of `with_bands` (spec 5.3).
+
+    A name that the modality does not have, such as a sensor's own band, starts from fresh weights, uniform as a new PyTorch layer's.
+    """
+    kernels = dict(variables["params"]["patch_proj"])
+    for name, wanted in bands.items():
+        kernels[name] = _select_columns(kernels[name], known_bands(name), wanted, jax.random.fold_in(key, modalities.stream_id(name)))
+    return {**variables, "params": {**variables["params"], "patch_proj": kernels}}
+
+
+def known_bands(stream: str) -> tuple[str, ...]:
+    """Bands of one of TerraMind's streams; none of any other."""
+    return modalities.MODALITIES[modalities.STREAMS[stream].modality].bands if stream in modalities.STREAMS else ()
 
 
 def _select_columns(kernel: jax.Array, known: Sequence[str], wanted: Sequence[str], key: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -41,29 +42,40 @@ class LayerNorm(nn.Module):
         return (centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias).astype(self.dtype)
 
 
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x @ kernel``, ``[..., D]`` -> ``[..., F]``; where F exceeds D, with a gradient that is cheaper on a CPU (reverse mode only)."""
-    return _widen(x, kernel) if kernel.shape[1] > kernel.shape[0] else x @ kernel
+def project(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """``[..., *inputs]`` times ``[*inputs, *outputs]`` -> ``[..., *outputs]``; `inputs` is how many axes are contracted.
+
+    Axes are not merged: the compiler could not split a merged one over the mesh. Where the outputs are wider than the inputs, the
+    gradient is one that is cheaper on a CPU (reverse mode only).
+    """
+    wider = math.prod(kernel.shape[inputs:]) > math.prod(kernel.shape[:inputs])
+    return _widen(x, kernel, inputs) if wider else _contract(x, kernel, inputs)
 
 
-@jax.custom_vjp
-def _widen(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _contract(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+    """Contracts the last `n` axes of `x` with the first `n` of `kernel`."""
+    return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _widen(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
     """The gradient of the kernel is written as ``x^T g``.
 
     JAX writes ``(g^T x)^T``, for which XLA's CPU backend first transposes ``g``. Where that is the wider operand, as in the first layer
     of an MLP, it took a third of a base model's training step.
     """
-    return x @ kernel
+    return _contract(x, kernel, inputs)
 
 
-def _widen_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _widen_forward(x: jax.Array, kernel: jax.Array, inputs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _contract(x, kernel, inputs), (x, kernel)
 
 
-def _widen_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _widen_backward(inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return g @ kernel.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    rows, outputs = tuple(range(x.ndim - inputs)), tuple(range(x.ndim - inputs, g.ndim))
+    dx = jax.lax.dot_general(g, kernel, ((outputs, tuple(range(inputs, kernel.ndim))), ((), ())))
+    return dx, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
 
 
 _widen.defvjp(_widen_forward, _widen_backward)
@@ -84,20 +96,25 @@ class Linear(nn.Module):
         shape = (*x.shape[-self.inputs :], *self.outputs)
         fan_in, fan_out = math.prod(shape[: self.inputs]), math.prod(self.outputs)
         kernel = self.param("kernel", nn.with_logical_partitioning(self.initializer or xavier(fan_in, fan_out), tuple(self.axes)), shape)
-        rows = x.reshape(*x.shape[: x.ndim - self.inputs], fan_in).astype(self.dtype)
-        y = project(rows, kernel.reshape(fan_in, fan_out).astype(self.dtype))
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
         if self.use_bias:
             partitioned = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.inputs :]))
-            y = y + self.param("bias", partitioned, tuple(self.outputs)).reshape(fan_out).astype(self.dtype)
-        return y.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
+            y = y + self.param("bias", partitioned, tuple(self.outputs)).astype(self.dtype)
+        return y
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, implementation: str = "xla") -> jax.Array:
     """q ``[B, M, h, d]``, k and v ``[B, N, h, d]``, mask broadcastable to ``[B, h, M, N]`` -> ``[B, M, h, d]``; softmax in float32.
 
     A row whose keys are all masked returns a finite average, so that gradients of padding stay finite (spec 2.2).
+
+    Args:
+      implementation: ``xla``, or ``cudnn``, a fused kernel of NVIDIA GPUs for 16-bit types, which never stores the scores.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else ~mask)
+    mask = None if mask is None else ~mask
+    if implementation == "cudnn" and mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))  # its mask has whole rows and columns
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
 class SelfAttention(nn.Module):
@@ -106,6 +123,7 @@ class SelfAttention(nn.Module):
     num_heads: int
     use_bias: bool
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"  # implementation of `attend`
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -113,7 +131,7 @@ class SelfAttention(nn.Module):
         heads = (self.num_heads, dim // self.num_heads)
         axes = ("embed", None, "heads", None)
         qkv = Linear((3, *heads), axes, use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, self.attention)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 
 
@@ -123,6 +141,7 @@ class CrossAttention(nn.Module):
     num_heads: int
     use_bias: bool
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"  # implementation of `attend`
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -131,7 +150,7 @@ class CrossAttention(nn.Module):
         q = Linear(heads, ("embed", "heads", None), use_bias=self.use_bias, dtype=self.dtype, name="q")(x)
         axes = ("embed", None, "heads", None)
         kv = Linear((2, *heads), axes, use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="kv")(context)
-        out = attend(q, kv[:, :, 0], kv[:, :, 1], mask)
+        out = attend(q, kv[:, :, 0], kv[:, :, 1], mask, self.attention)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 
 
@@ -174,6 +193,7 @@ class EncoderBlock(nn.Module):
     gated_mlp: bool
     use_bias: bool
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
     collect: bool = False  # whether the scan shall stack what every block returns
 
     @nn.compact
@@ -184,7 +204,7 @@ class EncoderBlock(nn.Module):
         def branch(y: jax.Array) -> jax.Array:
             return y if drop_rate is None else drop_path(y, drop_rate, self.make_rng("dropout"))
 
-        x = x + branch(SelfAttention(self.num_heads, self.use_bias, self.dtype, name="attn")(norm("norm1")(x), mask))
+        x = x + branch(SelfAttention(self.num_heads, self.use_bias, self.dtype, self.attention, name="attn")(norm("norm1")(x), mask))
         x = x + branch(Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x)))
         x = nn.with_logical_constraint(x, ("batch", "tokens", None))
         return x, x if self.collect else None
@@ -198,6 +218,7 @@ class DecoderBlock(nn.Module):
     gated_mlp: bool
     use_bias: bool
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -206,9 +227,9 @@ class DecoderBlock(nn.Module):
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
-        x = x + SelfAttention(self.num_heads, self.use_bias, self.dtype, name="self_attn")(norm("norm1")(x), self_mask)
+        x = x + SelfAttention(self.num_heads, self.use_bias, self.dtype, self.attention, name="self_attn")(norm("norm1")(x), self_mask)
         query, context = norm("query_norm")(x), norm("context_norm")(context)
-        x = x + CrossAttention(self.num_heads, self.use_bias, self.dtype, name="cross_attn")(query, context, context_mask)
+        x = x + CrossAttention(self.num_heads, self.use_bias, self.dtype, self.attention, name="cross_attn")(query, context, context_mask)
         x = x + Mlp(self.mlp_ratio, self.gated_mlp, self.use_bias, self.dtype, name="mlp")(norm("norm2")(x))
         return nn.with_logical_constraint(x, ("batch", "tokens", None)), None
 

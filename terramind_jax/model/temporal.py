@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Pooling = Literal["keep", "concat", "mean", "max", "diff"]
 POOLINGS = ("keep", "concat", "mean", "max", "diff")
@@ -19,11 +20,12 @@ def over_time(
     *,
     subset_lengths: Sequence[int] | None = None,
 ) -> list:
-    """Features of time series (spec of TerraTorch's ``TemporalWrapper``).
+    """Features of time series, as TerraTorch's ``TemporalWrapper`` has them; `FeatureExtractor.over_time` takes user names.
 
     Args:
       encode: from inputs without time to a list of ``[B, N, D]``, or of dicts of them, such as ``lambda x: module.apply(variables, x)``.
-      inputs: ``[B, T, ...]`` by stream: pixels ``[B, T, H, W, C]``, tokens ``[B, T, h, w]``, sequences ``[B, T, L]``, with one T.
+      inputs: ``[B, T, ...]`` by what `encode` calls them: pixels ``[B, T, H, W, C]``, tokens ``[B, T, h, w]``, sequences ``[B, T, L]``,
+        with one T.
       pooling: ``keep`` gives ``[B, T, N, D]``, ``concat`` ``[B, N, T * D]``, ``mean`` and ``max`` ``[B, N, D]``, and ``diff`` the first of
         exactly two steps minus the second.
       subset_lengths: splits the T steps into groups of these lengths, which are averaged before they are pooled.
@@ -37,7 +39,7 @@ def over_time(
     """
     b, t = _batch_and_time(inputs)
     lengths = _check_pooling(pooling, t, subset_lengths)
-    folded = {key: value.reshape(b * t, *value.shape[2:]) for key, value in inputs.items()}
+    folded = {key: np.reshape(value, (b * t, *np.shape(value)[2:])) for key, value in inputs.items()}
 
     def pool(x: jax.Array) -> jax.Array:
         x = x.reshape(b, t, *x.shape[1:])
@@ -61,9 +63,9 @@ def _pool(x: jax.Array, pooling: Pooling) -> jax.Array:
 
 def _batch_and_time(inputs: Mapping[str, jax.Array]) -> tuple[int, int]:
     for key, value in inputs.items():
-        if value.ndim < 3:
-            raise ValueError(f"Input {key!r} has shape {list(value.shape)}; a time series is [B, T, ...].")
-    sizes = {key: value.shape[:2] for key, value in inputs.items()}
+        if np.ndim(value) < 3:
+            raise ValueError(f"Input {key!r} has shape {list(np.shape(value))}; a time series is [B, T, ...].")
+    sizes = {key: np.shape(value)[:2] for key, value in inputs.items()}
     if len(set(sizes.values())) != 1:
         given = ", ".join(f"{key} {list(size)}" for key, size in sizes.items()) or "none"
         raise ValueError(f"The inputs need one batch size and number of steps [B, T]; given: {given}.")

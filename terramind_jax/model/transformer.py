@@ -9,17 +9,20 @@ generation takes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from terramind_jax import modalities
 from terramind_jax.modalities import Stream
 from terramind_jax.model import loss
 from terramind_jax.model.embeddings import NORMAL, Embedder, Positions, token_tables
 from terramind_jax.model.layers import DecoderBlock, EncoderBlock, LayerNorm, Linear, stack, xavier
+from terramind_jax.model.positions import resize_bicubic
 
 PADDING = 255  # value of input_modality and target_modality in a slot that holds nothing
 
@@ -40,6 +43,7 @@ class TransformerConfig:
     image_size: int = modalities.IMAGE_SIZE
     patch_size: int = modalities.PATCH_SIZE
     dtype: str = "float32"  # of activations and products; parameters, LayerNorm statistics, softmax and loss stay float32
+    attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # none | dots | full
     unroll: int = 1  # layers per iteration of the scan
 
@@ -74,6 +78,7 @@ class TerraMind(Embedder):
         self.decoder_pos_emb = Positions({s.key: c.grid_of(s) for s in c.decoder}, c.dim)
         self.mask_token = self.param("mask_token", nn.with_logical_partitioning(NORMAL, ("norm",)), (c.dim,))
         block = dict(num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, gated_mlp=c.gated_mlp, use_bias=c.use_bias, dtype=self.dtype)
+        block["attention"] = c.attention
         self.encoder = stack(EncoderBlock, c.encoder_depth, c.remat, c.unroll, broadcast=1)(**block)
         self.decoder = stack(DecoderBlock, c.decoder_depth, c.remat, c.unroll, broadcast=3)(**block)
         self.encoder_norm = LayerNorm(self.dtype)
@@ -95,8 +100,7 @@ class TerraMind(Embedder):
         modality = batch["target_modality"].reshape(-1)
         tables = list(self.decoder_token_emb().values())
         sums = loss.cross_entropy(y.reshape(-1, self.config.dim), tables, batch["target_id"].reshape(-1), modality, self.dtype)
-        count = (modality[:, None] == jnp.arange(len(tables))).sum(0).astype(jnp.float32)
-        return sums, count
+        return sums, loss.count(modality, len(tables))
 
     def _input_slots(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Content and position-plus-modality embedding of the input slots, both ``[B, N, D]``, zero on padding (spec 4.1)."""
@@ -194,3 +198,21 @@ def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
 def init(module: TerraMind, key: jax.Array) -> dict:
     """Fresh variables ``{"params", "buffers"}`` as spec 4.8, boxed with logical axes (`flax.core.meta.unbox` removes the boxes)."""
     return module.init(key, method="everything")
+
+
+def at_size(module: TerraMind, variables: Mapping[str, Any], image_size: int) -> tuple[TerraMind, Mapping[str, Any]]:
+    """The same network for images of another size, a multiple of the patch size: positions are interpolated (spec 5.6)."""
+    config = module.config
+    if image_size == config.image_size:
+        return module, variables
+    grid = (image_size // config.patch_size,) * 2
+
+    def resize(tables: Mapping[str, jax.Array], streams: Sequence[Stream]) -> dict[str, jax.Array]:
+        images = {s.key for s in streams if s.kind != "sequence"}
+        own = (config.grid, config.grid, config.dim)
+        return {k: resize_bicubic(jnp.reshape(x, own), grid).reshape(-1, config.dim) if k in images else x for k, x in tables.items()}
+
+    buffers = dict(meta.unbox(variables)["buffers"])
+    buffers["encoder_pos_emb"] = resize(buffers["encoder_pos_emb"], config.encoder)
+    buffers["decoder_pos_emb"] = resize(buffers["decoder_pos_emb"], config.decoder)
+    return TerraMind(dataclasses.replace(config, image_size=image_size)), {**variables, "buffers": buffers}

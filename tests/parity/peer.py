@@ -150,12 +150,28 @@ class PassTokens(torch.nn.Module):
 def coords_tokenizer(path: pathlib.Path) -> Callable[..., torch.nn.Module]:
     """The reference's coordinate tokenizer with a vocabulary file that is written to `path`: published as the rule has it (spec 7.1)."""
     words = coordinates.vocabulary()
+    _write_vocabulary(path, words, added=words)
+    return lambda **_: register.terramind_v1_coords_tokenizer(pretrained=False, tokenizer_file=str(path))
+
+
+SENTINELS = {f"[S_{i}]": coordinates.SENTINEL + i for i in range(200)}
+WORDS = {word: 300 + i for i, word in enumerate(("a", "river", "with", "field", "##s", "and", "sea", ".", ",", "the", "city", "!"))}
+
+
+def caption_tokenizer(path: pathlib.Path) -> Callable[..., torch.nn.Module]:
+    """The reference's caption tokenizer with a vocabulary file that is written to `path`: the special tokens and `WORDS`."""
+    specials = coordinates.SPECIALS | SENTINELS
+    _write_vocabulary(path, specials | WORDS, added=specials)
+    return lambda **_: register.terramind_v01_caption_tokenizer(pretrained=False, tokenizer_file=str(path))
+
+
+def _write_vocabulary(path: pathlib.Path, words: dict[str, int], added: Mapping[str, int]) -> None:
+    """`added` are never split; those in brackets are special."""
     vocabulary = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
     vocabulary.normalizer, vocabulary.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     vocabulary.decoder = decoders.WordPiece()
-    vocabulary.add_tokens([AddedToken(text, normalized=False, special=text in coordinates.SPECIALS) for text in words])
+    vocabulary.add_tokens([AddedToken(text, normalized=False, special=text.startswith("[")) for text in added])
     vocabulary.save(str(path))
-    return lambda **_: register.terramind_v1_coords_tokenizer(pretrained=False, tokenizer_file=str(path))
 
 
 # ---- weights ----

@@ -15,13 +15,13 @@ import torch
 from flax.core import meta
 from terratorch.models.utils import TemporalWrapper
 
-from terramind_jax import model, weights, zoo
+from terramind_jax import model, sources, zoo
 from terramind_jax.convert import rules
 from terramind_jax.modalities import STREAMS, Stream, input_stream
 from terramind_jax.model import backbone, temporal
 
 BOUND, LARGE_BOUND = 1e-4, 2e-4
-LULC, NDVI, COORDS = (STREAMS[key] for key in ("tok_lulc@224", "tok_ndvi@224", "coords"))
+LULC, NDVI, COORDS, CAPTION = (STREAMS[key] for key in ("tok_lulc@224", "tok_ndvi@224", "coords", "caption"))
 
 
 class Ids(torch.nn.Module):
@@ -62,7 +62,7 @@ def convert(theirs, module, prefix=""):
     """The reference's weights as variables of `module`, which stands there under `prefix`."""
     state = {key.removeprefix(prefix): x for key, x in peer.numpy_state(theirs).items() if key.startswith(prefix)}
     abstract = meta.unbox(jax.eval_shape(partial(model.init, module), jax.random.key(0)))
-    return rules.from_torch(state, weights.rules_of(module), abstract, ignore=["sampler.*", "tokenizer.*"])
+    return rules.from_torch(state, sources.rules_of(module), abstract, ignore=["sampler.*", "tokenizer.*"])
 
 
 def inputs(names, batch=2, size=224, seed=0):
@@ -99,7 +99,7 @@ def compare(theirs, module, variables, arrays, bound=BOUND):
     return got
 
 
-KNOWN = ("S2L2A", "S1GRD", "S2L1C", "RGB", "DEM", "LULC", "NDVI", "coords")
+KNOWN = ("S2L2A", "S1GRD", "S2L1C", "RGB", "DEM", "LULC", "NDVI", "coords", "caption")
 
 
 @pytest.mark.parametrize("size", zoo.SIZES)
@@ -154,6 +154,16 @@ def test_new_and_tokenised_modalities():
     compare(theirs, module, variables, inputs(names[1:], size=64))
 
 
+def test_captions_and_their_padding():
+    """The reference reads padding; ours hides it, so that a padded caption is what it is alone (spec 5.4)."""
+    theirs, module, variables = build("tiny", ("S2L2A", "caption"), tokenizers=tokenizers(CAPTION), seed=6)
+    arrays = inputs(("S2L2A", "caption"), batch=1, size=64)
+    alone = compare(theirs, module, variables, arrays)
+    padded = np.pad(arrays["caption"], ((0, 0), (0, 5)))
+    got = backbone.features(module, variables, {"untok_sen2l2a@224": arrays["S2L2A"], "caption": padded})
+    assert max(peer.relative_error(ours, x) for ours, x in zip(got, alone, strict=True)) <= BOUND
+
+
 def test_sizes_both_ways():
     """Built for 224 and given another size interpolates; built for another size has a grid of its own (spec 5.6)."""
     names = ("S2L2A", "DEM")
@@ -180,7 +190,7 @@ def test_band_subset():
     register = peer.register
     register.select_modality_patch_embed_weights(theirs, wanted, register.PRETRAINED_BANDS)
     bands = {input_stream(name).key: value for name, value in wanted.items()}
-    config, variables = backbone.select_bands(module.config, variables, bands, jax.random.key(0))
+    config, variables = backbone.with_bands(module.config, bands), backbone.select_bands(variables, bands, jax.random.key(0))
     arrays = {name: x[..., : len(wanted[name])] for name, x in inputs(names, size=64).items()}
     compare(theirs, model.Backbone(config), variables, arrays)
 
@@ -191,7 +201,7 @@ def test_an_unknown_band_leaves_the_others_as_the_reference_does():
     register.select_modality_patch_embed_weights(theirs, {"S2L2A": ["MINE", "BLUE"]}, register.PRETRAINED_BANDS)
     expected = theirs.encoder_embeddings[input_stream("S2L2A").key].proj.weight.detach().numpy().T.reshape(256, 2, -1)
     bands = {"untok_sen2l2a@224": ["MINE", "BLUE"]}
-    _, variables = backbone.select_bands(module.config, variables, bands, jax.random.key(0))
+    variables = backbone.select_bands(variables, bands, jax.random.key(0))
     got = np.asarray(variables["params"]["patch_proj"]["untok_sen2l2a@224"]).reshape(256, 2, -1)
     np.testing.assert_array_equal(got[:, 1], expected[:, 1])
     assert np.abs(got[:, 0]).max() <= 512**-0.5 and got[:, 0].std() == pytest.approx(expected[:, 0].std(), rel=0.02)

@@ -6,6 +6,7 @@ it, and given our own.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from unittest import mock
 
@@ -17,21 +18,27 @@ import torch
 from terramind_jax import coordinates, generate, modalities, sampling
 from terramind_jax.modalities import input_stream, output_stream
 
-CASES = [  # inputs, outputs
-    (("S2L2A",), ("S1GRD", "LULC", "DEM", "NDVI", "coords")),
-    (("S2L2A", "LULC", "coords"), ("S1GRD", "NDVI")),
-    (("S1GRD", "DEM"), ("coords", "S2L2A")),  # a sequence that conditions an image
-    (("LULC",), ("S1RTC",)),
+CASES = [  # inputs, outputs, side in pixels; all models are built for 224
+    (("S2L2A",), ("S1GRD", "LULC", "DEM", "NDVI", "coords"), 224),
+    (("S2L2A", "LULC", "coords"), ("S1GRD", "NDVI"), 224),
+    (("S1GRD", "DEM"), ("coords", "S2L2A"), 224),  # a sequence that conditions an image
+    (("LULC",), ("S1RTC",), 224),
+    (("S2L2A", "LULC"), ("DEM", "coords", "NDVI"), 256),
+    (("S1GRD",), ("S2L2A", "LULC"), 112),
+    (("S2L2A", "caption"), ("LULC",), 112),
+    (("S2L2A",), ("caption", "LULC"), 112),
 ]
 BATCH = 2
+CAPTION_TOKENS = 32  # of 256, to save time: the reference computes every step from the first token on
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """What the reference is given for tokenizers: tokens pass as they are, coordinates through a vocabulary file."""
+    """What the reference is given for tokenizers: tokens pass as they are, sequences through vocabulary files."""
     streams = [s.key for s in modalities.DECODER_STREAMS if s.kind == "tokens"]
-    coords = peer.coords_tokenizer(tmp_path_factory.mktemp("coords") / "config.json")
-    return {**dict.fromkeys(streams, peer.PassTokens), "coords": coords}
+    folder = tmp_path_factory.mktemp("vocabularies")
+    sequences = {"coords": peer.coords_tokenizer(folder / "coords.json"), "caption": peer.caption_tokenizer(folder / "caption.json")}
+    return dict.fromkeys(streams, peer.PassTokens) | sequences
 
 
 def make(inputs, outputs, tokenizers, seed: int = 0, **options):
@@ -45,10 +52,16 @@ def make(inputs, outputs, tokenizers, seed: int = 0, **options):
         seed=seed,
         **options,
     )
+    if "caption" in outputs:
+        model.decoder_embeddings["caption"].max_length = CAPTION_TOKENS
     tell_apart(model, draw(inputs, seed)[0])
-    encoder = tuple(dict.fromkeys([*map(input_stream, inputs), *map(output_stream, outputs[:-1])]))
-    decoder = tuple(dict.fromkeys(map(output_stream, outputs)))
+    read = [*map(input_stream, inputs), *map(output_stream, outputs[:-1])]
+    encoder, decoder = (tuple(dict.fromkeys(map(shorten, streams))) for streams in (read, map(output_stream, outputs)))
     return model, *peer.converted(model, "tiny", encoder, decoder, prefix="sampler.model.")[:2]
+
+
+def shorten(stream):
+    return dataclasses.replace(stream, max_tokens=CAPTION_TOKENS) if stream.key == "caption" else stream
 
 
 @torch.no_grad()
@@ -67,18 +80,21 @@ def tell_apart(model, inputs) -> None:
     norm.bias -= torch.cat(seen).mean(0)
 
 
-def draw(inputs, seed: int = 0) -> tuple[dict, dict]:
+def draw(inputs, seed: int = 0, side: int = 224) -> tuple[dict, dict]:
     """The same inputs for the reference, by user name, and for ours, by stream."""
     rng = np.random.default_rng(seed)
     theirs, ours = {}, {}
     for name in inputs:
         stream = input_stream(name)
         if stream.kind == "pixels":
-            ours[stream.key] = rng.standard_normal((BATCH, 224, 224, stream.channels), np.float32)
+            ours[stream.key] = rng.standard_normal((BATCH, side, side, stream.channels), np.float32)
             theirs[name] = peer.nchw(ours[stream.key])
         elif stream.kind == "tokens":
-            ours[stream.key] = rng.integers(0, stream.vocab_size, (BATCH, 14, 14))
+            ours[stream.key] = rng.integers(0, stream.vocab_size, (BATCH, side // 16, side // 16))
             theirs[name] = torch.from_numpy(ours[stream.key]).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
+        elif name == "caption":  # of one length: the reference pads before the end (`terramind_jax.captions`)
+            theirs[name] = ["a river with field", "the sea and city"]
+            ours[stream.key] = np.array([[*map(peer.WORDS.get, text.split()), generate.START, coordinates.EOS] for text in theirs[name]])
         else:
             lonlat = rng.uniform([-180, -90], [180, 90], (BATCH, 2)).astype(np.float32)
             ours[stream.key], theirs[name] = coordinates.encode(lonlat), torch.from_numpy(lonlat)
@@ -100,19 +116,22 @@ def reference_tokens(model, inputs) -> dict[str, np.ndarray]:
     return {key: kept[key]["tensor"].numpy() for key in model.output_modalities}
 
 
-@pytest.mark.parametrize("inputs, outputs", CASES, ids=lambda names: "+".join(names))
-def test_tokens(inputs, outputs, tokenizers):
+@pytest.mark.parametrize("inputs, outputs, side", CASES, ids=lambda x: "+".join(x) if isinstance(x, tuple) else str(x))
+def test_tokens(inputs, outputs, side, tokenizers):
     model, module, variables = make(inputs, outputs, tokenizers)
-    given, known = draw(inputs)
+    given, known = draw(inputs, side=side)
     theirs = reference_tokens(model, given)
-    chain = written(module, variables, known, list(theirs))
-    for key, expected in theirs.items():
-        ours = written(module, variables, known, [key])[key]
+    targets = list(theirs)
+    chain = written(module, variables, known, targets)
+    for i, (key, expected) in enumerate(theirs.items()):
+        ours = written(module, variables, known, targets[i:])[key]  # with the others: a sequence to come is seen as its start
         assert equal(ours, expected) >= 0.995, f"{key}, given the reference's tokens of what precedes it"
         assert equal(chain[key], expected) >= 0.99, f"{key}, given our own tokens"
-        if key != "coords":
+        if key in ("coords", "caption"):
+            known[key] = expected
+        else:
             assert len(np.unique(expected)) >= 10, f"these weights write few different tokens of {key}"
-        known[key] = np.pad(expected, ((0, 0), (0, 4 - expected.shape[1]))) if key == "coords" else expected.reshape(BATCH, 14, 14)
+            known[key] = expected.reshape(BATCH, side // 16, side // 16)
 
 
 def written(module, variables, known, targets) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ import numpy as np
 import peer
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from terramind_jax import captions, coordinates
 
@@ -58,14 +57,8 @@ def test_negative_zero_is_where_the_reference_is_wrong(coords):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The reference's caption tokenizer and our vocabulary, of one small file."""
-    path = str(tmp_path_factory.mktemp("captions") / "config.json")
-    words = ["a", "river", "with", "field", "##s", "and", "sea", ".", ",", "the", "city", "!"]
-    vocabulary = Tokenizer(models.WordPiece({**coordinates.SPECIALS, **{w: 300 + i for i, w in enumerate(words)}}, unk_token="[UNK]"))
-    vocabulary.normalizer, vocabulary.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    vocabulary.decoder = decoders.WordPiece()
-    vocabulary.add_tokens([AddedToken(text, normalized=False, special=True) for text in coordinates.SPECIALS])
-    vocabulary.save(path)
-    return peer.register.terramind_v01_caption_tokenizer(pretrained=False, tokenizer_file=path), captions.load(path)
+    path = tmp_path_factory.mktemp("captions") / "config.json"
+    return peer.caption_tokenizer(path)(), captions.load(path)
 
 
 TEXTS = ["A River with fields, and the sea. The city!", "the volcano", "", "a city. a sea. the fields"]

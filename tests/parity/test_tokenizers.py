@@ -167,6 +167,25 @@ def test_encoding_of_the_others_and_backbones(modality):
         assert all(peer.relative_error(x, peer.nhwc(y)) <= 1e-4 for x, y in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("modality", ["S2L2A", "S1GRD", "DEM"])
+def test_v01_encoding_and_one_step_of_the_network(modality):
+    """Of small images: these networks are v1's, which are compared at full size. The decoder of one."""
+    name, decodes = f"terramind_v01_tokenizer_{modality.lower()}", modality == "DEM"
+    config, model = RELEASED[name], peer.build(name, seed=len(modality))
+    if not decodes:
+        del model.decoder
+    variables, module = variables_of(model, config, ("",) if decodes else ENCODER), Tokenizer(config)
+    x, given = image(config, 64, batch=4)
+    latent, tokens = jax.jit(lambda v, x: (module.apply(v, x, method="latent"), module.apply(v, x, method="encode")))(variables, x)
+    assert peer.relative_error(latent, peer.nhwc(model.quant_proj(model.encoder(model.prepare_input(given))))) <= 1e-4
+    assert np.mean(tokens == model.tokenize(given).numpy()) >= 0.98  # all of 64 but one
+    if decodes:
+        tokens, noise = tokens_and_noise(config, 32, 32)
+        codes = module.apply({}, tokens, method="codes")
+        ours = jax.jit(lambda v: module.apply(v, codes, noise, 459, method="predict"))(variables)
+        assert peer.relative_error(ours, peer.nhwc(model.decoder(peer.nchw(noise), torch.tensor(459), peer.nchw(codes)))) <= 1e-4
+
+
 # ---- schedulers, on a small network ----
 
 

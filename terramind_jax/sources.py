@@ -1,0 +1,243 @@
+"""Where weights come from: the hub, a file, a directory of ours, or nowhere; each gives a network its variables by prefix.
+
+A prefix is a network's in the reference's state dict (spec 10.3); the main network of most models has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from terramind_jax import build, hub, modalities, zoo
+from terramind_jax import model as networks
+from terramind_jax.convert import files, rules, tokenizers, transformer
+from terramind_jax.model import backbone
+from terramind_jax.models import Variables
+from terramind_jax.tokenizer import Tokenizer, TokenizerConfig
+
+GENERATOR, TOKENIZER = "sampler.model.", "tokenizer."
+INFO, ARRAYS = "model.json", "arrays"  # what a directory of `save` holds
+MAIN, TOKENIZERS = "main", "tokenizers"  # in it, the name of an empty prefix, and of the tokenizers' configurations
+
+# What a feature extractor or a generator leaves in a file of the whole model: the rest of it, and modalities that it was not built with.
+REST = (
+    "mask_token",
+    "decoder.*",
+    "decoder_*",
+    *(f"encoder_embeddings.{key}.*" for key in modalities.STREAMS),
+    GENERATOR + "*",
+    TOKENIZER + "*",
+)
+
+
+class Random:
+    """Nothing: everything is fresh."""
+
+    def holds(self, prefix: str) -> bool:
+        return True
+
+    def network(self, prefix: str, module: nn.Module) -> nn.Module:
+        return module
+
+    def holds_all_bands(self, stream: str, wanted: int) -> bool:
+        return False
+
+    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
+        return {}
+
+
+class StateDict:
+    """A state dict of the reference: of the whole pretraining model, or of the very model that is wanted."""
+
+    def __init__(self, state: Mapping[str, np.ndarray], origin: str = "") -> None:
+        self._state, self._origin = state, origin
+        halves = sorted({str(x.dtype) for x in state.values() if x.dtype in rules.HALVES})
+        if halves:
+            warnings.warn(f"{origin or 'The state dict'} holds {' and '.join(halves)} weights; they become float32.", stacklevel=4)
+
+    def holds(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self._state)
+
+    def network(self, prefix: str, module: nn.Module) -> nn.Module:
+        return module
+
+    def holds_all_bands(self, stream: str, wanted: int) -> bool:
+        """Whether a pixel stream has all bands of its modality: in a pretraining model, or where their number is not the wanted one."""
+        name = f"encoder_embeddings.{stream}.proj.weight"
+        return "mask_token" in self._state or name in self._state and self._state[name].shape[1] != wanted * modalities.PATCH_SIZE**2
+
+    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
+        """One network's variables, by the names with the prefix, or the plain ones of a pretraining model if there are none."""
+        is_whole = not prefix and isinstance(module, networks.TerraMind)
+        prefix = prefix if self.holds(prefix) else ""
+        part = {key[len(prefix) :]: x for key, x in self._state.items() if key.startswith(prefix)}
+        ignore = () if is_whole or isinstance(module, Tokenizer) else REST
+        optional = partial(may_lack, module)
+        try:
+            return rules.from_torch(part, rules_of(module), build.abstract(module), optional=optional, ignore=ignore)
+        except ValueError as error:
+            raise ValueError(f"{self._origin}: {error}" if self._origin else str(error)) from None
+
+
+class Tree:
+    """Variables of ours by prefix; a network takes by name what it has. `tokenizers` among them may have sizes of their own."""
+
+    def __init__(self, arrays: Mapping[str, Variables], tokenizers: Mapping[str, Tokenizer], origin: str | os.PathLike) -> None:
+        self._arrays, self._tokenizers, self._origin = arrays, tokenizers, origin
+
+    def network(self, prefix: str, module: nn.Module) -> nn.Module:
+        """The network that the weights of a prefix belong to, in place of the released one."""
+        if prefix not in self._tokenizers or not isinstance(module, Tokenizer):
+            return module
+        own, released = self._tokenizers[prefix].config, module.config
+        if own.modality != released.modality:
+            raise ValueError(f"{self._origin} holds a tokenizer of {own.modality}, not of {released.modality}.")
+        return Tokenizer(dataclasses.replace(own, dtype=released.dtype, unroll=released.unroll))
+
+    def holds(self, prefix: str) -> bool:
+        return prefix in self._arrays
+
+    def holds_all_bands(self, stream: str, wanted: int) -> bool:
+        """As `StateDict.holds_all_bands`."""
+        params = next(iter(self._arrays.values()))["params"]
+        kernel = params["patch_proj"].get(stream)
+        return "mask_token" in params or kernel is not None and kernel.shape[0] != wanted * modalities.PATCH_SIZE**2
+
+    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
+        there = rules.flatten(self._arrays[prefix if prefix in self._arrays else next(iter(self._arrays))])
+        found, problems = {}, []
+        for path, leaf in rules.flatten(build.abstract(module)).items():
+            if path in there and there[path].shape == leaf.shape:
+                found[path] = there[path]
+            elif not may_lack(module, path):
+                problems.append(
+                    f"{path} is {list(there[path].shape)}, expected {list(leaf.shape)}" if path in there else f"{path} is missing"
+                )
+        if problems:
+            more = f", and {len(problems) - rules.SHOWN} more" if len(problems) > rules.SHOWN else ""
+            raise ValueError(f"{self._origin} does not fit this model: {', '.join(problems[: rules.SHOWN])}{more}.")
+        return rules.unflatten(found)
+
+
+Source = Random | StateDict | Tree
+
+
+# ---- how a network's variables and the reference's state dict correspond ----
+
+
+def rules_of(module: nn.Module) -> list[rules.Rule]:
+    """How one network's variables and the reference's state dict correspond."""
+    c = module.config
+    if isinstance(module, Tokenizer):
+        return tokenizers.rules(c)
+    if isinstance(module, networks.Backbone):
+        return transformer.backbone_rules(c)
+    return transformer.rules(c.encoder, c.decoder, dim=c.dim, gated_mlp=c.gated_mlp, use_bias=c.use_bias)
+
+
+def may_lack(module: nn.Module, path: str) -> bool:
+    """Whether a source may lack a leaf, which is then fresh: what TerraMind does not have, and positions of another image size."""
+    if isinstance(module, Tokenizer):
+        return False
+    c, (_, group, *rest) = module.config, path.split("/")
+    is_new = bool(rest) and group in ("mod_emb", "patch_proj", "encoder_pos_emb") and rest[-1] not in modalities.STREAMS
+    return (
+        is_new or group in (backbone.REGISTER_TOKENS, "missing_mod_token") or ("pos_emb" in group and c.image_size != modalities.IMAGE_SIZE)
+    )
+
+
+# ---- finding and opening ----
+
+
+def open_source(weights: str | os.PathLike, entry: zoo.Entry) -> Source:
+    """What `weights` of `load` means."""
+    if weights == "random":
+        return Random()
+    if weights == "hub":
+        return StateDict(hub.weights(entry), f"{entry.repository}/{entry.file}")
+    path = Path(weights)
+    return Tree(*read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
+
+
+def open_tokenizer(words: str | os.PathLike, modality: str, version: str) -> Source:
+    """One modality's tokenizer from the hub, at random, or from a folder that holds or lies beside it."""
+    path = words if words in ("hub", "random") else find_tokenizer(Path(words), modality, version)
+    return open_source(path, zoo.tokenizer(modality, version))
+
+
+def find_tokenizer(near: Path, modality: str, version: str) -> Path:
+    """The tokenizer of one modality in a folder, its ``tokenizers``, or beside it; by the modality's name or the published file's."""
+    stems = (modality, Path(zoo.tokenizer(modality, version).file).stem)
+    for folder in _folders(near):
+        for stem in stems:
+            for path in (folder / stem, *(folder / f"{stem}{suffix}" for suffix in (files.SAFETENSORS, *files.TORCH_SUFFIXES))):
+                if path.exists():
+                    return path
+    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; say where with tokenizers=, such as 'hub'.")
+
+
+def _folders(near: Path) -> tuple[Path, ...]:
+    """Where tokenizers and vocabularies are looked for: in a folder, or that of a file, its ``tokenizers``, and beside it."""
+    here = near if near.is_dir() else near.parent
+    return here, here / "tokenizers", here.resolve().parent / "tokenizers"
+
+
+def find_vocabulary(name: str, words: str | os.PathLike, *, fetch: bool = True) -> Path | None:
+    """The published vocabulary of ``coords`` or ``caption``: the hub's, or ``{name}.json`` where tokenizers are looked for."""
+    if words == "random":
+        return None
+    if words != "hub":
+        return next((path for folder in _folders(Path(words)) if (path := folder / f"{name}.json").is_file()), None)
+    try:
+        return hub.vocabulary(name, fetch=fetch)
+    except (ConnectionError, PermissionError) as error:
+        warnings.warn(f"There is no vocabulary of {name}: {error}", stacklevel=4)
+        return None
+
+
+# ---- directories ----
+
+
+def read_directory(path: Path) -> tuple[dict[str, Variables], dict[str, Tokenizer]]:
+    """Variables and tokenizers by prefix from a directory of `save` or the work directory of a training."""
+    if not (path / INFO).is_file():
+        module, variables = read_workdir(path)
+        return {"": variables}, {"": module} if isinstance(module, Tokenizer) else {}
+    import orbax.checkpoint as ocp
+
+    folder, info = (path / ARRAYS).absolute(), json.loads((path / INFO).read_text())
+    known = ocp.PyTreeCheckpointer().metadata(folder).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest(known))  # many at a time are in memory twice
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known)
+    arrays = ocp.Checkpointer(handler).restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    tokenizers = {_prefix_of(name): Tokenizer(TokenizerConfig(**fields)) for name, fields in info.get(TOKENIZERS, {}).items()}
+    return {_prefix_of(name): variables for name, variables in arrays.items()}, tokenizers
+
+
+def _prefix_of(name: str) -> str:
+    return "" if name == MAIN else name
+
+
+def read_workdir(path: Path) -> tuple[nn.Module, Variables]:
+    """Network and variables of a training's work directory, of either kind."""
+    from terramind_jax import config
+    from terramind_jax.train import pretrain, tokenizer
+
+    is_tokenizer = "modality" in config.of_workdir(path).model
+    return (tokenizer if is_tokenizer else pretrain).load(path)[:2]
+
+
+def largest(arrays: Any) -> float:
+    """GB that hold the largest of some arrays."""
+    return max(math.prod(x.shape) * np.dtype(x.dtype).itemsize + 1 for x in jax.tree.leaves(arrays)) / 1e9
