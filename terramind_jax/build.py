@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from terramind_jax.model import backbone
 from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Model, Pretraining, ThinkingInModalities
 
 REQUIRED = "required"
+DTYPES = ("float32", "bfloat16", "float16")
 _NETWORK = dict(dtype="float32", remat="none", unroll=1)
 _BACKBONE = dict(
     modalities=None,  # names, and {name: channels} of new ones; None: every released one
@@ -31,7 +33,8 @@ _BACKBONE = dict(
 )
 _SAMPLING = dict(decoding_steps=1, temps=1.0, top_p=0.8, top_k=0)
 
-# Options of each kind of model with their defaults: the reference's names, then those of the networks.
+# Options of each kind of model with their defaults: the reference's names, then those of the networks. Not offered, as no released model
+# uses them: the reference's drop_rate, attn_drop_rate, qk_norm and encoder_norm.
 OPTIONS: dict[str, dict[str, Any]] = {
     "backbone": dict(bands={}, in_chans=None, **_BACKBONE),
     "tim": dict(tim_modalities=["LULC"], tim_chained_generations=True, **{f"tim_{k}": v for k, v in _SAMPLING.items()}, **_BACKBONE),
@@ -74,10 +77,16 @@ def _complete(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}."
             raise ValueError(f"{entry.name} has no option {name!r}{hint}")
-    full = {**known, **options}
+    given = {name: value for name, value in options.items() if value is not None or known[name] != {}}  # None is the reference's {}
+    full = {**copy.deepcopy(known), **given}
     missing = [name for name, value in full.items() if value is REQUIRED]
     if missing:
         raise ValueError(f"{entry.name} needs the option{'s' if len(missing) > 1 else ''} {' and '.join(missing)}.")
+    if full["dtype"] not in DTYPES:
+        raise ValueError(f"The dtype is {full['dtype']!r}; known dtypes: {', '.join(DTYPES)}.")
+    for name in ("modalities", "output_modalities", "tim_modalities"):
+        if isinstance(full.get(name), (str, Mapping)):
+            full[name] = [full[name]]
     return full
 
 
@@ -124,8 +133,11 @@ def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
 
 
 def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
-    inputs = [modalities.input_stream(name) for name in options["modalities"]]
-    outputs = [modalities.output_stream(name) for name in options["output_modalities"]]
+    read, outputs = input_streams(entry, options), [modalities.output_stream(name) for name in options["output_modalities"]]
+    unknown, inputs = [name for name in options["offset"] if name not in (*read, *options["output_modalities"])], read.values()
+    if unknown:
+        names = ", ".join(dict.fromkeys((*read, *options["output_modalities"])))
+        raise ValueError(f"An offset is given for {unknown[0]!r}, which is no input and no output of this model; it has {names}.")
     seen = {s.key: s for s in (*inputs, *outputs[:-1])}  # a later output sees the earlier ones (spec 8.5.1)
     settings = dict(encoder=tuple(seen.values()), decoder=tuple({s.key: s for s in outputs}.values()), image_size=options["img_size"])
     module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **settings, **_pick(options, *_NETWORK)))
@@ -154,11 +166,23 @@ def input_streams(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Str
         released = modalities.ENCODER_STREAMS if entry.version == "v1" else modalities.V01_ENCODER_STREAMS
         chosen = [_user_name(stream, released) for stream in released]
     streams: dict[str, Stream] = {}
-    for item in [chosen] if isinstance(chosen, (str, Mapping)) else chosen:
-        new = item if isinstance(item, Mapping) else {}
-        streams |= {name: Stream(name, name, "pixels", channels=int(channels)) for name, channels in new.items()}
-        streams |= {} if new else {item: modalities.input_stream(item)}
+    for item in [chosen] if isinstance(chosen, Mapping) else chosen:
+        if isinstance(item, Mapping):
+            streams |= {name: _new_stream(name, channels) for name, channels in item.items()}
+        else:
+            streams[item] = modalities.input_stream(item)
     return streams
+
+
+def _new_stream(name: str, channels: int) -> Stream:
+    """Pixels of a modality of the user's own."""
+    if name in modalities.MODALITIES or name in modalities.STREAMS:
+        raise ValueError(f"The new modality {name!r} has the name of a released one; choose another, or take some bands with `bands`.")
+    if not name or "/" in name or "." in name:
+        raise ValueError(f"The new modality {name!r} needs a name without '/' and '.', which part the names of weights.")
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"The new modality {name!r} has {channels!r} channels; expected a positive integer.")
+    return Stream(name, name, "pixels", channels=channels)
 
 
 def _user_name(stream: Stream, released: Sequence[Stream]) -> str:

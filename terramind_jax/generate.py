@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -30,6 +30,7 @@ from terramind_jax.model import TerraMind, transformer
 from terramind_jax.tokenizer import Tokenizer, apply, decode
 
 Variables = Mapping[str, Any]
+Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
 Schedule = Literal["roar", "maskgit"]
 T = TypeVar("T")
 PerTarget = T | Mapping[str, T]  # one value for all targets, or one a target
@@ -107,14 +108,17 @@ def generate_tokens(
 def generate(
     module: TerraMind,
     variables: Variables,
-    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    tokenizers: Tokenizers,
     inputs: Mapping[str, np.ndarray],
     outputs: Sequence[str],
     *,
     seed: int | np.ndarray,
     vocabulary: captions.Tokenizer | None = None,
     standardize: bool = True,
+    version: str = "v1",
+    offset: Mapping[str, float] | None = None,
     timesteps: int = 10,
+    noise: Mapping[str, np.ndarray] | None = None,
     clip: bool = True,
     **options: Any,
 ) -> dict[str, np.ndarray | list[str]]:
@@ -127,7 +131,8 @@ def generate(
       outputs: user names in the order of generation; each conditions those after it.
       vocabulary: of captions, see `terramind_jax.captions`; None: captions are ids.
       standardize: False if the inputs are standardised already; then the outputs are, too.
-      timesteps, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
+      version, offset: whose statistics standardise, and by how much they move a modality's mean, by user name.
+      timesteps, noise, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       **options: those of `generate_tokens`; mappings are keyed by the names in `outputs`.
 
     Returns:
@@ -137,39 +142,75 @@ def generate(
     Raises:
       ValueError: an unknown modality, a wrong array, a missing tokenizer, or anything `generate_tokens` objects to.
     """
-    streams = {name: modalities.output_stream(name) for name in outputs}
-    _check_names(module, inputs, streams, tokenizers)
-    options = {name: _by_stream(value, streams) for name, value in options.items()}
-    encode = functools.partial(encode_input, tokenizers=tokenizers, vocabulary=vocabulary, standardize=standardize)
-    values = {modalities.input_stream(name).key: encode(name, x) for name, x in inputs.items()}
-    targets = list(dict.fromkeys(stream.key for stream in streams.values()))
+    offset, noise = offset or {}, noise or {}
+    _check_outputs("Noise", noise, outputs)
+    scale = dict(vocabulary=vocabulary, standardize=standardize, version=version)
+    tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, offset=offset, **scale, **options)
+    decoding = dict(seed=seed, timesteps=timesteps, clip=clip)
+
+    def finish(name: str, ids: jax.Array) -> np.ndarray | list[str]:
+        own = dict(offset=offset.get(name, 0.0), noise=noise.get(name))
+        return decode_output(modalities.output_stream(name), ids, tokenizers, **own, **scale, **decoding)
+
+    return {name: finish(name, ids) for name, ids in tokens.items()}
+
+
+def output_tokens(
+    module: TerraMind,
+    variables: Variables,
+    tokenizers: Tokenizers,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    vocabulary: captions.Tokenizer | None = None,
+    standardize: bool = True,
+    version: str = "v1",
+    offset: Mapping[str, float] | None = None,
+    **options: Any,
+) -> dict[str, jax.Array]:
+    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids."""
+    read, made = {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
+    _check_names(module, read, made, tokenizers)
+    _check_sizes(inputs, read)
+    options = {name: _by_stream(value, made) for name, value in options.items()}
+    encode = functools.partial(encode_input, tokenizers=tokenizers, vocabulary=vocabulary, standardize=standardize, version=version)
+    values = {stream.key: encode(stream, inputs[name], offset=(offset or {}).get(name, 0.0)) for name, stream in read.items()}
+    targets = list(dict.fromkeys(stream.key for stream in made.values()))
     tokens = generate_tokens(module, variables, values, targets, seed=seed, **options)
-    settings = dict(standardize=standardize, seed=seed, timesteps=timesteps, clip=clip)
-    finish = functools.partial(decode_output, tokenizers=tokenizers, vocabulary=vocabulary, **settings)
-    return {name: finish(stream, tokens[stream.key]) for name, stream in streams.items()}
+    return {name: tokens[stream.key] for name, stream in made.items()}
+
+
+def input_stream(module: TerraMind, name: str) -> Stream:
+    """The stream through which `name` enters this network, which may have modalities of the user's own."""
+    own = {s.modality: s for s in module.config.encoder if s.key not in modalities.STREAMS}
+    return own[name] if name in own else modalities.input_stream(name)
 
 
 def encode_input(
-    name: str,
+    stream: Stream,
     x: np.ndarray | Sequence[str],
-    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    tokenizers: Tokenizers,
     *,
     vocabulary: captions.Tokenizer | None = None,
     standardize: bool = True,
+    version: str = "v1",
+    offset: float = 0.0,
 ) -> np.ndarray | jax.Array:
     """One user array, or captions, as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens."""
-    stream = modalities.input_stream(name)
     if stream.modality == "caption":
         return captions.encode(vocabulary, x)
     x = np.asarray(x)
     if stream.kind == "sequence":
         return coordinates.encode(x)
+    if stream.modality not in modalities.MODALITIES:
+        return x  # a modality of the user's own: without statistics
     x = x[..., None] if stream.modality == "LULC" and x.ndim == 3 else x
     modalities.check_image(stream.modality, x)
     if stream.modality == "LULC":
-        _check_classes(x, tokenizers[stream.modality][0].config.channels)
+        check_integers("LULC", x, tokenizers[stream.modality][0].config.channels, "classes")
     elif standardize:
-        x = modalities.standardize(stream.modality, x)
+        x = modalities.standardize(stream.modality, x, version, offset)
     if stream.kind == "pixels":
         return x
     tokenizer, variables = tokenizers[stream.modality]
@@ -179,10 +220,12 @@ def encode_input(
 def decode_output(
     stream: Stream,
     tokens: jax.Array,
-    tokenizers: Mapping[str, tuple[Tokenizer, Variables]],
+    tokenizers: Tokenizers,
     *,
     vocabulary: captions.Tokenizer | None = None,
     standardize: bool = True,
+    version: str = "v1",
+    offset: float = 0.0,
     seed: int | np.ndarray = 0,
     **decoding: Any,
 ) -> np.ndarray | list[str]:
@@ -193,7 +236,7 @@ def decode_output(
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
     tokenizer, variables = tokenizers[stream.modality]
     x = np.asarray(decode(tokenizer, variables, tokens, seed=seed, **decoding), np.float32)
-    return modalities.destandardize(stream.modality, x) if standardize and stream.modality != "LULC" else x
+    return modalities.destandardize(stream.modality, x, version, offset) if standardize and stream.modality != "LULC" else x
 
 
 # ---- one target, one program ----
@@ -371,10 +414,14 @@ def _by_stream(value: PerTarget[T], streams: Mapping[str, Stream]) -> PerTarget[
     """Rekeys a setting from user names to streams."""
     if not isinstance(value, Mapping):
         return value
-    unknown = sorted(set(value) - set(streams))
-    if unknown:
-        raise ValueError(f"A setting is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(streams)}.")
+    _check_outputs("A setting", value, streams)
     return {streams[name].key: setting for name, setting in value.items()}
+
+
+def _check_outputs(what: str, given: Mapping[str, Any], outputs: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(outputs))
+    if unknown:
+        raise ValueError(f"{what} is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(outputs)}.")
 
 
 def _check_schedule(schedule: str) -> str:
@@ -402,26 +449,35 @@ def _check(inputs, targets, encoder, decoder, seed) -> int:
     return next(iter(sizes.values()), np.size(seed))
 
 
-def _check_names(module, inputs, streams: Mapping[str, Stream], tokenizers) -> None:
-    """`generate`'s errors in the user's names, before anything is computed."""
-    taken = {s.key: s.modality for s in module.config.encoder}
-    made = {s.key: s.modality for s in module.config.decoder}
-    for name in inputs:
-        stream = modalities.input_stream(name)
-        if stream.key not in taken:
-            raise ValueError(f"This model takes no {name}; it takes {', '.join(dict.fromkeys(taken.values()))}.")
-        if stream.kind == "tokens" and stream.modality not in tokenizers:
-            raise ValueError(f"The input {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
-        if any(stream.key == other.key for other in streams.values()):
-            raise ValueError(f"{name} is both an input and an output; leave it out of one.")
-    for name, stream in streams.items():
-        if stream.key not in made:
-            raise ValueError(f"This model makes no {name}; it makes {', '.join(made.values())}.")
-        if stream.kind == "tokens" and stream.modality not in tokenizers:
-            raise ValueError(f"The output {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
+def _check_names(module: TerraMind, read: Mapping[str, Stream], made: Mapping[str, Stream], tokenizers: Tokenizers) -> None:
+    """Errors in the user's names, before anything is computed."""
+    encoder = {s.key: s.modality for s in module.config.encoder}
+    decoder = {s.key: s.modality for s in module.config.decoder}
+    modalities.check_distinct(read)
+    for role, verb, streams, known in (("input", "takes", read, encoder), ("output", "makes", made, decoder)):
+        for name, stream in streams.items():
+            if stream.key not in known:
+                raise ValueError(f"This model {verb} no {name}; it {verb} {', '.join(dict.fromkeys(known.values()))}.")
+            if stream.kind == "tokens" and stream.modality not in tokenizers:
+                raise ValueError(f"The {role} {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
+    both = [name for name, stream in read.items() if stream in made.values()]
+    if both:
+        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one.")
 
 
-def _check_classes(x: np.ndarray, classes: int) -> None:
-    last = classes - 1  # 10 classes, in v0.1 nine
-    if x.dtype.kind not in "iu" or x.min() < 0 or x.max() > last:
-        raise ValueError(f"LULC holds {x.dtype} values from {x.min()} to {x.max()}; expected integer classes 0-{last}.")
+def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:
+    """Raises unless the inputs are of one batch and the images of one size."""
+    batches = {name: len(x) for name, x in inputs.items()}
+    sides = {name: np.shape(x)[1:3] for name, x in inputs.items() if read[name].kind != "sequence"}
+    if len(set(batches.values())) > 1:
+        raise ValueError(f"The inputs differ in batch size: {', '.join(f'{name} {size}' for name, size in batches.items())}.")
+    if len(set(sides.values())) > 1:
+        sizes = (f"{name} {'x'.join(map(str, side))}" for name, side in sides.items())
+        raise ValueError(f"The images must be of one size; theirs are {', '.join(sizes)} pixels.")
+
+
+def check_integers(name: str, x: np.ndarray, count: int, kind: str) -> None:
+    """Raises a ValueError unless `x` holds integers below `count`; `kind` is what they are: classes, tokens."""
+    x = np.asarray(x)
+    if x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= count:
+        raise ValueError(f"{name} holds {x.dtype} values from {x.min()} to {x.max()}; expected integer {kind} 0-{count - 1}.")

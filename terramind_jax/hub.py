@@ -7,6 +7,7 @@ what later loads read until ``refresh=True``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,7 +41,10 @@ def weights(entry: zoo.Entry, *, revision: str | None = None, refresh: bool = Fa
     wanted = revision or (None if refresh else _pinned(folder))
     cached = _cached(entry, wanted)
     if cached.is_file():
-        return files.read(cached)
+        try:
+            return files.read(cached)
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}; delete it, and it is downloaded again.") from None
     path, commit, sha256 = download(entry.repository, entry.file, wanted)
     state = files.read(path)
     _store(folder, commit, entry, state, sha256, pin=revision is None)
@@ -101,9 +105,8 @@ def _verify(path: Path, file: str, size: int | None, etag: str | None) -> str:
     if (size is not None and path.stat().st_size != size) or any(sha256 != value for value in expected):
         os.remove(path.resolve())
         path.unlink(missing_ok=True)
-        raise ValueError(
-            f"{file} arrived damaged (SHA-256 {sha256}, expected {' and '.join(sorted(expected))}); it was deleted, try again."
-        )
+        wanted = f"SHA-256 {sha256}, expected {' and '.join(sorted(expected))}" if expected else f"expected {size} bytes"
+        raise ValueError(f"{file} arrived damaged ({wanted}); it was deleted, try again.")
     return sha256
 
 
@@ -126,7 +129,8 @@ def _store(folder: Path, commit: str, entry: zoo.Entry, state: dict[str, np.ndar
     path = folder / commit / Path(entry.file).with_suffix(files.SAFETENSORS)
     try:
         if not path.is_file():
-            files.write(path, state)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                files.write(path, state)
         source = {"repository": entry.repository, "file": entry.file, "revision": commit, "sha256": sha256}
         _write_text(path.with_suffix(".json"), json.dumps(source, indent=1))
         if pin:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -298,7 +299,18 @@ def input_stream(name: str) -> Stream:
 
 def output_stream(name: str) -> Stream:
     """The token stream that `name` is generated as (spec 1.3). Any Sentinel-2 name is S2L2A, as in the reference."""
-    return _resolve(name, _OUTPUT_RULES, "output")
+    stream = _resolve(name, _OUTPUT_RULES, "output")
+    if stream.kind == "pixels":
+        raise ValueError(f"{name!r} is a stream of pixels, which is never generated; name a modality, such as {stream.modality}.")
+    return stream
+
+
+def check_distinct(streams: Mapping[str, Stream]) -> None:
+    """Raises a ValueError if two inputs, by user name, are one stream: one would hide the other."""
+    first: dict[str, str] = {}
+    for name, stream in streams.items():
+        if first.setdefault(stream.key, name) != name:
+            raise ValueError(f"The inputs {first[stream.key]} and {name} are one stream, {stream.key}; give one of them.")
 
 
 def check_image(name: str, image: np.ndarray, patch_size: int = PATCH_SIZE) -> None:
@@ -320,19 +332,19 @@ def check_image(name: str, image: np.ndarray, patch_size: int = PATCH_SIZE) -> N
         raise ValueError(f"{name} has {int(np.isnan(image).sum())} NaN pixels; fill or crop them first.")
 
 
-def statistics(name: str, version: str = "v1") -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation a band, ``[C]`` float32, in the modality's unit."""
+def statistics(name: str, version: str = "v1", offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean, moved by `offset`, and standard deviation a band, ``[C]`` float32, in the modality's unit."""
     m = get(name, version)
-    return np.asarray(m.mean, np.float32), np.asarray(m.std, np.float32)
+    return np.asarray(np.asarray(m.mean) + offset, np.float32), np.asarray(m.std, np.float32)
 
 
-def standardize(name: str, x):
+def standardize(name: str, x, version: str = "v1", offset: float = 0.0):
     """``[..., C]`` in the modality's unit -> float32, zero mean and unit variance a band (spec 1.4). Takes NumPy or JAX arrays."""
-    mean, std = statistics(name)
+    mean, std = statistics(name, version, offset)
     return (x.astype(np.float32) - mean) / std
 
 
-def destandardize(name: str, x):
+def destandardize(name: str, x, version: str = "v1", offset: float = 0.0):
     """The inverse of `standardize`: ``[..., C]`` standardised -> float32 in the modality's unit."""
-    mean, std = statistics(name)
+    mean, std = statistics(name, version, offset)
     return x.astype(np.float32) * std + mean

@@ -49,30 +49,31 @@ class Model:
         return {name: self._scale(name, x, inverse=False) for name, x in inputs.items()}
 
     def destandardize(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inverse of `standardize`."""
+        """The inverse of `standardize`; what a generator makes has the statistics of what it is generated as, ``S2`` those of S2L2A."""
         return {name: self._scale(name, x, inverse=True) for name, x in outputs.items()}
 
-    def _encode(self, name: str, x: np.ndarray | Sequence[str]) -> np.ndarray | jax.Array:
-        """A standardised input as its stream takes it."""
-        return generate.encode_input(name, x, self.tokenizers, vocabulary=self.vocabulary, standardize=False)
-
     def _scale(self, name: str, x: np.ndarray, *, inverse: bool) -> np.ndarray:
-        modality = self._modality(name)
+        modality = self._made(name) if inverse else self._modality(name)
         if modality in ("LULC", "coords", "caption") or modality not in modalities.MODALITIES:
             return x
-        mean, std = modalities.statistics(modality, self.version)
+        mean, std = modalities.statistics(modality, self.version, self.options.get("offset", {}).get(name, 0.0))
         bands = self.options.get("bands", {}).get(name)
         if bands:
             at = [modalities.get(modality).bands.index(band) for band in bands if band in modalities.get(modality).bands]
             if len(at) != len(bands):
                 raise ValueError(f"{name} has bands without statistics ({', '.join(bands)}); standardise them yourself.")
             mean, std = mean[at], std[at]
-        mean = mean + np.float32(0 if inverse else self.options.get("offset", {}).get(name, 0))
         x = np.asarray(x, np.float32)
+        if x.shape[-1:] != mean.shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected its {len(mean)} bands last.")
         return x * std + mean if inverse else (x - mean) / std
 
     def _modality(self, name: str) -> str:
         return modalities.input_stream(name).modality
+
+    def _made(self, name: str) -> str:
+        """The modality of an output."""
+        return self._modality(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,8 @@ class FeatureExtractor(Model):
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> list:
         """Inputs by user name, in the order of concatenation: pixels ``[B, H, W, C]`` standardised, LULC ``[B, H, W]`` classes, NDVI
         ``[B, H, W, 1]``, coords ``[B, 2]``, caption a list of strings or ids ``[B, L]`` -> a list of `encoder_depth` features
-        ``[B, N, D]`` (`merge_method` dict: by user name)."""
+        ``[B, N, D]`` (`merge_method` dict: by user name). Two names of one stream, such as S2L1C and S2L1C_L8, cannot be given at once;
+        the reference reads both through one embedding."""
         return self._rename(backbone.features(self.module, self.variables, self.encode(inputs)))
 
     def over_time(
@@ -108,12 +110,14 @@ class FeatureExtractor(Model):
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Inputs by stream as the network takes them: images whose stream holds tokens are tokenised."""
-        encoded = {}
-        for name, x in inputs.items():
-            stream = self._stream(name)
-            is_pixels = stream.kind == "pixels"  # of any bands, and of modalities of the user's own
-            encoded[stream.key] = x if is_pixels else self._encode(stream.key, x)
-        return encoded
+        streams = {name: self._stream(name) for name in inputs}
+        modalities.check_distinct(streams)
+        return {stream.key: self._encode(stream, inputs[name]) for name, stream in streams.items()}
+
+    def _encode(self, stream: Stream, x: np.ndarray | Sequence[str]) -> np.ndarray | jax.Array:
+        if stream.kind == "pixels":
+            return x  # of any bands, and of modalities of the user's own
+        return generate.encode_input(stream, x, self.tokenizers, vocabulary=self.vocabulary, standardize=False)
 
     def _stream(self, name: str) -> Stream:
         if name not in self.streams:
@@ -164,6 +168,8 @@ class Generator(Model):
         seed: int | np.ndarray = 0,
         timesteps: int | None = None,
         standardize: bool | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        clip: bool = True,
         **options: Any,
     ) -> dict[str, np.ndarray | list[str]]:
         """Inputs by user name to every output that the model was built for, each conditioning the next.
@@ -173,31 +179,42 @@ class Generator(Model):
             ``[B, L]``. Images are of one size, any multiple of 16 pixels; diffusion decoders need multiples of 32.
           seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
-          **options: of `generate.generate_tokens`, over what the model was built with.
+          noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
+          clip: the published limit of diffusion decoders, one standard deviation around the mean; False lifts it.
+          **options: of `generate.generate_tokens`, also under the names that the model is built with (`SAMPLING`), and over what it was
+            built with; a mapping gives each output its own.
 
         Returns:
           ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where
           none was written, caption a list of strings, or ids without a vocabulary.
+
+        Raises:
+          ValueError: as `generate.generate`.
         """
         timesteps = self.options["timesteps"] if timesteps is None else timesteps
-        standardize = self.options["standardize"] if standardize is None else standardize
-        tokens = self.generate_tokens(inputs, seed, standardize=standardize, **options)
-        settings = dict(vocabulary=self.vocabulary, standardize=False, seed=seed, timesteps=timesteps)
-        decode = functools.partial(generate.decode_output, tokenizers=self.tokenizers, **settings)
-        made = {name: decode(modalities.output_stream(name), ids) for name, ids in tokens.items()}
-        return self.destandardize(made) if standardize else made
+        settings = self._settings(standardize, options)
+        return generate.generate(*self._parts(inputs), seed=seed, timesteps=timesteps, noise=noise, clip=clip, **settings)
 
     def generate_tokens(
         self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
     ) -> dict[str, jax.Array]:
         """The same before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``."""
+        return generate.output_tokens(*self._parts(inputs), seed=seed, **self._settings(standardize, options))
+
+    def _parts(self, inputs: Mapping[str, np.ndarray]) -> tuple:
+        return self.module, self.variables, self.tokenizers, inputs, self.options["output_modalities"]
+
+    def _settings(self, standardize: bool | None, options: Mapping[str, Any]) -> dict[str, Any]:
         standardize = self.options["standardize"] if standardize is None else standardize
-        inputs = self.standardize(inputs) if standardize else inputs
-        known = {modalities.input_stream(name).key: self._encode(name, x) for name, x in inputs.items()}
-        names = {modalities.output_stream(name).key: name for name in self.options["output_modalities"]}
-        settings = {**{ours: self.options[theirs] for theirs, ours in SAMPLING.items()}, **options}
-        made = generate.generate_tokens(self.module, self.variables, known, list(names), seed=seed, **settings)
-        return {names[key]: ids for key, ids in made.items()}
+        scale = dict(vocabulary=self.vocabulary, standardize=standardize, version=self.version, offset=self.options["offset"])
+        built = {ours: self.options[theirs] for theirs, ours in SAMPLING.items()}
+        return {**scale, **built, **{SAMPLING.get(name, name): value for name, value in options.items()}}
+
+    def _modality(self, name: str) -> str:
+        return generate.input_stream(self.module, name).modality
+
+    def _made(self, name: str) -> str:
+        return modalities.output_stream(name).modality if name in self.options["output_modalities"] else self._modality(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +240,7 @@ class ImageTokenizer(Model):
 
     def encode(self, x: np.ndarray) -> jax.Array:
         """Standardised ``[B, H, W, C]``, of LULC also classes ``[B, H, W]`` -> int32 tokens ``[B, h, w]``."""
+        self._check_classes(x)
         return tokenizer.apply(self.module, self.variables, x, "encode")
 
     def decode(self, tokens: np.ndarray, seed: int | np.ndarray = 0, timesteps: int = 50, noise: np.ndarray | None = None, **options: Any):
@@ -230,11 +248,18 @@ class ImageTokenizer(Model):
 
         `options` are those of `tokenizer.decode`, such as ``clip=False``: the published clip keeps outputs within one standard deviation.
         """
+        generate.check_integers("tokens", tokens, self.module.config.codebook_size, "tokens")
         return tokenizer.decode(self.module, self.variables, tokens, seed=seed, timesteps=timesteps, noise=noise, **options)
 
     def features(self, x: np.ndarray, return_type: str = "embedding"):
         """As a backbone: ``embedding``, ``latent`` or ``quantized`` maps of standardised images (spec 6.8)."""
+        self._check_classes(x)
         return tokenizer.apply(self.module, self.variables, x, "features", return_type=return_type)
+
+    def _check_classes(self, x: np.ndarray) -> None:
+        config = self.module.config
+        if config.is_class_map and np.shape(x)[3:] in ((), (1,)):  # no probabilities
+            generate.check_integers(config.modality, x, config.channels, "classes")
 
     def _modality(self, name: str) -> str:
         return modalities.get(name).name

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Random:
     def network(self, prefix: str, module: nn.Module) -> nn.Module:
         return module
 
-    def holds_all_bands(self, stream: str, wanted: int) -> bool:
+    def holds_all_bands(self, stream: str, wanted: Sequence[str]) -> bool:
         return False
 
     def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
@@ -72,10 +72,14 @@ class StateDict:
     def network(self, prefix: str, module: nn.Module) -> nn.Module:
         return module
 
-    def holds_all_bands(self, stream: str, wanted: int) -> bool:
+    def holds_all_bands(self, stream: str, wanted: Sequence[str]) -> bool:
         """Whether a pixel stream has all bands of its modality: in a pretraining model, or where their number is not the wanted one."""
-        name = f"encoder_embeddings.{stream}.proj.weight"
-        return "mask_token" in self._state or name in self._state and self._state[name].shape[1] != wanted * modalities.PATCH_SIZE**2
+        name, known = f"encoder_embeddings.{stream}.proj.weight", backbone.known_bands(stream)
+        if "mask_token" in self._state or name not in self._state:
+            return "mask_token" in self._state
+        if len(wanted) == len(known) and tuple(wanted) != known:
+            raise ValueError(f"{self._origin} does not tell the order of its bands; load it without `bands` and order the channels.")
+        return self._state[name].shape[1] != len(wanted) * modalities.PATCH_SIZE**2
 
     def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
         """One network's variables, by the names with the prefix, or the plain ones of a pretraining model if there are none."""
@@ -83,9 +87,9 @@ class StateDict:
         prefix = prefix if self.holds(prefix) else ""
         part = {key[len(prefix) :]: x for key, x in self._state.items() if key.startswith(prefix)}
         ignore = () if is_whole or isinstance(module, Tokenizer) else REST
-        optional = partial(may_lack, module)
+        lenient = dict(optional=partial(may_lack, module), resizable=partial(may_differ, module), ignore=ignore)
         try:
-            return rules.from_torch(part, rules_of(module), build.abstract(module), optional=optional, ignore=ignore)
+            return rules.from_torch(part, rules_of(module), build.abstract(module), **lenient)
         except ValueError as error:
             raise ValueError(f"{self._origin}: {error}" if self._origin else str(error)) from None
 
@@ -93,37 +97,37 @@ class StateDict:
 class Tree:
     """Variables of ours by prefix; a network takes by name what it has. `tokenizers` among them may have sizes of their own."""
 
-    def __init__(self, arrays: Mapping[str, Variables], tokenizers: Mapping[str, Tokenizer], origin: str | os.PathLike) -> None:
-        self._arrays, self._tokenizers, self._origin = arrays, tokenizers, origin
+    def __init__(self, directory: Directory, origin: str | os.PathLike) -> None:
+        self._directory, self._origin = directory, origin
 
     def network(self, prefix: str, module: nn.Module) -> nn.Module:
         """The network that the weights of a prefix belong to, in place of the released one."""
-        if prefix not in self._tokenizers or not isinstance(module, Tokenizer):
+        if prefix not in self._directory.tokenizers or not isinstance(module, Tokenizer):
             return module
-        own, released = self._tokenizers[prefix].config, module.config
+        own, released = self._directory.tokenizers[prefix].config, module.config
         if own.modality != released.modality:
             raise ValueError(f"{self._origin} holds a tokenizer of {own.modality}, not of {released.modality}.")
         return Tokenizer(dataclasses.replace(own, dtype=released.dtype, unroll=released.unroll))
 
     def holds(self, prefix: str) -> bool:
-        return prefix in self._arrays
+        return prefix in self._directory.arrays
 
-    def holds_all_bands(self, stream: str, wanted: int) -> bool:
-        """As `StateDict.holds_all_bands`."""
-        params = next(iter(self._arrays.values()))["params"]
-        kernel = params["patch_proj"].get(stream)
-        return "mask_token" in params or kernel is not None and kernel.shape[0] != wanted * modalities.PATCH_SIZE**2
+    def holds_all_bands(self, stream: str, wanted: Sequence[str]) -> bool:
+        """Whether a pixel stream has all bands of its modality, and not the wanted ones."""
+        bands = {modalities.input_stream(name).key: list(own) for name, own in (self._directory.options.get("bands") or {}).items()}
+        return bands.get(stream) != list(wanted)
 
     def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
-        there = rules.flatten(self._arrays[prefix if prefix in self._arrays else next(iter(self._arrays))])
-        found, problems = {}, []
-        for path, leaf in rules.flatten(build.abstract(module)).items():
-            if path in there and there[path].shape == leaf.shape:
-                found[path] = there[path]
-            elif not may_lack(module, path):
-                problems.append(
-                    f"{path} is {list(there[path].shape)}, expected {list(leaf.shape)}" if path in there else f"{path} is missing"
-                )
+        arrays = self._directory.arrays
+        there, wanted = rules.flatten(arrays[prefix if prefix in arrays else next(iter(arrays))]), rules.flatten(build.abstract(module))
+        problems = [] if isinstance(module, networks.Backbone) else [f"{path} is unexpected" for path in there if path not in wanted]
+        found = {}
+        for path, leaf in wanted.items():
+            x = there.get(path)
+            if x is not None and x.shape == leaf.shape and jax.numpy.issubdtype(x.dtype, np.floating):
+                found[path] = x.astype(np.float32, copy=False)
+            elif not (may_lack if x is None else may_differ)(module, path):
+                problems.append(f"{path} is missing" if x is None else f"{path} is {x.dtype} {[*x.shape]}, expected {[*leaf.shape]}")
         if problems:
             more = f", and {len(problems) - rules.SHOWN} more" if len(problems) > rules.SHOWN else ""
             raise ValueError(f"{self._origin} does not fit this model: {', '.join(problems[: rules.SHOWN])}{more}.")
@@ -150,11 +154,14 @@ def may_lack(module: nn.Module, path: str) -> bool:
     """Whether a source may lack a leaf, which is then fresh: what TerraMind does not have, and positions of another image size."""
     if isinstance(module, Tokenizer):
         return False
-    c, (_, group, *rest) = module.config, path.split("/")
+    _, group, *rest = path.split("/")
     is_new = bool(rest) and group in ("mod_emb", "patch_proj", "encoder_pos_emb") and rest[-1] not in modalities.STREAMS
-    return (
-        is_new or group in (backbone.REGISTER_TOKENS, "missing_mod_token") or ("pos_emb" in group and c.image_size != modalities.IMAGE_SIZE)
-    )
+    return is_new or group in (backbone.REGISTER_TOKENS, backbone.MISSING_TOKEN) or may_differ(module, path)
+
+
+def may_differ(module: nn.Module, path: str) -> bool:
+    """Whether a source may have a leaf in another shape, which is then fresh: positions, of another image size."""
+    return "pos_emb" in path and not isinstance(module, Tokenizer) and module.config.image_size != modalities.IMAGE_SIZE
 
 
 # ---- finding and opening ----
@@ -167,7 +174,7 @@ def open_source(weights: str | os.PathLike, entry: zoo.Entry) -> Source:
     if weights == "hub":
         return StateDict(hub.weights(entry), f"{entry.repository}/{entry.file}")
     path = Path(weights)
-    return Tree(*read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
+    return Tree(read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
 
 
 def open_tokenizer(words: str | os.PathLike, modality: str, version: str) -> Source:
@@ -209,20 +216,49 @@ def find_vocabulary(name: str, words: str | os.PathLike, *, fetch: bool = True) 
 # ---- directories ----
 
 
-def read_directory(path: Path) -> tuple[dict[str, Variables], dict[str, Tokenizer]]:
-    """Variables and tokenizers by prefix from a directory of `save` or the work directory of a training."""
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """What a directory holds: variables and tokenizers by prefix, and the name and options of the model if it was saved as one."""
+
+    arrays: dict[str, Variables]
+    tokenizers: dict[str, Tokenizer]
+    name: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_directory(path: Path) -> Directory:
+    """A directory of `weights.save` or the work directory of a training; a ValueError if it is damaged."""
     if not (path / INFO).is_file():
         module, variables = read_workdir(path)
-        return {"": variables}, {"": module} if isinstance(module, Tokenizer) else {}
+        return Directory({"": variables}, {"": module} if isinstance(module, Tokenizer) else {})
+    info = read_info(path)
+    try:
+        arrays = _restore((path / ARRAYS).absolute())
+        tokenizers = {_prefix_of(name): Tokenizer(TokenizerConfig(**fields)) for name, fields in info.get(TOKENIZERS, {}).items()}
+    except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
+        raise ValueError(f"{path} is no complete directory of weights ({type(error).__name__}); save or copy it again.") from error
+    return Directory({_prefix_of(name): variables for name, variables in arrays.items()}, tokenizers, info["name"], info["options"])
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Name and options of the model in a directory of `weights.save`; nothing of any other path."""
+    if not (path / INFO).is_file():
+        return {}
+    try:
+        info = json.loads((path / INFO).read_text())
+        zoo.get(info["name"]), dict(info["options"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / INFO} does not describe a model ({error}).") from None
+    return info
+
+
+def _restore(folder: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    folder, info = (path / ARRAYS).absolute(), json.loads((path / INFO).read_text())
     known = ocp.PyTreeCheckpointer().metadata(folder).item_metadata.tree
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest(known))  # many at a time are in memory twice
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known)
-    arrays = ocp.Checkpointer(handler).restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    tokenizers = {_prefix_of(name): Tokenizer(TokenizerConfig(**fields)) for name, fields in info.get(TOKENIZERS, {}).items()}
-    return {_prefix_of(name): variables for name, variables in arrays.items()}, tokenizers
+    return ocp.Checkpointer(handler).restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _prefix_of(name: str) -> str:

@@ -34,7 +34,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
     Args:
       name: one of `zoo.list_models`.
       weights: ``hub``, the published file, downloaded and converted once; ``random``; or a path: ``.pt``, ``.safetensors``, a directory of
-        `save`, or the work directory of a training.
+        `save`, whose options hold where none are given, or the work directory of a training.
       seed: of what is drawn: random weights, fresh embeddings of new modalities.
       **options: the reference's (spec 5.1, 8.5, 8.6); `build.OPTIONS` lists them with their defaults. ``tokenizers`` says where the
         tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one work directory, or directory
@@ -47,6 +47,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
       FileNotFoundError, ConnectionError, ImportError: no weights there, no network, no PyTorch to read a ``.pt``.
     """
     of_tokenizers = options.pop("tokenizers", None)
+    options = _saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
     online = weights == "hub" and not hub.has_weights(zoo.get(name))
     source = sources.open_source(weights, zoo.get(name))
@@ -63,10 +64,19 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
     return with_vocabulary(with_networks(model, filled), of_tokenizers or weights, online=online)
 
 
+def _saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+    """Options that the model of that name was saved with in a directory; a ValueError if another version or size is in it."""
+    info = {} if weights in ("hub", "random") else sources.read_info(Path(weights))
+    saved, wanted = zoo.get(info.get("name", name)), zoo.get(name)
+    if (saved.version, saved.size) != (wanted.version, wanted.size):
+        raise ValueError(f"{weights} holds {saved.name}, which is no {name}.")
+    return dict(info.get("options", {})) if saved.name == name else {}
+
+
 def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array) -> dict[str, Any]:
     """Variables of a feature extractor for some bands, from a source that has those bands already or, as the published files, all."""
     config, bands = model.module.config, build.bands_by_stream(model.streams, model.options["bands"])
-    whole = {name: backbone.known_bands(name) for name, wanted in bands.items() if source.holds_all_bands(name, len(wanted))}
+    whole = {name: backbone.known_bands(name) for name, wanted in bands.items() if source.holds_all_bands(name, wanted)}
     found = source.take("", networks.Backbone(backbone.with_bands(config, whole)))
     return backbone.select_bands(found, {name: bands[name] for name in whole}, key) if whole else found
 
@@ -108,7 +118,7 @@ def from_torch(state_dict: Mapping[str, Any], name: str, **options: Any) -> dict
     """
     model = build.model(name, **options)
     prefix, (module, _) = next(iter(networks_of(model).items()))
-    source, key = sources.StateDict({key: np.asarray(x) for key, x in state_dict.items()}), jax.random.key(0)
+    source, key = sources.StateDict({key: files.to_numpy(x) for key, x in state_dict.items()}), jax.random.key(0)
     found = _take_bands(source, model, key) if model.options.get("bands") else source.take(prefix, module)
     return complete(module, found, key)
 
@@ -174,13 +184,13 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
         print(f"Writing {target}: {len(state)} tensors", flush=True)
         files.write(target, state)
     else:
-        model = build.model(name or identify(state, source))
+        model, where = build.model(name or identify(state, source)), sources.StateDict(state, str(source))
         print(f"Converting {len(state)} tensors to {model.name}", flush=True)
-        flat = rules.flatten(rules.from_torch(state, sources.rules_of(model.module), build.abstract(model.module)))
-        for path in flat:  # one by one: NumPy's array is freed before the next is copied
-            flat[path] = jax.device_put(flat[path]).block_until_ready()
+        held = {key: part for key, part in networks_of(model).items() if not key.startswith(sources.TOKENIZER) or where.holds(key)}
+        model = dataclasses.replace(model, tokenizers={m: part for m, part in model.tokenizers.items() if _prefix(m) in held})
+        parts = {prefix: (module, _one_by_one(where.take(prefix, module))) for prefix, (module, _) in held.items()}
         print(f"Writing {target}", flush=True)
-        save(dataclasses.replace(model, variables=rules.unflatten(flat)), target)
+        save(with_networks(model, parts), target)
     print(f"Done in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -189,20 +199,30 @@ def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:
     if not (path / sources.INFO).is_file():
         module, variables = sources.read_workdir(path)
         return rules.to_torch(variables, sources.rules_of(module))
-    info = json.loads((path / sources.INFO).read_text())
-    model, (arrays, own) = build.model(info["name"], **info["options"]), sources.read_directory(path)
+    directory = sources.read_directory(path)
+    model, arrays = build.model(directory.name, **directory.options), directory.arrays
     if is_chained(model):
         tim.check_shared(arrays[""], arrays[sources.GENERATOR])
     state = {}
     for prefix, (module, _) in networks_of(model).items():
-        flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(own.get(prefix, module))
-        state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
+        if prefix in arrays:  # a tokenizer may be elsewhere
+            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(directory.tokenizers.get(prefix, module))
+            state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
     return state
+
+
+def _one_by_one(variables: dict[str, Any]) -> Variables:
+    """On the device; NumPy's array is freed before the next is copied. `variables` are emptied."""
+    flat = rules.flatten(variables)
+    variables.clear()
+    for path in flat:
+        flat[path] = jax.device_put(flat[path]).block_until_ready()
+    return rules.unflatten(flat)
 
 
 def identify(state: Mapping[str, Any], path: Path) -> str:
     """Name of the model that a state dict of one network, read from `path`, belongs to; a ValueError if that cannot be told."""
-    if "mask_token" in state:
+    if "mask_token" in state and not any(".caption." in name for name in state):  # v0.1 has no name for the whole
         sizes = [size for size, facts in zoo.SIZES.items() if facts["dim"] == state["mask_token"].shape[-1]]
         if sizes:
             return f"terramind_v1_{sizes[0]}_encdec"

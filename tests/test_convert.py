@@ -1,14 +1,18 @@
 """Weights in and out: rules and files round-trip, and whatever is wrong with either is said in one sentence."""
 
+import dataclasses
 import json
 import pickle
+import subprocess
+import sys
+import zipfile
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from terramind_jax import build
+from terramind_jax import build, weights
 from terramind_jax.convert import files, rules
 from terramind_jax.convert.rules import Rule
 from terramind_jax.modalities import STREAMS
@@ -145,7 +149,7 @@ def test_nothing_is_replaced_and_nothing_half_written(tmp_path, state):
     with pytest.raises(FileExistsError, match="exists already; choose another name"):
         files.write(path, state)
     assert path.read_text() == "mine"
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="a is complex64, which .safetensors files"):
         files.write(tmp_path / "y.safetensors", {"a": np.zeros(1, np.complex64)})
     with pytest.raises(RuntimeError), files.replacing(tmp_path / "folder") as partial:
         partial.mkdir()
@@ -170,6 +174,14 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a": Evil()}))
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pt")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "zipped.pt", "w", zipfile.ZIP_DEFLATED) as zipped:
+        for member in plain.namelist():
+            zipped.writestr(member, plain.read(member))
+    again = files.read(tmp_path / "zipped.pt")
+    assert all(np.asarray(again[name]).tobytes() == x.tobytes() for name, x in state.items())
     half = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     torch.save({"a": half, "view": half[1], "turned": half.T}, tmp_path / "half.pt")
     torch.save({"a": half[:, :2].contiguous(), "view": half[1]}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
@@ -177,7 +189,10 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
         ("short.pt", "truncated or no PyTorch file"),
         ("evil.pt", "Python objects beside its tensors; it was not loaded"),
         ("evil.bin", "Python objects beside its tensors; it was not loaded"),
-        ("nested.pt", "no flat dictionary of tensors"),
+        ("empty.pt", "truncated or no PyTorch file"),
+        ("nested.pt", "no flat dictionary of dense tensors"),
+        ("numbered.pt", "no flat dictionary of dense tensors"),
+        ("sparse.pt", "no flat dictionary of dense tensors"),
     ):
         with pytest.raises(ValueError, match=message):
             files.read(tmp_path / name)
@@ -205,6 +220,41 @@ def test_ties_survive_safetensors_and_pytorch(tmp_path, state):
     (tmp_path / "b.safetensors").write_bytes(data)
     changed = files.read(tmp_path / "b.safetensors")
     assert changed[TIED[0]] is not changed[TIED[1]]  # so that a load says that they are not tied
+
+
+def test_ties_of_another_program_are_ignored(tmp_path):
+    from safetensors.numpy import save_file
+
+    for i, text in enumerate(("yes", "[1]", '{"a": ["b"]}')):
+        save_file({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, tmp_path / f"{i}.safetensors", metadata={"tied": text})
+        back = files.read(tmp_path / f"{i}.safetensors")
+        assert back["a"] is not back["b"]
+
+
+@pytest.mark.slow
+def test_convert_takes_little_more_memory_than_the_weights(tmp_path):
+    """Peak memory beyond what the same command takes for a small file, over the size of a large one."""
+    pytest.importorskip("torch")
+    model = build.model("terramind_v1_tokenizer_dem")  # 676 MB
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.standard_normal(x.shape, dtype=np.float32), model.variables)
+    files.write(tmp_path / "large_dem.pt", weights.to_torch(dataclasses.replace(model, variables=variables)))
+    size = (tmp_path / "large_dem.pt").stat().st_size
+    small = {name: np.zeros(1, np.float32) for name in "ab"}
+    files.write(tmp_path / "small.pt", small)
+
+    def peak(*arguments):
+        code = (
+            f"import resource; from terramind_jax import cli; assert cli.main(['convert', *{[str(tmp_path / a) for a in arguments]}]) == 0"
+        )
+        code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1]) * 1024
+
+    base = peak("small.pt", "small.safetensors")
+    routes = [("large_dem.pt", "dem.safetensors"), ("dem.safetensors", "dem.pt"), ("dem.safetensors", "dem")]
+    routes += [("dem", "back.pt"), ("dem", "back.safetensors")]
+    ratios = {route: (peak(*route) - base) / size for route in routes}
+    assert max(ratios.values()) <= 1.3, ratios
 
 
 def test_without_pytorch(tmp_path, monkeypatch):

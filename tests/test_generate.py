@@ -292,7 +292,7 @@ def test_images_of_another_size_return_at_that_size(system):
     lulc = np.random.default_rng(3).integers(0, 10, (2, 80, 80))
     result = generate.generate(*system, {"DEM": dem, "LULC": lulc}, ["NDVI", "coords"], seed=0)
     assert result["NDVI"].shape == (2, 80, 80, 1) and result["coords"].shape == (2, 2)
-    with pytest.raises(ValueError, match="must be of one size; their sides are untok_dem@224 48 pixels, tok_lulc@224 80 pixels"):
+    with pytest.raises(ValueError, match="must be of one size; theirs are DEM 48x48, LULC 80x80 pixels"):
         generate.generate(*system, scene() | {"LULC": lulc}, ["NDVI"], seed=0)
 
 
@@ -303,7 +303,7 @@ def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
     generate.generate(*system, scene(), ["NDVI"], seed=np.array([4, 5]), temperature=0)
     generate.generate(*system, scene(), ["NDVI"], seed=6, timesteps=3, clip=False, temperature=0)
     assert calls[0]["seed"].tolist() == [4, 5] and calls[0]["timesteps"] == 10 and calls[0]["clip"]
-    assert calls[1] == {"seed": 6, "timesteps": 3, "clip": False}
+    assert calls[1] == {"seed": 6, "timesteps": 3, "clip": False, "noise": None}
 
 
 def test_tokenised_inputs_and_coordinates_condition(system):
@@ -334,6 +334,9 @@ def test_unwritten_coordinates_are_nan(system):
         ({"DEM": np.full((1, 48, 48, 1), np.nan)}, ["NDVI"], {}, "NaN"),
         ({"LULC": np.full((1, 48, 48), 10)}, ["NDVI"], {}, "from 10 to 10; expected integer classes 0-9"),
         (scene(), ["NDVI"], {"steps": {"S1GRD": 2}}, "S1GRD, which is no output; outputs: NDVI"),
+        (scene(), ["NDVI"], {"noise": {"DEM": 0}}, "Noise is given for DEM, which is no output; outputs: NDVI"),
+        (scene() | {"tok_ndvi@224": 0, "NDVI": 0}, ["LULC"], {}, "The inputs tok_ndvi@224 and NDVI are one stream"),
+        (scene() | {"coords": np.zeros((1, 2))}, ["NDVI"], {}, "differ in batch size: DEM 2, coords 1"),
     ],
 )
 def test_errors_name_the_users_modalities(system, inputs, outputs, options, message):

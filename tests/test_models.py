@@ -12,7 +12,7 @@ import pytest
 from test_captions import write as write_captions
 
 import terramind_jax as tm
-from terramind_jax import captions, coordinates, hub
+from terramind_jax import captions, coordinates, hub, modalities, tokenizer
 
 TEXTS = ["a river with fields", "city"]
 
@@ -165,6 +165,111 @@ def test_time_series_of_thinking_in_modalities():
     for i, seed in enumerate((7, 8)):
         alone = model({"S2L2A": series["S2L2A"][:, i]}, seed=np.array([seed]))[0]
         np.testing.assert_allclose(kept[:, i], alone, rtol=1e-4, atol=1e-5)
+
+
+# ---- generators by user name ----
+
+
+def generator(outputs, inputs=("DEM",), **options):
+    return tm.load("terramind_v1_tiny_generate", "random", modalities=list(inputs), output_modalities=list(outputs), timesteps=1, **options)
+
+
+def elevation(size=32):
+    return {"DEM": np.random.default_rng(0).normal(size=(1, size, size, 1)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["S2", "S2L1C", "S2RGB", "Sentinel1 s1"])
+def test_every_name_of_an_output_is_in_physical_units(name):
+    model = generator([name])
+    physical = model.generate(elevation(), standardize=True)[name]
+    standard = model.generate(model.standardize(elevation()))[name]
+    expected = modalities.destandardize("S1GRD" if "s1" in name else "S2L2A", standard)
+    np.testing.assert_allclose(physical, expected, rtol=1e-5)
+    np.testing.assert_array_equal(model.destandardize({name: standard})[name], expected)
+
+
+def test_two_names_of_one_output():
+    model = generator(["S2L2A", "S2L1C"])
+    tokens, made = model.generate_tokens(elevation()), model.generate(elevation())
+    for of_name in (tokens, made):
+        assert list(of_name) == ["S2L2A", "S2L1C"]
+        np.testing.assert_array_equal(of_name["S2L2A"], of_name["S2L1C"])
+
+
+def test_an_offset_moves_inputs_and_outputs():
+    plain, moved = generator(["DEM"], ["S2L2A"], offset=None), generator(["DEM"], ["S2L2A"], offset={"DEM": 100, "S2L2A": 1000})
+    x = pixels(1, 32)["S2L2A"] * 500 + 1500
+    expected = plain.generate({"S2L2A": x}, standardize=True)["DEM"] + 100
+    np.testing.assert_allclose(moved.generate({"S2L2A": x + 1000}, standardize=True)["DEM"], expected, rtol=1e-4, atol=0.5)
+    with pytest.raises(ValueError, match="offset is given for 'S1GRD', which is no input and no output of this model; it has S2L2A, DEM"):
+        generator(["DEM"], ["S2L2A"], offset={"S1GRD": 1})
+
+
+def test_settings_of_each_output_noise_and_clip():
+    model = generator(["DEM", "LULC"], ["S2L2A"])
+    x = pixels(1, 32)
+    by_name = dict(temps={"DEM": 0.0, "LULC": 0.0}, decoding_steps={"DEM": 1, "LULC": 2})
+    ours = dict(temperature=0.0, steps={"DEM": 1, "LULC": 2})
+    tokens = model.generate_tokens(x, **ours)
+    for name, ids in model.generate_tokens(x, **by_name).items():
+        np.testing.assert_array_equal(ids, tokens[name])
+    noise = np.random.default_rng(1).normal(size=(1, 32, 32, 1)).astype(np.float32)
+    made = model.generate(x, seed=5, noise={"DEM": noise}, clip=False, **by_name)["DEM"]
+    module, variables = model.tokenizers["DEM"]
+    np.testing.assert_array_equal(made, tokenizer.decode(module, variables, tokens["DEM"], noise=noise, timesteps=1, clip=False))
+    for outputs in (dict(noise={"S1GRD": noise}), dict(temps={"S1GRD": 0.0})):
+        with pytest.raises(ValueError, match="is given for S1GRD, which is no output; outputs: DEM, LULC"):
+            model.generate(x, **outputs)
+
+
+def test_inputs_are_checked_by_their_names():
+    model = generator(["DEM", "LULC"], ["S2L2A"])
+    with pytest.raises(ValueError, match="This model takes no NDVI; it takes S2L2A, DEM"):
+        model.generate(pixels() | {"NDVI": np.zeros((2, 64, 64, 1))}, standardize=True)
+    with pytest.raises(ValueError, match="looks channels-first"):
+        model.generate({"S2L2A": np.zeros((1, 12, 64, 64))}, standardize=True)
+    twice = {"S2L1C": np.zeros((1, 32, 32, 13)), "S2L1C_L8": np.ones((1, 32, 32, 13))}
+    for build in (lambda: generator(["DEM"], twice).generate, lambda: tm.load("terramind_v1_tiny", "random", modalities=list(twice))):
+        with pytest.raises(ValueError, match="The inputs S2L1C and S2L1C_L8 are one stream, untok_sen2l1c@224; give one of them"):
+            build()(twice)
+
+
+def test_a_new_modality_conditions_generation():
+    model = generator(["LULC"], ["DEM", {"PLANET": 3}])
+    ids = [model.generate_tokens(elevation() | {"PLANET": np.full((1, 32, 32, 3), x)}, temps=0.0)["LULC"] for x in (-9.0, 9.0)]
+    assert ids[0].shape == (1, 2, 2) and (ids[0] != ids[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(modalities=[{"a/b": 3}]), "new modality 'a/b' needs a name without"),
+        (dict(modalities=[{"S2L2A": 6}]), "new modality 'S2L2A' has the name of a released one"),
+        (dict(modalities=[{"P": 0}]), "'P' has 0 channels; expected a positive integer"),
+        (dict(dtype="float33"), "The dtype is 'float33'; known dtypes: float32"),
+        (dict(output_modalities=["untok_sen2l2a@224"]), "'untok_sen2l2a@224' is a stream of pixels, which is never generated"),
+    ],
+)
+def test_what_cannot_be_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        generator(**{"outputs": options.pop("output_modalities", ["LULC"]), "inputs": options.pop("modalities", ["DEM"])}, **options)
+
+
+def test_none_is_a_default_and_defaults_are_copied():
+    model = tm.load("terramind_v1_tiny", "random", modalities="S2L2A", bands=None)
+    assert model.options["bands"] == {} and list(model.streams) == ["S2L2A"]
+    model.options["bands"]["S2L2A"] = ["RED"]
+    assert tm.load("terramind_v1_tiny", "random", modalities=["S2L2A"]).options["bands"] == {}
+
+
+def test_tokenizers_refuse_classes_and_tokens_out_of_range():
+    lulc, dem = (tm.load(f"terramind_v1_tokenizer_{m}", "random") for m in ("lulc", "dem"))
+    for wrong in (lulc.encode, lulc.features):
+        with pytest.raises(ValueError, match="LULC holds int64 values from 10 to 10; expected integer classes 0-9"):
+            wrong(np.full((1, 32, 32), 10))
+    assert lulc.encode(np.full((1, 32, 32, 10), 0.1, np.float32)).shape == (1, 2, 2)
+    with pytest.raises(ValueError, match="tokens holds int64 values from 15360 to 15360; expected integer tokens 0-15359"):
+        dem.decode(np.full((1, 2, 2), 15360))
 
 
 # ---- chained Thinking in Modalities ----

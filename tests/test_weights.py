@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -193,6 +194,60 @@ def test_bands_are_taken_from_files_of_all_bands(tmp_path):
         tm.load("terramind_v1_tiny", "random", modalities=["LULC"], bands={"LULC": ["LULC"]})
 
 
+def test_the_order_of_all_bands_is_kept_or_asked_for(tmp_path):
+    turned = dict(modalities=["S1GRD"], bands={"S1GRD": ["VH", "VV"]})
+    model = tm.load("terramind_v1_tiny", "random", modalities=["S1GRD"])
+    tm.save(model, tmp_path / "all")
+    swapped = tm.load("terramind_v1_tiny", tmp_path / "all", **turned)
+    kernel, got = (m.variables["params"]["patch_proj"]["untok_sen1grd@224"].reshape(256, 2, 64) for m in (model, swapped))
+    np.testing.assert_array_equal(got, kernel[:, ::-1])
+    tm.save(swapped, tmp_path / "swapped")
+    assert equal(tm.load("terramind_v1_tiny", tmp_path / "swapped", **turned).variables, swapped.variables)
+    tm.save(swapped, tmp_path / "swapped.safetensors")
+    with pytest.raises(ValueError, match="swapped.safetensors does not tell the order of its bands"):
+        tm.load("terramind_v1_tiny", tmp_path / "swapped.safetensors", **turned)
+
+
+def test_a_directory_knows_its_model(tmp_path):
+    tm.save(tm.load("terramind_v1_tiny", "random", modalities=["S1GRD"], merge_method="max"), tmp_path / "saved")
+    assert tm.load("terramind_v1_tiny", tmp_path / "saved").options["merge_method"] == "max"
+    assert tm.load("terramind_v1_tiny", tmp_path / "saved", merge_method="mean").options["merge_method"] == "mean"
+    with pytest.raises(ValueError, match="saved holds terramind_v1_tiny, which is no terramind_v01_base"):
+        tm.load("terramind_v01_base", tmp_path / "saved")
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_a_new_modality_of_another_shape_is_an_error(tmp_path, suffix):
+    tm.save(tm.load("terramind_v1_tiny", "random", modalities=[{"PLANET": 6}], num_register_tokens=4), tmp_path / f"saved{suffix}")
+    with pytest.raises(ValueError, match=r"saved.*(of another shape|expected)"):
+        tm.load("terramind_v1_tiny", tmp_path / f"saved{suffix}", modalities=[{"PLANET": 4}], num_register_tokens=4)
+    with pytest.raises(ValueError, match=r"saved.*(of another shape|expected)"):
+        tm.load("terramind_v1_tiny", tmp_path / f"saved{suffix}", modalities=[{"PLANET": 6}], num_register_tokens=2)
+
+
+def test_damaged_directories(tmp_path):
+    tm.save(tm.load("terramind_v1_tokenizer_dem", "random"), tmp_path / "saved")
+    for name, damage in (
+        ("no_arrays", lambda path: shutil.rmtree(path / "arrays")),
+        ("text", lambda path: (path / "model.json").write_text("{")),
+        ("nameless", lambda path: (path / "model.json").write_text("{}")),
+        ("short", lambda path: [p.write_bytes(p.read_bytes()[:-40]) for p in path.glob("arrays/**/d/*")]),
+    ):
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}.* (is no complete directory of weights|does not describe a model)"):
+            tm.load("terramind_v1_tokenizer_dem", tmp_path / name)
+
+
+def test_tensors_of_pytorch_are_taken(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tm.load("terramind_v1_tokenizer_lulc", "random")
+    state = {name: torch.nn.Parameter(torch.from_numpy(np.array(x)).bfloat16()) for name, x in tm.to_torch(model).items()}
+    with pytest.warns(UserWarning, match="bfloat16"):
+        variables = tm.from_torch(state, "terramind_v1_tokenizer_lulc")
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-2), variables, model.variables))
+
+
 def test_other_image_sizes_have_fresh_positions(tmp_path):
     whole = tm.load("terramind_v1_tiny_encdec", "random")
     tm.save(whole, tmp_path / "whole")
@@ -236,6 +291,15 @@ def test_convert_keeps_every_byte(tmp_path, capsys):
     a, d = (files.read(tmp_path / f"{x}.safetensors") for x in "ad")
     assert set(a) == set(d) and all(np.asarray(a[k]).tobytes() == np.asarray(d[k]).tobytes() for k in a)
     assert json.loads((tmp_path / "b" / "model.json").read_text())["name"] == "terramind_v1_tiny_encdec"
+
+
+def test_convert_makes_a_directory_of_any_model_that_is_named(tmp_path):
+    tm.save(tm.load("terramind_v1_tiny_encdec", "random"), tmp_path / "whole.safetensors")
+    arguments = [str(tmp_path / "whole.safetensors"), str(tmp_path / "backbone"), "--model=terramind_v1_tiny"]
+    assert cli.main(["convert", *arguments]) == 0
+    loaded = tm.load("terramind_v1_tiny", tmp_path / "backbone", tokenizers="random")
+    expected = tm.load("terramind_v1_tiny", tmp_path / "whole.safetensors", tokenizers="random")
+    assert equal(loaded.variables, expected.variables)
 
 
 def test_convert_refuses_in_one_sentence(tmp_path, capsys):

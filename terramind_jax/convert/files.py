@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -102,17 +103,20 @@ def _read_safetensors(path: Path) -> dict[str, Stored]:
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
-    tied = json.loads(header.pop("__metadata__", {}).get(TIED, "{}"))
+    try:
+        tied = json.loads(header.pop("__metadata__", {}).get(TIED, "{}"))
+    except ValueError:  # another program's
+        tied = {}
     unknown = [f"{name} {x['dtype']}" for name, x in header.items() if x["dtype"] not in DTYPES]
     if unknown:
         raise ValueError(f"{path} holds {unknown[0]}; expected {', '.join(DTYPES)}.")
     state = {name: Stored(path, 8 + size + x["data_offsets"][0], tuple(x["shape"]), DTYPES[x["dtype"]]) for name, x in header.items()}
-    return {name: _tied_to(state, tied.get(name), x) for name, x in state.items()}
+    return {name: _tied_to(state, tied.get(name) if isinstance(tied, dict) else None, x) for name, x in state.items()}
 
 
-def _tied_to(state: Mapping[str, Stored], name: str | None, x: Stored) -> Stored:
-    """`x`, or what the file says it is tied to, unless another program has changed one of the two."""
-    return state[name] if name in state and np.array_equal(state[name], x) else x
+def _tied_to(state: Mapping[str, Stored], name: Any, x: Stored) -> Stored:
+    """`x`, or what the file says it is tied to, unless another program has changed one of the two or what it says."""
+    return state[name] if isinstance(name, str) and name in state and np.array_equal(state[name], x) else x
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
@@ -121,6 +125,9 @@ def _write_safetensors(path: Path, state: Mapping[str, Array]) -> None:
     The format has no ties: every name has its data, as a strict load expects, and the header tells what was one array.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
+    unknown = [f"{name} is {x.dtype}" for name, x in state.items() if x.dtype not in names]
+    if unknown:
+        raise ValueError(f"{unknown[0]}, which .safetensors files of this package do not hold; they hold {', '.join(map(str, names))}.")
     first: dict[int, str] = {}
     tied = {name: first[id(x)] for name, x in state.items() if first.setdefault(id(x), name) != name}
     header, end = {"__metadata__": {"format": "pt", **({TIED: json.dumps(tied)} if tied else {})}}, 0
@@ -142,17 +149,25 @@ def _torch():
         raise ImportError(
             "Files .pt are read and written by PyTorch, which is not installed; pip install 'terramind-jax[torch]', or use .safetensors."
         ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(f"PyTorch {torch.__version__} may run code that is in a .pt (CVE-2025-32434); install 2.6 or newer.")
     return torch
 
 
 def _read_torch(path: Path) -> dict[str, Array]:
     stored = {name: _stored(path, x) for name, x in _torch_load(path).items()}
-    if all(stored.values()):
+    if all(stored.values()) and _is_uncompressed(path):
         return _one_object_each(stored, stored)
     # An old PyTorch, or a file that does not hold its tensors in one piece each: all are read at once.
     tensors = {name: x.detach().contiguous() for name, x in _torch_load(path, fake=False).items()}
     places = {name: (x.data_ptr() if x.numel() else name, x.shape, x.dtype) for name, x in tensors.items()}
-    return _one_object_each({name: _to_numpy(x) for name, x in tensors.items()}, places)
+    return _one_object_each({name: to_numpy(x) for name, x in tensors.items()}, places)
+
+
+def _is_uncompressed(path: Path) -> bool:
+    """Whether the members of a zip archive can be read where they lie, as PyTorch writes them."""
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _one_object_each(state: Mapping[str, Array], places: Mapping[str, Hashable]) -> dict[str, Array]:
@@ -172,9 +187,11 @@ def _torch_load(path: Path, fake: bool = True) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever the damage leads to
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(f"{path} holds Python objects beside its tensors; it was not loaded, as that would run its code.") from None
-        raise ValueError(f"{path} is truncated or no PyTorch file ({str(error).splitlines()[0]}).") from None
-    if not isinstance(loaded, Mapping) or not all(isinstance(x, torch.Tensor) for x in loaded.values()):
-        raise ValueError(f"{path} is no flat dictionary of tensors, as the published files are; save model.state_dict() instead.")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or no PyTorch file ({reason}).") from None
+    is_flat = isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(x, torch.Tensor) for k, x in loaded.items())
+    if not is_flat or not all(x.layout == torch.strided for x in loaded.values()):
+        raise ValueError(f"{path} is no flat dictionary of dense tensors, as the published files are; save model.state_dict() instead.")
     return loaded
 
 
@@ -186,9 +203,11 @@ def _stored(path: Path, x) -> Stored | None:
     return Stored(path, start + x.storage_offset() * x.itemsize, tuple(x.shape), np.dtype(str(x.dtype).removeprefix("torch.")))
 
 
-def _to_numpy(x) -> np.ndarray:
-    import torch
-
+def to_numpy(x) -> np.ndarray:
+    """An array, or a tensor of PyTorch, parameters and bfloat16 included, as an array."""
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    torch, x = _torch(), x.detach().cpu().contiguous()
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 LAYER = "{i}"
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+MISSING, MISSHAPEN = "missing", "of another shape"  # kinds of problems
 SHOWN = 4  # problems of one kind that an error spells out
 
 
@@ -131,6 +132,7 @@ def from_torch(
     abstract: Mapping[str, Any],
     *,
     optional: Callable[[str], bool] = lambda path: False,
+    resizable: Callable[[str], bool] = lambda path: False,
     ignore: Collection[str] = (),
 ) -> dict[str, Any]:
     """A state dict as variables, float32 NumPy arrays.
@@ -139,7 +141,8 @@ def from_torch(
       state: is emptied while it is read, so that memory never holds everything twice. Nothing is taken out if there is a problem.
       rules: of the model.
       abstract: variables of shapes, as `jax.eval_shape` of the initialisation gives them.
-      optional: of paths of ours that the file may lack, or hold in another shape; the result lacks them then.
+      optional: of paths of ours that the file may lack; the result lacks them then.
+      resizable: of paths of ours that the file may have in another shape; the result lacks them then.
       ignore: patterns of names that need not be used.
 
     Raises:
@@ -154,7 +157,8 @@ def from_torch(
         wanted = list(_layers(rule, flat[rule.ours]))
         used |= {name for names, _ in wanted for name in names}
         wrong = list(_problems(wanted, state))
-        if wrong and optional(rule.ours):
+        kinds = {kind for kind, _ in wrong}
+        if kinds == {MISSING} and optional(rule.ours) or kinds == {MISSHAPEN} and resizable(rule.ours):
             continue
         found.append(rule)
         for kind, text in wrong:
@@ -185,11 +189,11 @@ def _problems(wanted, state: Mapping[str, np.ndarray]) -> Iterator[tuple[str, st
     for names, shape in wanted:
         there = [name for name in names if name in state]
         if not there:
-            yield "missing", names[0]
+            yield MISSING, names[0]
         for name in there:
             array = state[name]
             if tuple(array.shape) != shape:
-                yield "of another shape", f"{name} {tuple(array.shape)} instead of {shape}"
+                yield MISSHAPEN, f"{name} {tuple(array.shape)} instead of {shape}"
             elif array.dtype not in HALVES and not np.issubdtype(array.dtype, np.floating):
                 yield "not floating-point", f"{name} {array.dtype}"
             elif name != there[0] and not _same(array, state[there[0]]):
