@@ -2,7 +2,7 @@
 # make quickstart DATA=DIR   the same on your own GeoTIFFs: DIR/MODALITY/NAME.tif
 # make test                  lint and the fast tests
 # make test-parity           against TerraTorch, in .venv-peer if that is there, else in .venv-parity (made with the `parity` extra)
-# make test-full             all tests but those, the slow ones included
+# make test-full             all tests but those, the slow ones included; with the compiler for TPUs, which needs none
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,6 +29,10 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-tpu: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[test,tpu]"
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
 quickstart: $(VENV)/.installed
 	$(BIN)/terramind-jax quickstart $(if $(OUT),--out=$(OUT)) $(if $(DATA),--data=$(DATA) --lulc_codes=$(LULC_CODES))
 
@@ -50,7 +54,7 @@ test-parity: $(if $(filter .venv-parity,$(PARITY)),.venv-parity/.installed)
 golden:
 	$(PARITY)/bin/python tests/parity/make_golden.py
 
-test-full: lint
+test-full: lint $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest -m "" --durations=20
 
 clean:

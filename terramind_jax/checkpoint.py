@@ -2,22 +2,23 @@
 
 A checkpoint is a folder ``{workdir}/checkpoints/{step}`` with one Orbax item for each of ``params``, ``buffers``, ``opt_state``
 and ``ema`` and the counters as JSON, so that the weights load without the optimiser. An interrupted write leaves only a temporary
-folder, which the next start removes.
+folder, which the next start removes. One with a file missing or cut short is passed over for the one before; whether all bits of a
+file are right is left to the storage.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
+from jax.experimental import multihost_utils
+
+from terramind_jax import files
 
 FOLDER = "checkpoints"
 COUNTERS = "counters"
@@ -33,42 +34,70 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory."""
+    """The checkpoints of one work directory, on all processes together."""
 
-    def __init__(self, workdir: str | Path, keep: int | None = None) -> None:
+    def __init__(self, workdir: str | os.PathLike, keep: int | None = None) -> None:
         """Opens them; with `keep`, for writing, and all but that many of the newest are deleted as new ones come."""
-        folder = epath.Path(os.path.abspath(workdir) if "://" not in str(workdir) else workdir) / FOLDER
-        if keep and folder.is_dir() and jax.process_index() == 0:
-            for path in folder.iterdir():  # what a killed run was writing
+        self._folder, self._writes = files.folder(workdir) / FOLDER, bool(keep)
+        if self._writes and self._folder.is_dir() and jax.process_index() == 0:
+            for path in self._folder.iterdir():  # what a killed run was writing
                 if ".orbax-checkpoint-tmp" in path.name:
                     path.rmtree()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=bool(keep))
-        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trees: Mapping[str, Any], counters: Mapping[str, int]) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], counters: Mapping[str, float]) -> None:
         """Starts writing `trees` (pytrees of arrays by name, of `TREES`) and `counters`; returns once the arrays may be donated."""
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, **{COUNTERS: ocp.args.JsonSave(dict(counters))}))
         if jax.default_backend() == "cpu":  # there a host copy may be the device's own memory, which the next step overwrites
             self._manager.wait_until_finished()
 
-    def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
-        """The trees named in `abstract` (``ShapeDtypeStruct`` leaves, with the shardings to restore to) and the counters."""
-        step = self.latest() if step is None else step
-        items = {
-            name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-            for name, tree in abstract.items()
-        }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items, **{COUNTERS: ocp.args.JsonRestore()}))
-        return {name: restored[name] for name in abstract}, restored[COUNTERS]
+    def restore(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+        """The trees named in `abstract` (``ShapeDtypeStruct`` leaves, with the shardings to restore to) and the counters.
+
+        From the newest checkpoint that can be read; a warning names each newer one, and if these are open for writing it is deleted, so
+        that the run may come to its step again. Raises the error of the newest if none can be read.
+        """
+        self._manager.wait_until_finished()
+        failed: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored, error = self._read(step, abstract), None
+            except Exception as damage:  # whatever it leads to
+                restored, error = None, damage
+            if _everywhere(error is None):
+                for damaged, why in failed.items():
+                    self._give_up(damaged, why, step)
+                return restored
+            failed[step] = error or ValueError("another process cannot read it")
+        raise failed[max(failed)]
+
+    def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+        """By the handlers alone: the manager would leave the other processes waiting for one that fails."""
+        folder, handlers = self._folder / str(step), _handlers()
+        trees = {}
+        for name, tree in abstract.items():
+            args = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            trees[name] = handlers[name].restore(folder / name, args=args)
+        return trees, handlers[COUNTERS].restore(folder / COUNTERS, args=ocp.args.JsonRestore())
+
+    def _give_up(self, step: int, why: Exception, instead: int) -> None:
+        reason = " ".join(str(why).split())[:200]
+        warnings.warn(
+            f"The checkpoint {self._folder / str(step)} cannot be read ({type(why).__name__}: {reason}); step {instead} is used instead.",
+            stacklevel=4,
+        )
+        if self._writes:
+            self._manager.delete(step)
 
     def items(self) -> set[str]:
         """Names of the trees in the newest checkpoint."""
-        path = self._manager.directory / str(self.latest())
+        path = self._folder / str(self.latest())
         return {child.name for child in path.iterdir() if child.is_dir()} - {COUNTERS}
 
     def close(self) -> None:
@@ -77,12 +106,17 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_variables(workdir: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+def _everywhere(ok: bool) -> bool:
+    """Whether `ok` holds on all processes."""
+    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def load_variables(workdir: str | os.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Variables ``{"params", "buffers"}`` of a finished or running training, averaged weights if it keeps an average.
 
     `abstract` gives their shapes, as `jax.eval_shape` of the module's unboxed initialisation does.
     """
-    checkpoints = Checkpoints(workdir) if (Path(workdir) / FOLDER).is_dir() else None
+    checkpoints = Checkpoints(workdir) if (files.folder(workdir) / FOLDER).is_dir() else None
     if checkpoints is None or checkpoints.latest() is None:
         raise FileNotFoundError(f"{workdir} has no complete checkpoint.")
     try:
@@ -97,17 +131,3 @@ def load_variables(workdir: str | Path, abstract: Mapping[str, Any]) -> dict[str
 
 class Terminated(Exception):
     """A run stopped at SIGTERM after saving; its message says how to go on."""
-
-
-@contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process, so that a loop can save and stop between two steps."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals: a notebook's worker thread goes without
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)

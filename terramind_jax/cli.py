@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -39,9 +40,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_training(commands)
     _add_tokens(commands)
     _add_generate(commands)
+    _add_plan(commands)
     _add_quickstart(commands)
     _add_convert(commands)
     _add_data(commands)
+    _add_watch(commands)
     _add(commands, "info", "versions, devices and models", _info)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and "overrides" not in parsed:
@@ -68,7 +71,10 @@ def _add_training(commands) -> None:
         parser = _add(commands, name, text, command)
         parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
         parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), such as configs/pretrain/tiny.py")
-        parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics; a run found there is continued")
+        parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics, local or gs://; a run there goes on")
+        text = "process 0 of several, with JAX_NUM_PROCESSES and JAX_PROCESS_ID; not needed on TPU pods, GKE, SLURM and Open MPI"
+        parser.add_argument("--coordinator", metavar="HOST:PORT", help=text)
+        parser.add_argument("--profile", metavar="START:STOP", help="steps whose trace goes to WORKDIR/profile, to be read with XProf")
         parser.set_defaults(overrides=[])
 
 
@@ -85,11 +91,14 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
 
 
 def _train(train, parsed: argparse.Namespace) -> int:
-    from terramind_jax import checkpoint, config
+    from terramind_jax import checkpoint, config, processes
 
     _accept_grain_workers()
+    settings = config.load(parsed.config, parsed.overrides)
+    settings.run.profile = parsed.profile or settings.run.profile
+    processes.join(parsed.coordinator, heartbeat_seconds=settings.run.heartbeat_seconds)
     try:
-        metrics = train(config.load(parsed.config, parsed.overrides), parsed.workdir)
+        metrics = train(settings, parsed.workdir)
     except checkpoint.Terminated as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED
@@ -103,6 +112,34 @@ def _accept_grain_workers() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _add_plan(commands) -> None:
+    parser = _add(commands, "plan", "say what a pretraining run will need and cost, compiled for a TPU slice that need not be there", _plan)
+    parser.epilog = "Exits with 1 if the step does not fit. Any field of the configuration is overridden with --config.FIELD=VALUE."
+    parser.add_argument("--config", required=True, metavar="FILE", help="as for pretrain, such as configs/pretrain/base.py")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16, v5p:4x4x4 or v6e:8x8")
+    parser.add_argument("--num_slices", type=int, default=1, metavar="N", help="slices of that shape")
+    parser.add_argument("--price", type=float, metavar="P", help="money an hour and chip")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    text = "compile up to N (8) other meshes, batch sizes and remat policies, and rank them"
+    parser.add_argument("--search", type=int, nargs="?", const=8, metavar="N", help=text)
+    parser.set_defaults(overrides=[])
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on a device, whatever this machine has
+    from terramind_jax import config, plan
+
+    where = plan.parse(parsed.topology, parsed.num_slices)
+    settings = config.load(parsed.config, parsed.overrides)
+    if parsed.search is None:
+        facts = plan.run(settings, where, parsed.price)
+        print(json.dumps(facts, indent=2) if parsed.json else plan.report.render(facts))
+        return 0 if facts["memory"]["fits"] else 1
+    found = plan.ranked(settings, where, parsed.search, parsed.price, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=2) if parsed.json else plan.search.table(found))
+    return 0 if any(facts["memory"]["fits"] for facts in found) else 1
 
 
 def _add_tokens(commands) -> None:
@@ -269,6 +306,22 @@ def _stats(parsed: argparse.Namespace) -> None:
 
     for split in check.splits(parsed.root):
         print(f"{split}\n{check.format_stats(check.stats(parsed.root, split))}")
+
+
+# ---- watch ----
+
+
+def _add_watch(commands) -> None:
+    parser = _add(commands, "watch", "show a training run as a live table", _watch)
+    parser.add_argument("workdir", metavar="WORKDIR", help="work directory of the run, local or gs://; may not be there yet")
+    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="time between looks")
+    parser.add_argument("--once", action="store_true", help="print one table and end; exits with 1 if there is no log yet")
+
+
+def _watch(parsed: argparse.Namespace) -> int:
+    from terramind_jax import watch
+
+    return watch.watch(parsed.workdir, every=parsed.every, once=parsed.once)
 
 
 # ---- info ----

@@ -1,7 +1,7 @@
 """Configurations: files with ``get_config()``, command-line overrides, what a work directory was started with.
 
 `pretraining` and `tokenizer_training` list every field with its default; the files in ``configs/`` set what differs. Group ``run``
-and the fields in `FREE` do not change what is learned, so they may differ when a run is continued; every other field may not.
+and the fields in `FREE` may differ when a run is continued; every other field may not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from terramind_jax import files
+
 # What a continued run may change. `data.root` and `data.tokens` say where the shards lie; the order of samples depends on their keys alone.
-FREE = ("run", "mesh", "data.root", "data.tokens", "data.val_split")
+# The batch size too, if the run is so many tokens or samples long: `train.steps` counts batches.
+FREE = (
+    *("run", "mesh", "data.root", "data.tokens", "data.val_split", "optimizer.spike_factor"),
+    *("train.accumulate", "model.attention", "model.dtype", "model.remat", "model.unroll"),
+)
 
 
 def pretraining() -> ConfigDict:
@@ -34,7 +40,9 @@ def pretraining() -> ConfigDict:
     config.model.gated_mlp = False  # SwiGLU in base and large, GELU in tiny and small
     config.model.use_bias = True  # of attention and MLP; off in base and large
     config.model.image_size = 224
-    config.model.dtype = "auto"  # of activations and products: auto is bfloat16 on accelerators, float32 on CPU
+    # Of activations and products, hence of kernels' gradients while devices sum them: auto is bfloat16 on accelerators, float32 on CPU.
+    config.model.dtype = "auto"
+    config.model.attention = "xla"  # xla | cudnn: the kernel of attention; cudnn needs an NVIDIA GPU and a 16-bit dtype
     config.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
     config.model.unroll = 1  # layers per iteration of the scan over layers
     config.model.codebooks = ConfigDict()  # {"DEM": 512}: vocabulary per modality; empty: as written beside the tokens, else as released
@@ -77,11 +85,13 @@ def pretraining() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05  # not on norms and biases
     config.optimizer.clip_norm = 0.0  # of the global gradient; 0: no clipping
+    config.optimizer.spike_factor = 0.0  # a step whose gradient is so many times its running norm is skipped; 0: none is
 
     config.train = ConfigDict()
     config.train.total_tokens = 500e9  # input and target tokens of the whole run
     config.train.steps = 0  # length of the run in steps; 0: from total_tokens
     config.train.batch_size = 32  # samples a step, over all hosts
+    config.train.accumulate = 1  # parts into which a step cuts its batch, one after the other, to save memory; the result is the same
     config.train.loss = "mod"  # mod: mean over modalities; token: weighted by targets and vocabulary
     config.train.seed = 0
 
@@ -121,6 +131,7 @@ def tokenizer_training() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
+    config.optimizer.spike_factor = 0.0  # a step whose gradient is so many times its running norm is skipped; 0: none is
 
     config.train = ConfigDict()
     config.train.total_samples = 180e6  # samples of the whole run: 20 epochs of TerraMesh
@@ -137,7 +148,7 @@ def tokenizer_training() -> ConfigDict:
 def _mesh() -> ConfigDict:
     mesh = ConfigDict()
     mesh.data = -1  # devices that split the batch; -1: those that remain
-    mesh.fsdp = 1  # devices that split the batch and the parameters
+    mesh.fsdp = 1  # devices that split the batch and the parameters; at least 96 of model.dim a device, or it moves more than it saves
     mesh.tensor = 1  # devices that split heads, MLPs and vocabularies
     return mesh
 
@@ -150,7 +161,14 @@ def _run() -> ConfigDict:
     run.checkpoint_every = 1000  # steps between checkpoints; one is also written at the end and at SIGTERM
     run.keep = 3  # newest checkpoints kept
     run.workers = 0  # processes that read data; 0: this one
+    run.max_bad_fraction = 0.1  # of the samples of about the last 100 steps that cannot be read; past it the run stops
+    run.patience = 100  # steps skipped in a row, after which the run goes back to its last checkpoint, with other data
+    run.rewinds = 3  # how often it does so before it stops
+    run.stall_seconds = 300.0  # a step that takes longer is reported, with the process that it waits for; 0: never
+    run.heartbeat_seconds = 100  # a process of several that is silent for so long counts as dead, and all others end
+    run.profile = ""  # START:STOP, steps whose trace goes to {workdir}/profile, to be read with XProf
     run.tensorboard = True  # write event files beside metrics.jsonl
+    run.wandb = False  # send the metrics to Weights & Biases, which must be installed
     run.progress = True  # show a progress bar
     return run
 
@@ -286,12 +304,14 @@ def _tuples(value: Any) -> Any:
 
 _AT_LEAST = {
     **dict.fromkeys(("model.dim", "model.num_heads", "model.encoder_depth", "model.decoder_depth", "model.unroll"), 1),
-    **dict.fromkeys(("train.batch_size", "train.total_tokens", "train.total_samples"), 1),
-    **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches"), 1),
-    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers"), 0),
+    **dict.fromkeys(("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples"), 1),
+    **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds"), 1),
+    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds"), 0),
+    **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds"), 0),
 }
 _ONE_OF = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.attention": ("xla", "cudnn"),
     "model.remat": ("none", "dots", "full"),
     "train.loss": ("mod", "token"),
 }
@@ -306,15 +326,24 @@ def check(config: ConfigDict) -> None:
     for field, known in _ONE_OF.items():
         if field in values and values[field] not in known:
             raise ValueError(f"{field}={values[field]!r}; expected one of {', '.join(known)}.")
+    interval(config.run.profile)
     dim, heads = config.model.dim, config.model.num_heads
     if dim % heads or dim % 4:
         raise ValueError(f"model.dim={dim} must be a multiple of 4, for the positions, and of model.num_heads={heads}.")
 
 
+def interval(profile: str) -> tuple[int, int] | None:
+    """``"10:15"`` -> ``(10, 15)``, the steps of `run.profile`; None if it is empty."""
+    start, colon, stop = profile.partition(":")
+    if profile and not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise ValueError(f"run.profile={profile!r}; expected START:STOP, two steps such as 10:15.")
+    return (int(start), int(stop)) if profile else None
+
+
 def of_workdir(workdir: str | os.PathLike) -> ConfigDict:
     """The configuration that `workdir` was trained with."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
+    path = files.folder(workdir) / "config.json"
+    if not path.exists():
         raise FileNotFoundError(f"{workdir} has no config.json, so it is not the work directory of a training run.")
     return from_json(path.read_text())
 
@@ -324,20 +353,18 @@ def bind_workdir(config: ConfigDict, workdir: str | os.PathLike, *, write: bool 
 
     Only the fields in `FREE` may differ. `write` is False on all processes but the first.
     """
-    path = Path(workdir) / "config.json"
-    if path.is_file():
+    path = files.folder(workdir) / "config.json"
+    free = FREE if config.train.steps else (*FREE, "train.batch_size")
+    if path.exists():
         old, new = _flat(of_workdir(workdir)), _flat(from_json(to_json(config)))
         for field in sorted(old.keys() | new.keys()):
-            if old.get(field) != new.get(field) and not any(field == free or field.startswith(f"{free}.") for free in FREE):
+            if old.get(field) != new.get(field) and not any(field == one or field.startswith(f"{one}.") for one in free):
                 raise ValueError(
                     f"{workdir} holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
                     "continue it with the same value or choose another --workdir."
                 )
     if write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(to_json(config))
-        temporary.replace(path)
+        files.write_text(path, to_json(config))
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -80,6 +80,23 @@ def transformer_step(config: TransformerConfig, batch_size: int, inputs: float, 
     return 3 * batch_size * transformer_forward(config, inputs, targets, **counts)
 
 
+def transformer_recomputed(config: TransformerConfig, inputs: float, targets: float) -> float:
+    """Operations that the backward pass of one sample repeats under ``config.remat``; the model's own count leaves them out.
+
+    ``dots`` keeps the products with weights and repeats attention's two; ``full`` repeats every block but its last product.
+    """
+    c = config
+    if c.remat == "none":
+        return 0.0
+    attention = 4 * c.dim * (c.encoder_depth * inputs**2 + c.decoder_depth * (targets**2 + targets * inputs))
+    if c.remat == "dots":
+        return attention
+    last = _mlp(1, c.dim, c.mlp_ratio, c.gated_mlp) / (3 if c.gated_mlp else 2)
+    encode = encoder_block(inputs, c.dim, c.mlp_ratio, c.gated_mlp) - inputs * last
+    decode = decoder_block(targets, inputs, c.dim, c.mlp_ratio, c.gated_mlp) - targets * last
+    return c.encoder_depth * encode + c.decoder_depth * decode
+
+
 def tokenizer_forward(config: TokenizerConfig, image_size: int) -> float:
     """Operations of one image through a ViT encoder and a ViT decoder; each ends in one more MLP (spec 6.2)."""
     c, tokens = config, (image_size // config.patch_size) ** 2

@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, also when its arrays are donated while it is written."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,12 +104,3 @@ def test_load_variables_prefers_the_average(tmp_path):
     variables = checkpoint.load_variables(tmp_path, shapes)
     np.testing.assert_array_equal(variables["params"]["w"], [7, 7])
     np.testing.assert_array_equal(variables["buffers"]["b"], [0])
-
-
-def test_sigterm_sets_an_event_and_the_old_handler_returns():
-    before = signal.getsignal(signal.SIGTERM)
-    with checkpoint.sigterm() as stop:
-        assert not stop.is_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.is_set()
-    assert signal.getsignal(signal.SIGTERM) is before

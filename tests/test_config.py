@@ -10,7 +10,7 @@ from terramind_jax import config as configuration
 from terramind_jax.model import layers
 
 REPOSITORY = Path(__file__).parents[1]
-FILES = ("pretrain/tiny", "pretrain/small", "pretrain/base", "pretrain/large") + tuple(
+FILES = ("pretrain/tiny", "pretrain/small", "pretrain/base", "pretrain/large", "pretrain/xl") + tuple(
     f"tokenizer/{name}" for name in ("s2l2a", "s1grd", "s1rtc", "dem", "lulc", "ndvi")
 )
 

@@ -1,4 +1,6 @@
-"""The analytic count against XLA's own, for programs without a loop."""
+"""The analytic count against XLA's own, for programs without a loop, and against the products of the traced program."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +16,23 @@ def xla_flops(f, *arguments) -> float:
     return jax.jit(f).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_transformer_agrees_with_xla(gated):
+TARGETS = 49
+
+
+def forward_of(**settings):
+    """The configuration of a small transformer, its forward pass from a whole image to logits, and abstract arguments."""
     config = networks.TransformerConfig(
         dim=256,
         encoder_depth=2,
         decoder_depth=2,
         num_heads=4,
-        gated_mlp=gated,
         use_bias=False,
-        unroll=2,
         encoder=tuple(modalities.STREAMS[k] for k in ("untok_dem@224", "untok_sen2l2a@224")),
         decoder=(modalities.STREAMS["tok_lulc@224"],),
+        **settings,
     )
     module = networks.TerraMind(config)
     variables = jax.eval_shape(lambda key: meta.unbox(networks.init(module, key)), jax.random.key(0))
-    targets = 49
 
     def forward(variables, image, positions):
         content, emb = module.apply(variables, "untok_sen2l2a@224", image, method="embed")
@@ -38,10 +41,39 @@ def test_transformer_agrees_with_xla(gated):
         y = module.apply(variables, y, context, None, method="decode")
         return module.apply(variables, "tok_lulc@224", y, method="logits")
 
-    image = jax.ShapeDtypeStruct((1, 224, 224, 12), jnp.float32)
-    counted = xla_flops(forward, variables, image, jax.ShapeDtypeStruct((1, targets), jnp.int32))
-    formula = flops.transformer_forward(config, 196, targets, {"untok_sen2l2a@224": 196}, {"tok_lulc@224": targets})
-    assert formula == pytest.approx(counted, rel=0.05)  # XLA adds softmax, norms and activations
+    shapes = jax.ShapeDtypeStruct((1, 224, 224, 12), jnp.float32), jax.ShapeDtypeStruct((1, TARGETS), jnp.int32)
+    return config, forward, (variables, *shapes)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_transformer_agrees_with_xla(gated):
+    config, forward, arguments = forward_of(gated_mlp=gated, unroll=2)
+    formula = flops.transformer_forward(config, 196, TARGETS, {"untok_sen2l2a@224": 196}, {"tok_lulc@224": TARGETS})
+    assert formula == pytest.approx(xla_flops(forward, *arguments), rel=0.05)  # XLA adds softmax, norms and activations
+
+
+def products(jaxpr) -> int:
+    """Operations of the matrix products of a traced program, loops unrolled."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        total += equation.params.get("length", 1) * sum(products(j) for j in inner if hasattr(j, "eqns"))
+    return total
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_a_remat_policy_repeats(gated):
+    counted, formula = {}, {}
+    for remat in ("none", "dots", "full"):
+        config, forward, arguments = forward_of(gated_mlp=gated, remat=remat)
+        gradient = jax.grad(lambda *a, f=forward: f(*a).sum(), allow_int=True)
+        counted[remat] = products(jax.make_jaxpr(gradient)(*arguments).jaxpr)
+        formula[remat] = flops.transformer_recomputed(config, 196, TARGETS)
+    assert formula == {remat: count - counted["none"] for remat, count in counted.items()}
+    assert 0 == formula["none"] < formula["dots"] < formula["full"]
 
 
 def test_tokenizer_agrees_with_xla():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from terramind_jax import checkpoint, modalities
+from terramind_jax import checkpoint, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax.train import logging, pretrain
 
@@ -106,11 +106,60 @@ def test_a_continued_run_drops_the_lines_it_will_write_again(root, tmp_path):
     assert logging.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": None}]
 
 
+@pytest.mark.filterwarnings("ignore:mesh.fsdp=2 leaves 32 rows")
 def test_another_mesh_gives_the_same_losses(root, finished, tmp_path):
     config = tiny_run.pretraining(root)
     config.mesh.update(data=2, fsdp=2, tensor=2)
     pretrain.train(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
+
+
+def test_a_batch_that_is_not_on_the_devices_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "to_global", lambda batch, mesh: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        pretrain.train(tiny_run.pretraining(root), tmp_path)
+
+
+def test_microbatches_are_whole_groups_on_every_device(root):
+    config = tiny_run.pretraining(root)
+    config.train.update(batch_size=16, accumulate=2)
+    pretrain.check_mesh(config, sharding.make_mesh())
+    config.data.patch_group = 2
+    message = r"train\.batch_size=16 must be a multiple of 32: data\.patch_group=2 for each of 8 devices, train\.accumulate=2 times\."
+    with pytest.raises(ValueError, match=message):
+        pretrain.check_mesh(config, sharding.make_mesh())
+
+
+def test_fsdp_wider_than_pays_is_warned_of(root):
+    config = tiny_run.pretraining(root)
+    with pytest.warns(UserWarning, match=r"mesh\.fsdp=2 leaves 32 rows of model\.dim=64 on a device; below 96 it moves more bytes"):
+        pretrain.check_mesh(config, sharding.make_mesh(fsdp=2))
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "need"),
+    [
+        ("cpu", {}, "an NVIDIA GPU, not a cpu"),
+        ("tpu", {}, "an NVIDIA GPU, not a tpu"),
+        ("gpu", {"model.dtype": "float32"}, "model.dtype bfloat16 or float16, not float32"),
+        ("gpu", {"model.num_heads": 16}, "a multiple of 8 up to 128, not 4"),
+        ("gpu", {"mask.input_tokens": 7}, "even budgets, not mask.input_tokens=7 and mask.target_tokens=128"),
+    ],
+)
+def test_cudnn_where_it_cannot_run_is_refused(platform, changes, need):
+    config = configuration.pretraining()
+    config.model.update(attention="cudnn", dim=64, num_heads=1)
+    pretrain.check_attention(config, "gpu")
+    for field, value in changes.items():
+        group, name = field.split(".")
+        config[group][name] = value
+    with pytest.raises(ValueError, match=f"^model.attention='cudnn' needs .*{need}; or set it to 'xla'.$"):
+        pretrain.check_attention(config, platform)
+
+
+def test_auto_is_bfloat16_on_accelerators():
+    config = configuration.pretraining()
+    assert [pretrain.transformer_config(config, platform).dtype for platform in ("cpu", "gpu", "tpu")] == ["float32", *["bfloat16"] * 2]
 
 
 def test_streams_of_the_released_model():
@@ -189,19 +238,6 @@ def test_validation_data_that_cannot_work_is_said_at_the_start(tmp_path):
     with pytest.raises(ValueError, match="None of the 5 samples has both an input|There are no token shards under .*val"):
         pretrain.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_learns_nothing_stops(tmp_path):
-    writer = logging.Writer(tmp_path, step=0, total=9, tensorboard=False, progress=False)
-    meter = logging.Meter(writer, {}, log_every=1, work={"tokens": 1, "flops": 1, "peak": 1})
-    good, bad, worse = ({"loss": np.float32(x), "grad_norm": np.float32(y)} for x, y in ((1, 1), (np.nan, 1), (1, np.inf)))
-    for step in range(1, 3 * logging.PATIENCE):  # never so many in a row
-        meter.add(step, good if step % logging.PATIENCE == 0 else bad, 0.0)
-    meter.add(step + 1, good, 0.0)
-    for step in range(1, logging.PATIENCE + 1):
-        meter.add(step, worse, 0.0)
-    with pytest.raises(ValueError, match=r"not finite in the last 100 steps, to step 100, and nothing was learned; lower optimizer"):
-        meter.flush()
 
 
 def command(config: Path, workdir: Path) -> list[str]:

@@ -8,7 +8,7 @@ import tiny_run
 
 from terramind_jax import checkpoint
 from terramind_jax import tokenizer as networks
-from terramind_jax.train import logging, tokenizer
+from terramind_jax.train import logging, meter, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +88,14 @@ def test_unreadable_images_weigh_nothing(finished):
 
 
 def test_a_killed_run_continues_with_the_same_numbers(root, finished, tmp_path, monkeypatch):
-    add = logging.Meter.add
+    add = meter.Meter.add
 
     def failing(self, step, metrics, waited):
         add(self, step, metrics, waited)
         if step == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(logging.Meter, "add", failing)
+    monkeypatch.setattr(meter.Meter, "add", failing)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.train(tiny_run.tokenizer_training(root), tmp_path)
     monkeypatch.undo()

@@ -2,7 +2,7 @@
 
     terramind-jax pretrain --config=configs/pretrain/large.py --workdir=DIR --config.data.root=SHARDS --config.run.workers=8
 
-Hardware: a pod slice; state split over `mesh.fsdp` where a chip has 16 GB.
+Hardware: a pod slice; `--config.mesh.fsdp=8` splits the 11.3 GB of state where a chip has 16 GB.
 The original took about 15,000 GPU hours on A100 for 500 B tokens (reported second-hand). Hours here: not measured yet.
 """
 

@@ -125,6 +125,38 @@ def patch_capacity(
 # ---- masked views in groups -------------------------------------------------------------------------------------------------
 
 
+def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[str, int], size: int) -> dict[str, Any]:
+    """The arrays of a group of `size` views before anything is put in: shapes and types of all that travels to a device."""
+    n, m = plan.input_tokens, plan.target_tokens
+    pixels = [s for s in encoder if s.kind == "pixels"]
+    shapes = {s.key: (1, capacity[s.key], PATCH_SIZE**2 * s.channels) for s in pixels}
+    return {
+        "input_modality": np.full((size, n), PADDING, np.uint8),
+        "input_position": np.zeros((size, n), np.uint16),
+        "input_id": np.zeros((size, n), np.int32),
+        "patches": {s.key: np.zeros(shapes[s.key], views.stored_dtype(s.modality)) for s in pixels},
+        "target_modality": np.full((size, m), PADDING, np.uint8),
+        "target_position": np.zeros((size, m), np.uint16),
+        "target_input": np.zeros((size, m), np.int32),
+        "target_id": np.zeros((size, m), np.int32),
+        "sample": np.full(size, -1, np.int64),
+        "overflow": np.zeros(size, np.int32),
+        "bad": np.ones(size, bool),
+    }
+
+
+def template(
+    encoder: Sequence[Stream], decoder: Sequence[Stream], config: DataConfig, mask_config: masks.MaskConfig, index: Index | None = None
+) -> dict[str, Any]:
+    """An empty group of the batches that these settings give; without an `index`, as if every sample had every stream."""
+    encoder, decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
+    plan = masks.plan_masks(encoder, decoder, mask_config)
+    patterns = [(np.ones(len(encoder), bool), np.ones(len(decoder), bool), 1)]
+    if index is not None:
+        _, patterns = usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder)
+    return empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+
+
 class _Memo:
     """Later views of samples already read, until they are asked for. A miss only means reading again."""
 
@@ -172,7 +204,7 @@ class ViewGroups:
 
     def __call__(self, position: int) -> dict[str, Any]:
         places = [self._place(position + g) for g in range(self.config.patch_group)]
-        group = self._empty()
+        group = empty_group(self.encoder, self.plan, self.capacity, self.config.patch_group)
         used = collections.Counter()
         for g, place in enumerate(places):
             if place is not None:
@@ -208,24 +240,6 @@ class ViewGroups:
         except (DataError, OSError) as error:
             views.warn_once(f"Skipped: {error}")
             return views.BAD
-
-    def _empty(self) -> dict[str, Any]:
-        g, n, m = self.config.patch_group, self.plan.input_tokens, self.plan.target_tokens
-        pixels = [s for s in self.encoder if s.kind == "pixels"]
-        shapes = {s.key: (1, self.capacity[s.key], PATCH_SIZE**2 * s.channels) for s in pixels}
-        return {
-            "input_modality": np.full((g, n), PADDING, np.uint8),
-            "input_position": np.zeros((g, n), np.uint16),
-            "input_id": np.zeros((g, n), np.int32),
-            "patches": {s.key: np.zeros(shapes[s.key], views.stored_dtype(s.modality)) for s in pixels},
-            "target_modality": np.full((g, m), PADDING, np.uint8),
-            "target_position": np.zeros((g, m), np.uint16),
-            "target_input": np.zeros((g, m), np.int32),
-            "target_id": np.zeros((g, m), np.int32),
-            "sample": np.full(g, -1, np.int64),
-            "overflow": np.zeros(g, np.int32),
-            "bad": np.ones(g, bool),
-        }
 
     def _put(self, group: dict[str, Any], g: int, view: views.View, used: collections.Counter) -> None:
         """Writes one view into row `g`. Patches go behind those of earlier rows; what no longer fits, the last ones, is dropped."""

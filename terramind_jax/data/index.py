@@ -271,6 +271,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def stored_bytes(self) -> int:
+        """Bytes of all samples in the shards, tokens included."""
+        return sum(int(column.size.sum()) for columns in (self._pixels, self._tokens) for column in columns.values())
+
     def __repr__(self) -> str:
         return f"Index({len(self)} samples, {', '.join(f'{m}: {n}' for m, n in zip(self.modalities, self.available.sum(0), strict=True))})"
 

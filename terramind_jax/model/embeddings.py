@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from terramind_jax.modalities import Stream
 from terramind_jax.model.layers import xavier
@@ -25,8 +26,12 @@ class Tables(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
+        # Rows are whole where they are used. Else XLA lets each device of the fsdp axis look up its slice of every row of the batch.
+        whole = tuple(None if axis == "embed" else PartitionSpec.UNCONSTRAINED for axis in self.axes)
+
         def table(key: str, shape: tuple[int, ...]) -> jax.Array:
-            return self.param(key, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape)
+            values = self.param(key, nn.with_logical_partitioning(self.initializer(*shape), self.axes), shape)
+            return nn.with_logical_constraint(values, whole)
 
         return {key: table(key, shape) for key, shape in self.shapes.items()}
 

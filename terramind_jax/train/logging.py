@@ -1,71 +1,201 @@
-"""Metrics of a run: ``metrics.jsonl``, TensorBoard event files and a progress bar, all on process 0 only."""
+"""Where the metrics of a run go: ``metrics.jsonl``, TensorBoard, Weights & Biases and a progress bar, from process 0 only."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm.auto import tqdm
 
+from terramind_jax import files
+
 METRICS = "metrics.jsonl"
-PATIENCE = 100  # steps in a row that may be skipped
+FLUSH_SECONDS = 30  # between writes to an object store
+PIECE = 1 << 18  # bytes after which a log in an object store goes on in another object
 
 
-def truncate(path: Path, step: int) -> None:
+# ---- metrics.jsonl ----
+
+
+def pieces(folder: epath.Path) -> list[epath.Path]:
+    """The files of a log, oldest first: ``metrics.jsonl``, or in an object store ``metrics-STEP.jsonl``, as nothing is appended there."""
+    stem, dot, suffix = METRICS.partition(".")
+    return sorted(folder.glob(f"{stem}*{dot}{suffix}")) if folder.is_dir() else []
+
+
+def truncate(path: epath.Path, step: int) -> None:
     """Drops the lines of `path` past `step`, so that a continued run never writes a step twice. A line cut short is dropped too."""
-    kept = []
-    for line in path.read_text().splitlines():
+    text, kept = path.read_text(), []
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    if not kept:
+        path.unlink()
+    elif "".join(kept) != text:
+        files.write_text(path, "".join(kept))
 
 
-def read(workdir: str | Path) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics, oldest first."""
-    return [json.loads(line) for line in (Path(workdir) / METRICS).read_text().splitlines()]
+    return [json.loads(line) for path in pieces(files.folder(workdir)) for line in path.read_text().splitlines()]
+
+
+class Lines:
+    """A log that goes on after `step`. In an object store its last piece is written anew, once in `FLUSH_SECONDS`, until it is full."""
+
+    def __init__(self, folder: epath.Path, step: int) -> None:
+        for path in pieces(folder):
+            truncate(path, step)
+        self._folder, self._remote = folder, files.is_remote(folder)
+        self._file = None if self._remote else Path(folder / METRICS).open("a")
+        self._text, self._name, self._unwritten, self._written = "", "", False, time.monotonic()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line: ``{"step": 10, "loss": 9.1, ...}``. A value that is not finite is ``null``."""
+        line = json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._name = self._name if self._text else f"metrics-{step:09d}.jsonl"
+        self._text, self._unwritten = self._text + line, True
+        if time.monotonic() - self._written > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was written is stored when this returns."""
+        if self._unwritten:
+            files.write_text(self._folder / self._name, self._text)
+            self._unwritten, self._written = False, time.monotonic()
+            self._text = self._text if len(self._text) < PIECE else ""
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+# ---- TensorBoard and Weights & Biases ----
+
+
+class Events:
+    """TensorBoard's event files. For an object store they are written here and copied whole, one after the other."""
+
+    def __init__(self, folder: epath.Path, step: int) -> None:
+        self._folder = folder / "tensorboard"
+        self._local = tempfile.TemporaryDirectory() if files.is_remote(folder) else None
+        self._open(step + 1 if step else None)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        from tensorboardX import SummaryWriter  # here, as importing it takes longer than the rest of this module
+
+        self._events, self._written = SummaryWriter(self._local.name if self._local else str(self._folder), purge_step), time.monotonic()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self._events.add_scalar(name, value, step)
+        if self._local and time.monotonic() - self._written > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._events.flush()
+        self._written = time.monotonic()
+        for path in Path(self._local.name).iterdir() if self._local else ():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / path.name).write_bytes(data := path.read_bytes())
+            if len(data) > PIECE:
+                self._events.close()
+                path.unlink()
+                self._open()
+
+    def close(self) -> None:
+        self.flush()
+        self._events.close()
+        if self._local:
+            self._local.cleanup()
+
+
+class WandB:
+    """A run of Weights & Biases of its own for each work directory; a continued one goes on there."""
+
+    def __init__(self, folder: epath.Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("run.wandb needs Weights & Biases; pip install wandb, or set it to False.") from None
+        name, identity = os.fspath(folder), hashlib.sha1(os.fspath(folder).encode()).hexdigest()[:16]
+        self._run = wandb.init(project="terramind_jax", name=name, id=identity, resume="allow", config=dict(config))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# ---- all of them ----
 
 
 class Writer:
-    """Writes scalars of a step to every sink. A value that is not finite is ``null`` in JSON."""
+    """Writes scalars of a step to every sink, and shows how far the run is."""
 
-    def __init__(self, workdir: str | Path, *, step: int, total: int, tensorboard: bool = True, progress: bool = True) -> None:
-        """Continues the metrics of `workdir` after `step`; `total` is the length of the progress bar."""
-        self._lines = self._events = self._bar = None
-        if jax.process_index():
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        step: int,
+        total: int,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Continues the metrics of `workdir` after `step`; `total` is the length of the progress bar, `wandb` what W&B is told."""
+        self._sinks, self._bar, self._first = [], None, jax.process_index() == 0
+        if not self._first:
             return
-        path = Path(workdir) / METRICS
-        if path.is_file():
-            truncate(path, step)
-        self._lines = path.open("a")
+        folder = files.folder(workdir)
+        self._sinks.append(Lines(folder, step))
         if tensorboard:
-            from tensorboardX import SummaryWriter  # here, as importing it takes longer than the rest of this module
-
-            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+            self._sinks.append(Events(folder, step))
+        if wandb is not None:
+            self._sinks.append(WandB(folder, wandb))
         if progress:
             self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """One line: ``{"step": 10, "loss": 9.1, ...}``."""
-        if self._lines is None:
-            return
-        scalars = {name: _number(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}) + "\n")
-        self._lines.flush()
-        if self._events is not None:
-            for name, value in scalars.items():
-                if math.isfinite(value):
-                    self._events.add_scalar(name, value, step)
+        """The metrics of one step, or of a validation after it."""
+        scalars = {name: number(value) for name, value in scalars.items()}
+        self._each(lambda sink: sink.write(step, scalars))
+
+    def flush(self) -> None:
+        """What was written is stored when this returns, so that a checkpoint is never ahead of the log."""
+        self._each(lambda sink: sink.flush())
+
+    def _each(self, do: Any) -> None:
+        """A sink that fails, such as one that cannot be reached for a moment, does not end the run."""
+        for sink in self._sinks:
+            try:
+                do(sink)
+            except Exception as error:
+                warnings.warn(f"{type(sink).__name__} of the metrics failed: {error}", stacklevel=3)
 
     def advance(self, step: int, shown: Mapping[str, str]) -> None:
         """Moves the progress bar to `step`."""
@@ -75,93 +205,17 @@ class Writer:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if self._lines is not None:
+        if self._first:
             tqdm.write(text)
 
     def close(self) -> None:
-        for sink in (self._lines, self._events, self._bar):
-            if sink is not None:
-                sink.close()
+        self._each(lambda sink: sink.close())
+        if self._bar is not None:
+            self._bar.close()
 
 
-class Meter:
-    """Follows a loop: reads the metrics of a step once the next one is dispatched, so that the device never waits for the host.
-
-    `totals` sums the metrics named in it over the run; `last` holds the newest scalars.
-    """
-
-    def __init__(self, writer: Writer, totals: Mapping[str, int], *, log_every: int, work: Mapping[str, float]) -> None:
-        """`work` is what a step does, e.g. ``{"tokens": 2048, "flops": 1e9}``, and under ``peak`` the devices' FLOP/s."""
-        self.totals, self.last = dict(totals), {}
-        self._writer, self._log_every, self._work = writer, log_every, work
-        self._pending: tuple | None = None
-        self._clock: float | None = None
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        self._skipped = 0  # steps in a row
-
-    def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
-        """Takes the metrics of a step just dispatched, which waited so many seconds for its data, and reads those of the one before."""
-        self.flush()
-        self._pending = (step, metrics, waited)
-
-    def flush(self) -> None:
-        """Reads the metrics still outstanding; a ValueError once `PATIENCE` steps in a row have been skipped."""
-        if self._pending is None:
-            return
-        step, metrics, waited = self._pending
-        self._pending = None
-        metrics = {name: _number(value) for name, value in jax.device_get(metrics).items()}
-        self._time(waited)
-        for name in self.totals:
-            self.totals[name] += metrics[name]
-        self.last = {**metrics, **self.totals, **self._rates()}
-        if step % self._log_every == 0:
-            self._writer.write(step, self.last)
-            self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        self._writer.advance(step, _shown(self.last))
-        self._skipped = 0 if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]) else self._skipped + 1
-        if self._skipped >= PATIENCE:
-            raise ValueError(
-                f"The loss or its gradient was not finite in the last {PATIENCE} steps, to step {step}, and nothing was learned; lower "
-                "optimizer.learning_rate, set optimizer.clip_norm, or look for wrong values with `terramind-jax data check`."
-            )
-
-    def pause(self) -> None:
-        """What follows until the next step is no part of its time."""
-        self.flush()
-        self._clock = None
-
-    def _time(self, waited: float) -> None:
-        now = time.perf_counter()
-        if self._clock is not None:  # a first step compiles: its time says nothing
-            self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + now - self._clock, self._waited + waited
-        self._clock = now
-
-    def _rates(self) -> dict[str, float]:
-        if not self._steps:
-            return {}
-        seconds = self._seconds / self._steps
-        unit = next(iter(self._work))
-        rates = {"step_seconds": seconds, f"{unit}_per_second": self._work[unit] / seconds, "data_wait": self._waited / self._seconds}
-        if self._work["peak"]:
-            rates["mfu"] = self._work["flops"] / seconds / self._work["peak"]
-        return rates
-
-
-def _shown(scalars: Mapping[str, float]) -> dict[str, str]:
-    """What the progress bar says."""
-    shown = {"loss": f"{scalars['loss']:.4f}"}
-    for name, value in scalars.items():
-        if name.endswith("_per_second"):
-            shown[f"{name.removesuffix('_per_second')}/s"] = count(value)
-        elif name in ("mfu", "data_wait"):
-            shown[name] = f"{100 * value:.0f}%"
-        elif name in ("skipped", "bad", "overflow") and value:
-            shown[name] = count(value)
-    return shown
-
-
-def _number(value: Any) -> float | int:
+def number(value: Any) -> float | int:
+    """A scalar of whatever kind as a Python number."""
     value = np.asarray(value).item()
     return value if isinstance(value, int) else float(value)
 

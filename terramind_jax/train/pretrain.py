@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-import time
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,13 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
+from terramind_jax.data.faults import Faults, read_streams
+from terramind_jax.data.groups import template
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.masks import MaskConfig
 from terramind_jax.data.pipeline import DataConfig, batches
 from terramind_jax.modalities import Stream
-from terramind_jax.train import logging, optimizer, state
+from terramind_jax.train import loop, optimizer, state
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -42,97 +43,129 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
 
-    # ---- Length of the run, counted in tokens ----
-    batch_size, run = config.train.batch_size, config.run
-    tokens = config.mask.input_tokens + config.mask.target_tokens
-    steps = config.train.steps or math.ceil(config.train.total_tokens / (tokens * batch_size))
-    total = steps * batch_size
-    warmup = min(config.optimizer.warmup_tokens / (total * tokens), 0.1)
-
     # ---- Model, optimizer and state, laid out on the mesh ----
     mesh = sharding.make_mesh(**config.mesh)
-    check_batch(config, mesh)
-    device_batches(config, index, mesh, workers=run.workers)  # raises what they would, before anything is written
+    check_mesh(config, mesh)
+    device_batches(config, index, mesh, workers=config.run.workers)  # raises what they would, before anything is written
     if validation is not None:
         device_batches(config, validation, mesh, train=False)
     module = networks.TerraMind(transformer_config(config))
     tx = optimizer.adamw(config.optimizer)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
-    checkpoints = checkpoint.Checkpoints(workdir, run.keep)
-    train_state, buffers, layout, totals = state.start(partial(networks.init, module), tx, mesh, config.train.seed, checkpoints)
-    step = int(train_state.step)
+    checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
+    train_state, buffers, layout, kept = state.start(partial(networks.init, module), tx, mesh, config.train.seed, checkpoints)
 
-    # ---- The compiled step ----
-    replicated = sharding.replicated(mesh)
-    loss_fn = partial(loss, module, config.train.loss)
-    update = partial(state.apply, tx=tx, config=config.optimizer, batch_size=batch_size, total=total, warmup=warmup)
-    step_fn = jax.jit(partial(train_step, loss_fn, update), donate_argnums=0, out_shardings=(layout, replicated))
-    sums_fn = jax.jit(lambda params, buffers, batch: loss_fn(params, buffers, batch)[1], out_shardings=replicated)
+    # ---- The compiled steps ----
+    step_fn = make_step(config, module, tx, mesh, layout)
+    sums_fn = jax.jit(
+        lambda params, buffers, batch: loss(module, config.train.loss, params, buffers, batch)[1], out_shardings=sharding.replicated(mesh)
+    )
+
+    def validated(train_state: state.State, buffers: Any) -> dict[str, float]:
+        fixed = device_batches(config, validation, mesh, train=False)
+        return validate(partial(sums_fn, train_state.params, buffers), fixed, config.run.eval_batches, decoder, config.train.loss)
 
     # ---- Loop ----
-    writer = logging.Writer(workdir, step=step, total=steps, tensorboard=run.tensorboard, progress=run.progress)
-    writer.say(
-        f"{state.size(train_state.params)} parameters, {len(index)} samples, step {step} of {steps}, {tokens * batch_size} tokens a step"
+    faults = Faults(index, partial(read_streams, index, (*encoder, *decoder), config.model.image_size))
+    budgets, batch_size = (config.mask.input_tokens, config.mask.target_tokens), config.train.batch_size
+    training = loop.Training(
+        title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
+        total=total_samples(config),
+        work={
+            "tokens": sum(budgets) * batch_size,
+            "samples": batch_size,
+            "flops": flops.transformer_step(module.config, batch_size, *budgets),
+            "peak": flops.peak() * jax.device_count(),
+        },
+        summed=("bad", "overflow"),
+        step=step_fn,
+        batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
+        validate=None if validation is None else validated,
+        reasons=faults.reasons,
     )
-    work = {
-        "tokens": tokens * batch_size,
-        "flops": flops.transformer_step(module.config, batch_size, config.mask.input_tokens, config.mask.target_tokens),
-        "peak": flops.peak() * jax.device_count(),
-    }
-    meter = logging.Meter(writer, {"bad": 0, "overflow": 0, **totals}, log_every=run.log_every, work=work)
-    validated: dict[str, float] = {}
-    with (
-        contextlib.closing(checkpoints),
-        contextlib.closing(writer),
-        checkpoint.sigterm() as stop,
-        jax.set_mesh(mesh),
-        nn.logical_axis_rules(sharding.RULES),
-    ):
-        data = device_batches(config, index, mesh, consumed=state.consumed(train_state.samples), workers=run.workers)
-        while step < steps and not stop.is_set():
-            start = time.perf_counter()
-            batch = next(data)
-            waited = time.perf_counter() - start
-            train_state, metrics = step_fn(train_state, buffers, batch)
-            step += 1
-            meter.add(step, metrics, waited)
-            if step_fn._cache_size() > 1:
-                raise RuntimeError(f"The training step was compiled again at step {step}: a shape or a sharding has changed.")
-
-            if step % run.checkpoint_every == 0 or step == steps:
-                meter.pause()
-                state.save(checkpoints, train_state, buffers, meter.totals)
-            if validation is not None and (step == steps or run.eval_every and step % run.eval_every == 0):
-                meter.pause()
-                fixed = device_batches(config, validation, mesh, train=False)
-                validated = validate(partial(sums_fn, train_state.params, buffers), fixed, run.eval_batches, decoder, config.train.loss)
-                writer.write(step, validated)
-
-        # ---- End ----
-        meter.pause()
-        if step < steps:
-            state.save(checkpoints, train_state, buffers, meter.totals)
-    if step < steps:
-        raise checkpoint.Terminated(
-            f"Stopped by SIGTERM at step {step} of {steps}; the checkpoint is saved and the same command goes on from it."
-        )
-    return {"step": step, **meter.last, **validated}
+    return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
 
 
 # ---- one step, as a pure function ----
 
 
-def loss(module: networks.TerraMind, kind: str, params: Any, buffers: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, tuple]:
-    """The scalar loss of a batch, and per decoder stream the sum of cross-entropies and the number of targets (spec 4.6)."""
-    sums, counts = module.apply({"params": params, "buffers": buffers}, batch, method="losses")
-    return networks.loss.combine(sums, counts, [s.vocab_size for s in module.config.decoder], kind), (sums, counts)
+def total_samples(config: ConfigDict) -> int:
+    """Samples of the whole run. Its schedule is counted in them, so that it stays the same with another batch size."""
+    tokens = config.mask.input_tokens + config.mask.target_tokens
+    return config.train.steps * config.train.batch_size or math.ceil(config.train.total_tokens / tokens)
+
+
+def length(config: ConfigDict) -> int:
+    """Steps of the whole run."""
+    return math.ceil(total_samples(config) / config.train.batch_size)
+
+
+def make_step(config: ConfigDict, module: networks.TerraMind, tx: Any, mesh: jax.sharding.Mesh, layout: state.State) -> Any:
+    """The jitted (state, buffers, batch) -> (state, metrics) of a run: what `train` calls and `plan` compiles.
+
+    Args:
+      layout: shardings of the state, which the step keeps.
+    """
+    batch_size = config.train.batch_size
+    total = total_samples(config)
+    tokens = config.mask.input_tokens + config.mask.target_tokens
+    warmup = min(config.optimizer.warmup_tokens / (total * tokens), 0.1)
+    loss_fn = partial(loss, module, config.train.loss)
+    update = partial(state.apply, tx=tx, config=config.optimizer, batch_size=batch_size, total=total, warmup=warmup)
+    step = partial(train_step, loss_fn, update, accumulate=config.train.accumulate)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+
+
+def loss(
+    module: networks.TerraMind,
+    kind: str,
+    params: Any,
+    buffers: Any,
+    batch: Mapping[str, jax.Array],
+    counts: jax.Array | None = None,
+) -> tuple[jax.Array, tuple]:
+    """The scalar loss of a batch, and per decoder stream the sum of cross-entropies and the number of targets (spec 4.6).
+
+    `counts` are the targets of a whole batch of which `batch` is a part: with them the losses of the parts add up to that of the whole.
+    """
+    sums, own = module.apply({"params": params, "buffers": buffers}, batch, method="losses")
+    sizes = [s.vocab_size for s in module.config.decoder]
+    return networks.loss.combine(sums, own if counts is None else counts, sizes, kind), (sums, own)
+
+
+def gradients(loss_fn, params: Any, buffers: Any, batch: Mapping[str, Any], accumulate: int = 1) -> tuple[tuple, Any]:
+    """What `loss_fn` gives for a batch, and the gradients, from `accumulate` microbatches one after the other."""
+    if accumulate == 1:
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, buffers, batch)
+    counts = networks.loss.count(batch["target_modality"], len(loss_fn.args[0].config.decoder))
+    one = jax.value_and_grad(partial(loss_fn, counts=counts), has_aux=True)
+
+    def add(total: tuple, part: Mapping[str, Any]) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, one(params, buffers, part)), None
+
+    zero = (jnp.zeros(()), (jnp.zeros_like(counts), jnp.zeros_like(counts))), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zero, microbatches(batch, accumulate))[0]
+
+
+def microbatches(batch: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The batch as `k` along a new first axis; each takes every k-th group of samples that share patch buffers.
+
+    So no group is torn, and every device keeps the samples that it has.
+    """
+    groups = next((x.shape[0] for x in batch["patches"].values()), len(batch["bad"]))
+
+    def split(x: jax.Array) -> jax.Array:
+        parts = x.reshape(groups // k, k, len(x) // groups, *x.shape[1:]).swapaxes(0, 1)
+        return nn.with_logical_constraint(parts.reshape(k, len(x) // k, *x.shape[1:]), (None, "batch", *(None,) * (x.ndim - 1)))
+
+    return jax.tree.map(split, dict(batch))
 
 
 def train_step(
-    loss_fn, update, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]
+    loss_fn, update, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array], *, accumulate: int = 1
 ) -> tuple[state.State, dict[str, jax.Array]]:
     """(state, batch) -> (state, metrics): one step of AdamW; `loss_fn` and `update` are bound at the start of a run."""
-    (value, (sums, counts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(train_state.params, buffers, batch)
+    (value, (sums, counts)), grads = gradients(loss_fn, train_state.params, buffers, batch, accumulate)
     train_state, metrics = update(train_state, loss=value, grads=grads)
     decoder = loss_fn.args[0].config.decoder
     metrics |= {f"loss/{s.modality}": jnp.where(n > 0, total / n, jnp.nan) for s, total, n in zip(decoder, sums, counts, strict=True)}
@@ -198,38 +231,93 @@ def open_validation(config: ConfigDict) -> Index | None:
 
 
 def device_batches(
-    config: ConfigDict, index: Index, mesh: jax.sharding.Mesh, *, consumed: int = 0, workers: int = 0, train: bool = True
+    config: ConfigDict,
+    index: Index,
+    mesh: jax.sharding.Mesh,
+    *,
+    consumed: int = 0,
+    workers: int = 0,
+    train: bool = True,
+    faults: Faults | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
 
-    Checks configuration and data at once and reads when the first batch is asked for.
+    Checks configuration and data at once and reads when the first batch is asked for. `faults` are told of bad samples.
     """
-    encoder, decoder = streams(config)
-    pipeline = {name: config.data[name] for name in ("views_per_sample", "view_window", "patch_group", "capacity_sigmas")}
-    host = batches(
+    host, hosts = sharding.host_share(mesh)
+    share = batches(
         index,
-        encoder,
-        decoder,
-        DataConfig(image_size=config.model.image_size, **pipeline),
-        MaskConfig(**config.mask.to_dict()),
+        *data_settings(config),
         batch_size=config.train.batch_size,
         consumed=consumed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
         workers=workers,
         seed=config.train.seed,
         train=train,
     )
-    return (sharding.to_global({name: value for name, value in batch.items() if name != "sample"}, mesh) for batch in host)
+    share = faults.following(share) if faults else share
+    return (sharding.to_global(on_device(batch), mesh) for batch in share)
+
+
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh, index: Index | None = None) -> dict[str, Any]:
+    """What `device_batches` yields, as shapes with their places; without an `index`, as if every sample had every modality."""
+    groups, place = config.train.batch_size // config.data.patch_group, sharding.batch_sharding(mesh)
+    group = on_device(template(*data_settings(config), index))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=place), group)
+
+
+def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a host's batch travels."""
+    return {name: value for name, value in batch.items() if name != "sample"}
+
+
+def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
+    """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
+    fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas")
+    data = DataConfig(image_size=config.model.image_size, **{name: config.data[name] for name in fields})
+    return *streams(config), data, MaskConfig(**config.mask.to_dict())
+
+
+def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """A ValueError for a configuration that this mesh cannot run, a warning for one that wastes it."""
+    check_batch(config, mesh)
+    check_attention(config, mesh.devices.flat[0].platform)
+    fsdp, dim = mesh.shape["fsdp"], config.model.dim
+    if fsdp > 1 and dim // fsdp < sharding.MIN_FSDP_ROWS:
+        warnings.warn(
+            f"mesh.fsdp={fsdp} leaves {dim // fsdp} rows of model.dim={dim} on a device; below {sharding.MIN_FSDP_ROWS} it moves more "
+            "bytes than it saves: make it smaller and mesh.data larger.",
+            stacklevel=2,
+        )
+
+
+def check_attention(config: ConfigDict, platform: str) -> None:
+    """cuDNN's kernel takes some devices, types and shapes only."""
+    if config.model.attention != "cudnn":
+        return
+    head = config.model.dim // config.model.num_heads
+    if platform != "gpu":
+        need = f"an NVIDIA GPU, not a {platform}"
+    elif (dtype := state.compute_dtype(config.model.dtype, platform)) == "float32":
+        need = f"model.dtype bfloat16 or float16, not {dtype}"
+    elif head > 128 or head % 8:
+        need = f"heads whose channels, model.dim over model.num_heads, are a multiple of 8 up to 128, not {head}"
+    elif config.mask.input_tokens % 2 or config.mask.target_tokens % 2:
+        need = f"even budgets, not mask.input_tokens={config.mask.input_tokens} and mask.target_tokens={config.mask.target_tokens}"
+    else:
+        return
+    raise ValueError(f"model.attention='cudnn' needs {need}; or set it to 'xla'.")
 
 
 def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Every device gets whole groups of samples."""
-    unit = config.data.patch_group * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % unit:
+    """Every device gets whole groups of samples, in every microbatch."""
+    group, parts = config.data.patch_group, config.train.accumulate
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % (group * parts * devices):
         raise ValueError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of {unit}: data.patch_group={config.data.patch_group} "
-            f"for each of {unit // config.data.patch_group} devices."
+            f"train.batch_size={config.train.batch_size} must be a multiple of {group * parts * devices}: data.patch_group={group} for "
+            f"each of {devices} devices{f', train.accumulate={parts} times' if parts > 1 else ''}."
         )
 
 
@@ -247,16 +335,17 @@ def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]
     return tuple(map(sized, sorted(keys))), tuple(map(sized, sorted(targets)))
 
 
-def transformer_config(config: ConfigDict) -> networks.TransformerConfig:
-    """The module's configuration; dtype ``auto`` is bfloat16 on accelerators and float32 on a CPU."""
+def transformer_config(config: ConfigDict, platform: str | None = None) -> networks.TransformerConfig:
+    """The module's configuration; dtype ``auto`` is bfloat16 on accelerators and float32 on a CPU; `platform` is by default JAX's."""
     encoder, decoder = streams(config)
     fields = {name: value for name, value in config.model.items() if name != "codebooks"}
-    return networks.TransformerConfig(encoder=encoder, decoder=decoder, **{**fields, "dtype": state.compute_dtype(config.model.dtype)})
+    fields["dtype"] = state.compute_dtype(config.model.dtype, platform)
+    return networks.TransformerConfig(encoder=encoder, decoder=decoder, **fields)
 
 
 def load(workdir: str | os.PathLike) -> tuple[networks.TerraMind, dict[str, Any], ConfigDict]:
     """Module, variables ``{"params", "buffers"}`` and configuration of a pretrained model, from its newest checkpoint."""
     config = configuration.of_workdir(workdir)
-    module = networks.TerraMind(transformer_config(config))
+    module = networks.TerraMind(dataclasses.replace(transformer_config(config), attention="xla"))  # runs anywhere
     abstract = meta.unbox(jax.eval_shape(partial(networks.init, module), jax.random.key(0)))
     return module, checkpoint.load_variables(workdir, abstract), config

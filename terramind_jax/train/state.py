@@ -26,13 +26,14 @@ Params = Any
 class State:
     """`samples` is the position in the data: the one integer that resuming, another batch size or skipping ahead sets.
 
-    It counts past 2**32, hence two uint32 words, high and low. `skipped` counts steps whose loss or gradient was not finite;
-    they consume samples and change nothing else.
+    It counts past 2**32, hence two uint32 words, high and low. `skipped` counts steps whose loss or gradient was not finite, or whose
+    gradient was far above `norm`, its running norm; they consume samples and leave parameters, moments and average as they are.
     """
 
     step: jax.Array  # int32 []
     samples: jax.Array  # uint32 [2]
     skipped: jax.Array  # int32 []
+    norm: jax.Array  # float32 []; 0 before the first step
     params: Params
     opt_state: optimizer.AdamWState
     ema: Params | None = None
@@ -44,6 +45,7 @@ def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) 
         step=jnp.zeros((), jnp.int32),
         samples=jnp.zeros((2,), jnp.uint32),
         skipped=jnp.zeros((), jnp.int32),
+        norm=jnp.zeros((), jnp.float32),
         params=params,
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
@@ -56,6 +58,7 @@ def shardings(params: Params, replicated: jax.sharding.Sharding, ema: bool) -> S
         step=replicated,
         samples=replicated,
         skipped=replicated,
+        norm=replicated,
         params=params,
         opt_state=optimizer.AdamWState(replicated, params, params),
         ema=params if ema else None,
@@ -91,14 +94,17 @@ def apply(
     warmup: float,
     ema_decay: float = 0.0,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """The state after one step, and its metrics. A loss or gradient that is not finite only moves the counters.
+    """The state after one step, and its metrics. A step that is skipped only moves the counters.
 
     Args:
       config: the ``optimizer`` group.
       total: samples of the whole run; `warmup` the fraction of it that warms up.
     """
-    grad_norm = optimizer.global_norm(grads)
-    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    norms = {part: optimizer.global_norm(some) for part, some in parts(grads).items()}
+    grad_norm = optimizer.global_norm(norms)
+    limit = config.spike_factor * state.norm if config.spike_factor else jnp.zeros(())
+    spike = (limit > 0) & (grad_norm > limit)
+    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~spike
     rate = optimizer.learning_rate(progress(state.samples, total), warmup, config)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=rate, grad_norm=grad_norm, ok=ok)
     params = optax.apply_updates(state.params, updates)
@@ -106,8 +112,26 @@ def apply(
     if ema is not None:
         ema = jax.tree.map(lambda e, p: jnp.where(ok, ema_decay * e + (1 - ema_decay) * p, e), ema, params)
     skipped = state.skipped + ~ok
-    state = State(state.step + 1, advance(state.samples, batch_size), skipped, params, opt_state, ema)
-    return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "skipped": skipped}
+    norm = running(state.norm, jnp.where(spike, limit, grad_norm))
+    state = State(state.step + 1, advance(state.samples, batch_size), skipped, norm, params, opt_state, ema)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "skipped": skipped}
+    return state, {**metrics, **{f"grad_norm/{part}": value for part, value in norms.items()}}
+
+
+def parts(tree: Params) -> dict[str, dict[str, Any]]:
+    """The top-level entries of parameters or gradients as embeddings, encoder, decoder and others, those that there are."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in tree.items():
+        embeds = "_emb" in name or name in ("patch_proj", "mask_token")
+        part = "embeddings" if embeds else next((p for p in ("encoder", "decoder") if name.startswith(p)), "other")
+        found.setdefault(part, {})[name] = value
+    return found
+
+
+def running(mean: jax.Array, value: jax.Array) -> jax.Array:
+    """The mean over about the last 100 steps, after one more; a value that is not finite does not enter."""
+    moved = jnp.where(mean > 0, mean + (value - mean) / 100, value)
+    return jnp.where(jnp.isfinite(value), moved, mean)
 
 
 def size(params: Params) -> str:
@@ -115,14 +139,30 @@ def size(params: Params) -> str:
     return count(sum(x.size for x in jax.tree.leaves(params)))
 
 
-def compute_dtype(name: str) -> str:
-    """A configuration's dtype: ``auto`` is bfloat16 on accelerators and float32 on a CPU."""
+def compute_dtype(name: str, platform: str | None = None) -> str:
+    """A configuration's dtype: ``auto`` is bfloat16 on accelerators and float32 on a CPU. `platform` is by default JAX's."""
     if name == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return name
 
 
 # ---- where a run starts ----
+
+
+def abstract(
+    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, ema: bool = False
+) -> tuple[State, Params]:
+    """State and buffers as shapes, each with its place on `mesh`; nothing is allocated, and the mesh need not be there."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    places = sharding.param_shardings(mesh, jax.eval_shape(init, key))
+    layout = shardings(places["params"], sharding.replicated(mesh), ema), places.get("buffers", {})
+    shapes = jax.eval_shape(partial(_fresh, init, tx, ema), key)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+
+def _fresh(init, tx: optax.GradientTransformation, ema: bool, key: jax.Array) -> tuple[State, Params]:
+    made = meta.unbox(init(key))
+    return create(made["params"], tx, ema), made.get("buffers", {})
 
 
 def start(
@@ -132,7 +172,7 @@ def start(
     seed: int,
     checkpoints: Checkpoints,
     ema: bool = False,
-) -> tuple[State, Params, State, dict[str, int]]:
+) -> tuple[State, Params, State, dict[str, float]]:
     """The newest checkpoint's state, or a fresh one, laid out on `mesh`.
 
     Args:
@@ -141,23 +181,15 @@ def start(
     Returns:
       (state, buffers, shardings of the state, totals that the loop counts besides).
     """
-    key = jax.random.key(seed)
-    variables = sharding.param_shardings(mesh, jax.eval_shape(init, key))
-    variables = {"params": variables["params"], "buffers": variables.get("buffers", {})}
-    layout = shardings(variables["params"], sharding.replicated(mesh), ema)
-
-    def fresh(key: jax.Array) -> tuple[State, Params]:
-        made = meta.unbox(init(key))
-        return create(made["params"], tx, ema), made.get("buffers", {})
-
+    shapes = abstract(init, tx, mesh, ema)
+    layout, places = jax.tree.map(lambda x: x.sharding, shapes)
     if checkpoints.latest() is None:
         # Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        state, buffers = jax.jit(fresh, out_shardings=(layout, variables["buffers"]), compiler_options=options)(key)
+        fresh = jax.jit(partial(_fresh, init, tx, ema), out_shardings=(layout, places), compiler_options=options)
+        state, buffers = fresh(jax.random.key(seed))
         return state, buffers, layout, {}
-    shapes = _trees(*jax.eval_shape(fresh, key))
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, _trees(layout, variables["buffers"]))
-    trees, counters = checkpoints.restore(placed)
+    trees, counters = checkpoints.restore(_trees(*shapes))
     buffers = trees.pop("buffers")
     place = partial(jax.device_put, device=sharding.replicated(mesh))
     return (
@@ -165,6 +197,7 @@ def start(
             step=place(np.int32(counters.pop("step"))),
             samples=place(np.array(divmod(counters.pop("samples"), 2**32), np.uint32)),
             skipped=place(np.int32(counters.pop("skipped"))),
+            norm=place(np.float32(counters.pop("norm", 0.0))),
             **{"ema": None, **trees},
         ),
         buffers,
@@ -178,8 +211,20 @@ def _trees(state: State, buffers: Params) -> dict[str, Any]:
     return trees if state.ema is None else {**trees, "ema": state.ema}
 
 
-def save(checkpoints: Checkpoints, state: State, buffers: Params, totals: Mapping[str, int]) -> None:
+def save(checkpoints: Checkpoints, state: State, buffers: Params, totals: Mapping[str, float]) -> None:
     """Starts writing a checkpoint of `state` and of the loop's `totals`, unless that step has one."""
-    counters = {"step": int(state.step), "samples": consumed(state.samples), "skipped": int(state.skipped), **totals}
-    if checkpoints.latest() != counters["step"]:
-        checkpoints.save(counters["step"], _trees(state, buffers), counters)
+    step = int(state.step)
+    if checkpoints.latest() != step:
+        own = {"step": step, "samples": consumed(state.samples), "skipped": int(state.skipped), "norm": float(state.norm)}
+        checkpoints.save(step, _trees(state, buffers), {**own, **totals})
+
+
+def rewind(checkpoints: Checkpoints, state: State, buffers: Params) -> State:
+    """`state`, which is used up, with the newest checkpoint's parameters, moments and average.
+
+    Its counters run on: what follows is other data, at the learning rate of where the run is.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _trees(state, buffers))
+    jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state, state.ema))  # there may be no room for both
+    trees, _ = checkpoints.restore({name: tree for name, tree in shapes.items() if name != "buffers"})
+    return state.replace(**trees)

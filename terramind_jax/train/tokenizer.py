@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
@@ -21,10 +18,12 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
+from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import image_batches
+from terramind_jax.data.views import read_variants
 from terramind_jax.tokenizer import fsq
-from terramind_jax.train import logging, optimizer, state
+from terramind_jax.train import loop, optimizer, state
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -44,26 +43,24 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     )
 
     # ---- Length of the run, counted in samples ----
-    batch_size, run = config.train.batch_size, config.run
-    steps = config.train.steps or math.ceil(config.train.total_samples / batch_size)
-    total = steps * batch_size
+    batch_size = config.train.batch_size
+    total = config.train.steps * batch_size or math.ceil(config.train.total_samples)
     warmup = min(config.optimizer.warmup_samples / total, 0.1)
 
     # ---- Model, optimizer and state, laid out on the mesh ----
     mesh = sharding.make_mesh(**config.mesh)
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
-    device_batches(config, index, mesh, workers=run.workers)  # raises what they would, before anything is written
+    device_batches(config, index, mesh, workers=config.run.workers)  # raises what they would, before anything is written
     if validation is not None:
         device_batches(config, validation, mesh, train=False)
     tx = optimizer.adamw(config.optimizer)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
-    checkpoints = checkpoint.Checkpoints(workdir, run.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     init = partial(networks.init, module)
-    train_state, buffers, layout, totals = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
-    step = int(train_state.step)
+    train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
 
-    # ---- The compiled step ----
+    # ---- The compiled steps ----
     replicated = sharding.replicated(mesh)
     update = partial(
         state.apply,
@@ -77,52 +74,28 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     step_fn = jax.jit(partial(train_step, module, update), donate_argnums=0, out_shardings=(layout, replicated))
     errors_fn = jax.jit(partial(errors, module), out_shardings=replicated)
 
+    def validated(train_state: state.State, buffers: Any) -> dict[str, float]:
+        fixed = device_batches(config, validation, mesh, train=False)
+        return validate(partial(errors_fn, train_state.ema, buffers), fixed, config.run.eval_batches, module.config)
+
     # ---- Loop ----
-    writer = logging.Writer(workdir, step=step, total=steps, tensorboard=run.tensorboard, progress=run.progress)
-    writer.say(f"{modality} tokenizer: {state.size(train_state.params)} parameters, {len(index)} samples, step {step} of {steps}")
-    work = {
-        "images": batch_size,
-        "flops": flops.tokenizer_step(module.config, batch_size, size),
-        "peak": flops.peak() * jax.device_count(),
-    }
-    meter = logging.Meter(writer, {"bad": 0, **totals}, log_every=run.log_every, work=work)
-    validated: dict[str, float] = {}
-    with (
-        contextlib.closing(checkpoints),
-        contextlib.closing(writer),
-        checkpoint.sigterm() as stop,
-        jax.set_mesh(mesh),
-        nn.logical_axis_rules(sharding.RULES),
-    ):
-        data = device_batches(config, index, mesh, consumed=state.consumed(train_state.samples), workers=run.workers)
-        while step < steps and not stop.is_set():
-            start = time.perf_counter()
-            batch = next(data)
-            waited = time.perf_counter() - start
-            train_state, metrics = step_fn(train_state, buffers, batch)
-            step += 1
-            meter.add(step, metrics, waited)
-            if step_fn._cache_size() > 1:
-                raise RuntimeError(f"The training step was compiled again at step {step}: a shape or a sharding has changed.")
-
-            if step % run.checkpoint_every == 0 or step == steps:
-                meter.pause()
-                state.save(checkpoints, train_state, buffers, meter.totals)
-            if validation is not None and (step == steps or run.eval_every and step % run.eval_every == 0):
-                meter.pause()
-                fixed = device_batches(config, validation, mesh, train=False)
-                validated = validate(partial(errors_fn, train_state.ema, buffers), fixed, run.eval_batches, module.config)
-                writer.write(step, validated)
-
-        # ---- End ----
-        meter.pause()
-        if step < steps:
-            state.save(checkpoints, train_state, buffers, meter.totals)
-    if step < steps:
-        raise checkpoint.Terminated(
-            f"Stopped by SIGTERM at step {step} of {steps}; the checkpoint is saved and the same command goes on from it."
-        )
-    return {"step": step, **meter.last, **validated}
+    faults = Faults(index, lambda i: read_variants(index, i, modality, size))
+    training = loop.Training(
+        title=f"{modality} tokenizer: {state.size(train_state.params)} parameters, {len(index)} samples",
+        total=total,
+        work={
+            "images": batch_size,
+            "samples": batch_size,
+            "flops": flops.tokenizer_step(module.config, batch_size, size),
+            "peak": flops.peak() * jax.device_count(),
+        },
+        summed=("bad",),
+        step=step_fn,
+        batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
+        validate=None if validation is None else validated,
+        reasons=faults.reasons,
+    )
+    return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
 
 
 # ---- one step, as a pure function ----
@@ -223,25 +196,34 @@ def open_images(config: ConfigDict, split: str) -> Index:
 
 
 def device_batches(
-    config: ConfigDict, index: Index, mesh: jax.sharding.Mesh, *, consumed: int = 0, workers: int = 0, train: bool = True
+    config: ConfigDict,
+    index: Index,
+    mesh: jax.sharding.Mesh,
+    *,
+    consumed: int = 0,
+    workers: int = 0,
+    train: bool = True,
+    faults: Faults | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
 
-    Checks configuration and data at once and reads when the first batch is asked for.
+    Checks configuration and data at once and reads when the first batch is asked for. `faults` are told of bad samples.
     """
-    host = image_batches(
+    host, hosts = sharding.host_share(mesh)
+    share = image_batches(
         index,
         config.model.modality,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         consumed=consumed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
         workers=workers,
         image_size=config.data.image_size,
         train=train,
     )
-    return (sharding.to_global({"image": batch["image"], "bad": batch["bad"]}, mesh) for batch in host)
+    share = faults.following(share) if faults else share
+    return (sharding.to_global({"image": batch["image"], "bad": batch["bad"]}, mesh) for batch in share)
 
 
 def load(workdir: str | os.PathLike) -> tuple[networks.Tokenizer, dict[str, Any]]:

@@ -161,7 +161,7 @@ def test_two_layers_in_float64(size, monkeypatch):
     assert error < 1e-9, name
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, implementation):
     """`layers.attend` with a softmax in float64; JAX's own is always in float32."""
     logits = jnp.einsum("bmhd,bnhd->bhmn", q, k) / q.shape[-1] ** 0.5
     logits = logits if mask is None else jnp.where(mask, -1e30, logits)

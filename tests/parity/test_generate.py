@@ -14,8 +14,12 @@ import numpy as np
 import peer
 import pytest
 import torch
+from peer import register
+from terratorch.models.backbones.terramind.tokenizer.scheduling import diffusion_pipeline
 
+import terramind_jax as tm
 from terramind_jax import coordinates, generate, modalities, sampling
+from terramind_jax.convert import files
 from terramind_jax.modalities import input_stream, output_stream
 
 CASES = [  # inputs, outputs, side in pixels; all models are built for 224
@@ -143,6 +147,25 @@ def written(module, variables, known, targets) -> dict[str, np.ndarray]:
 def equal(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of equal tokens; the reference's sequences end with the longest of the batch."""
     return float((ours[:, : theirs.shape[1]] == theirs).mean())
+
+
+@torch.no_grad()
+def test_pixels_by_name(tmp_path):
+    """The public way from a file of the reference's to pixels in physical units: two diffusion steps, an offset, then LULC given that."""
+    name, options = "terramind_v1_tiny_generate", dict(modalities=["S2L2A"], output_modalities=["DEM", "LULC"], standardize=True, temps=0.0)
+    options |= dict(timesteps=2, offset={"S2L2A": 1000.0, "DEM": 100.0})
+    with mock.patch.dict(register.v1_pretraining_mean):  # the reference adds offsets to it in place
+        model = peer.build(name, seed=0, **options)
+    files.write(tmp_path / "theirs.safetensors", peer.numpy_state(model))
+    rng = np.random.default_rng(0)
+    x = modalities.destandardize("S2L2A", rng.standard_normal((1, 64, 64, 12), np.float32), offset=1000.0)
+    noise = rng.standard_normal((1, 64, 64, 1), np.float32)
+    with mock.patch.object(diffusion_pipeline.torch, "randn", lambda *args, **kwargs: peer.nchw(noise)):
+        theirs = model({"S2L2A": peer.nchw(x)})
+    ours = tm.load(name, tmp_path / "theirs.safetensors", **options).generate({"S2L2A": x}, noise={"DEM": noise})
+    assert list(ours) == list(theirs)
+    for key, made in ours.items():
+        assert peer.relative_error(made, peer.nhwc(theirs[key])) <= 1e-3, key
 
 
 def test_the_reference_fails_with_several_steps(tokenizers):

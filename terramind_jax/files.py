@@ -1,0 +1,28 @@
+"""Work directories: local folders, or object stores such as ``gs://``, where nothing is appended to and nothing renamed."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether `path` lies in an object store."""
+    return "://" in os.fspath(path)
+
+
+def folder(path: str | os.PathLike) -> epath.Path:
+    """`path` in full, whatever folder the process is in later."""
+    return epath.Path(os.fspath(path) if is_remote(path) else os.path.abspath(path))
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file of which no reader ever sees a part; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_text(text)  # an object is there once it is whole
+        return
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,197 @@
+"""Other settings of a run: which of them would fit, by estimate, and how fast the likeliest are, compiled."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from terramind_jax import flops, sharding
+from terramind_jax import model as networks
+from terramind_jax.config import override
+from terramind_jax.data.index import Index
+from terramind_jax.model.layers import REMAT_POLICIES
+from terramind_jax.plan import report, roofline
+from terramind_jax.plan import step as steps
+from terramind_jax.plan.step import Memory, Step
+from terramind_jax.plan.topology import GIB, Topology
+
+Fields = Mapping[str, Any]  # {"model.remat": "full"}
+
+
+def changed(config: ConfigDict, fields: Fields) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    for name, value in fields.items():
+        override(config, name, str(value))
+    return config
+
+
+def text(fields: Fields) -> str:
+    """As on the command line."""
+    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+
+
+# ---- what would help ----
+
+
+def advice(step: Step, memory: Memory, index: Index | None = None) -> list[str]:
+    """Settings with which a step that does not fit should, the fewest changes first, and about how much they would take."""
+    estimate = estimator()
+    spare = max(memory.total - estimate(step), 0)  # workspace and program: taken to stay as they are
+    reliefs = _reliefs(step)
+    for changes in (reliefs, [{**a, **b} for a, b in itertools.combinations(reliefs, 2) if not a.keys() & b.keys()]):
+        found = []
+        for fields in changes:
+            try:
+                size = estimate(steps.prepare(changed(step.config, fields), step.topology, index)) + spare
+            except ValueError:
+                continue  # a batch or a mesh that does not divide
+            if size <= memory.available:
+                found.append(f"{text(fields)}: about {size / GIB:.1f} GiB")
+        if found:
+            return found
+    return [f"nothing that keeps the batch; take a smaller train.batch_size or more than {step.topology.chips} chips"]
+
+
+def _reliefs(step: Step) -> list[Fields]:
+    """Single changes that save memory and keep the result."""
+    config, mesh = step.config, step.mesh.shape
+    policies = list(REMAT_POLICIES)
+    reliefs: list[Fields] = [{"model.remat": name} for name in policies[policies.index(config.model.remat) + 1 :]]
+    reliefs += [{"train.accumulate": config.train.accumulate * n} for n in (2, 4, 8)]
+    wider = [mesh["fsdp"] * n for n in (2, 4, 8) if config.model.dim // (mesh["fsdp"] * n) >= sharding.MIN_FSDP_ROWS]
+    return reliefs + [{"mesh.data": -1, "mesh.fsdp": n} for n in wider]
+
+
+def estimator() -> Callable[[Step], float]:
+    """A function that tells the bytes that a step takes on a chip without compiling it: arguments, gradients and activations.
+
+    Steps of one function may differ in mesh, batch and policy; activations are traced once a policy, as they grow with the samples.
+    """
+    lines: dict[str, tuple[float, float]] = {}
+
+    def estimate(step: Step) -> float:
+        remat, group = step.module.config.remat, step.config.data.patch_group
+        if remat not in lines:
+            one, two = (activations(step, n * group) for n in (1, 2))
+            lines[remat] = 2 * one - two, (two - one) / group
+        constant, slope = lines[remat]
+        at_rest = sum(steps.arguments(step).values()) + steps.bytes_of(step.state.params)
+        return at_rest + (constant + slope * step.rows) / step.mesh.shape["tensor"]
+
+    return estimate
+
+
+def activations(step: Step, rows: int) -> float:
+    """Bytes of `rows` samples that wait for the backward pass, and with rematerialisation those of the one block that is at work."""
+    kept = steps.residuals(step.module, step.config, rows)
+    if step.module.config.remat == "none":
+        return kept
+    config = dataclasses.replace(step.module.config, remat="none")
+    blocks = config.encoder_depth + config.decoder_depth
+    return kept + steps.residuals(networks.TerraMind(config), step.config, rows) / blocks
+
+
+# ---- the search ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings, and by estimate the bytes that they take on a chip and the tokens a second that they give."""
+
+    fields: Fields
+    bytes: float
+    speed: float
+
+
+def search(
+    config: ConfigDict, where: Topology, limit: int, price: float | None, index: Index | None, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Plans of the likeliest settings, fastest first, those that do not fit last; `limit` of them are compiled.
+
+    Mesh shapes, batch sizes from half to four times the configuration's, and rematerialisation policies are tried.
+    """
+    found, tried = [], pick(candidates(config, where, index), where.chip.memory, limit)
+    for number, one in enumerate(tried, 1):
+        step = steps.prepare(changed(config, one.fields), where, index)
+        facts = report.plan(step, *steps.compile(step), price, index)
+        found.append({"settings": dict(one.fields), **facts})
+        progress(f"{number} of {len(tried)}: {text(one.fields)}: {_outcome(facts)}")
+    return sorted(found, key=lambda facts: -facts.get("tokens_per_second", 0.0) * facts["memory"]["fits"])
+
+
+def _outcome(facts: Mapping[str, Any]) -> str:
+    memory = facts["memory"]
+    over = (memory["total"] - memory["available"]) / GIB
+    return f"too large by {over:.2f} GiB" if over > 0 else f"{facts['tokens_per_second']:,.0f} tokens/s, MFU {facts['mfu']:.1%}"
+
+
+def candidates(config: ConfigDict, where: Topology, index: Index | None = None) -> Iterator[Candidate]:
+    """Every combination that the batch and the model divide."""
+    estimate = estimator()
+    for mesh, batch, remat in itertools.product(meshes(config, where.chips), _batches(config), REMAT_POLICIES):
+        fields = {**{f"mesh.{axis}": n for axis, n in mesh.items()}, "train.batch_size": batch, "model.remat": remat}
+        try:
+            step = steps.prepare(changed(config, fields), where, index)
+        except ValueError:
+            continue
+        yield Candidate(fields, estimate(step), speed(step))
+
+
+def meshes(config: ConfigDict, chips: int) -> Iterator[dict[str, int]]:
+    """Shapes that pay: FSDP no wider than leaves enough rows, tensor parallelism by two at most."""
+    for fsdp, tensor in itertools.product((2**n for n in range(10)), (1, 2)):
+        rows = config.model.dim // fsdp
+        if chips % (fsdp * tensor) == 0 and (fsdp == 1 or rows >= sharding.MIN_FSDP_ROWS) and config.model.num_heads % tensor == 0:
+            yield {"data": chips // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+
+
+def _batches(config: ConfigDict) -> list[int]:
+    batch = config.train.batch_size
+    return [batch, 2 * batch, 4 * batch, batch // 2]
+
+
+def speed(step: Step) -> float:
+    """Tokens a second by the coarsest model, to choose what is worth compiling: half the peak rate, one pass over the optimizer's
+    state, one sum of the gradients, and with a tensor axis four sums of the activations a layer."""
+    c, chip, mask, batch = step.module.config, step.topology.chip, step.config.mask, step.config.train.batch_size
+    model = flops.transformer_step(c, batch, mask.input_tokens, mask.target_tokens)
+    again = batch * flops.transformer_recomputed(c, mask.input_tokens, mask.target_tokens)
+    work = (model + again) / step.topology.chips / (chip.peak / 2)
+    own = steps.bytes_of(step.state.params)
+    summed = 2 * own * step.mesh.shape["fsdp"]
+    places = dict.fromkeys(roofline.place(d, step.topology) for d in step.mesh.devices[:, :, 0].flat)
+    moves = summed / (chip.link * max(1, roofline.links(list(places), step.topology)))
+    if step.topology.slices > 1:
+        moves += summed / math.prod(step.topology.shape) / chip.network_rate
+    if step.mesh.shape["tensor"] > 1:
+        width = (c.encoder_depth * mask.input_tokens + c.decoder_depth * mask.target_tokens) * c.dim
+        moves += 4 * 2 * step.rows * step.config.train.accumulate * width / chip.link
+    return step.tokens / (work + 7 * own / chip.memory_rate + moves)
+
+
+def pick(found: Iterator[Candidate], available: float, limit: int) -> list[Candidate]:
+    """The fastest that should fit, in turn for each batch size, so that none is left out."""
+    queues = collections.defaultdict(list)
+    for one in sorted(found, key=lambda c: -c.speed):
+        if one.bytes <= available:
+            queues[one.fields["train.batch_size"]].append(one)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+    return list(itertools.islice((one for one in turns if one is not None), limit))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The plans of a search, one a line."""
+    head = f"{'tokens/s':>12s}{'MFU':>8s}{'days':>9s}{'GiB a chip':>12s}  settings"
+    rows = [
+        f"{f['tokens_per_second']:12,.0f}{f['mfu']:8.1%}{f['run']['days']:9.2f}{f['memory']['total'] / GIB:12.2f}  {text(f['settings'])}"
+        if "seconds" in f
+        else f"{'does not fit':>29s}{f['memory']['total'] / GIB:12.2f}  {text(f['settings'])}"
+        for f in found
+    ]
+    return "\n".join([head, *rows])

@@ -1,0 +1,175 @@
+"""The loop that both trainings share: steps, checkpoints and validations, and what is done when something goes wrong.
+
+A run killed at any moment goes on with the same data and the same numbers; SIGTERM at any process saves first. A step that would spoil
+the parameters is skipped (`state.apply`), and after `run.patience` in a row the run goes back to its last checkpoint and on with other
+data. Samples that cannot be read have weight zero, until they are too many. A stalled step is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from terramind_jax import config as configuration
+from terramind_jax import files, processes, sharding
+from terramind_jax.checkpoint import Checkpoints, Terminated
+from terramind_jax.train import state
+from terramind_jax.train.logging import Writer
+from terramind_jax.train.meter import Meter
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the loop needs to know of that which it trains."""
+
+    title: str
+    total: int  # samples of the whole run
+    work: Mapping[str, float]  # of a step, see `Meter`
+    summed: tuple[str, ...]  # metrics to be summed over the run
+    step: Callable[..., tuple[state.State, Mapping[str, jax.Array]]]  # jitted: state, buffers, batch -> state, metrics
+    batches: Callable[[int], Iterator[Mapping[str, jax.Array]]]  # from a position in the data
+    validate: Callable[[state.State, Any], dict[str, float]] | None
+    reasons: Callable[[], str]  # why samples could not be read
+
+
+def run(
+    training: Training,
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    train_state: state.State,
+    buffers: Any,
+    kept: Mapping[str, float],
+) -> dict[str, float]:
+    """Trains to the end from what `state.start` gave, closes `checkpoints`, and returns the last metrics.
+
+    Raises `Terminated` after a SIGTERM, ValueError when too many samples cannot be read or too many steps come to nothing.
+    """
+    run, step, samples = config.run, int(train_state.step), state.consumed(train_state.samples)
+    steps = step + max(0, math.ceil((training.total - samples) / config.train.batch_size))
+    wandb = config.to_dict() if run.wandb else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpoints))
+        writer = Writer(workdir, step=step, total=steps, tensorboard=run.tensorboard, wandb=wandb, progress=run.progress)
+        stack.enter_context(contextlib.closing(writer))
+        writer.say(f"{training.title}, step {step} of {steps}, {training.work['samples']} samples a step")
+        meter = Meter(
+            writer,
+            training.summed,
+            kept,
+            log_every=run.log_every,
+            work=training.work,
+            samples=samples,
+            skipped=int(train_state.skipped),
+            max_bad_fraction=run.max_bad_fraction,
+            reasons=training.reasons,
+        )
+        preempted = stack.enter_context(processes.preemption())
+        watchdog = stack.enter_context(processes.Watchdog(run.stall_seconds, writer.say))
+        trace = stack.enter_context(contextlib.closing(Trace(run.profile, workdir, meter.flush)))
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(nn.logical_axis_rules(sharding.RULES))
+
+        def save() -> None:
+            watchdog.at(step, "saves")
+            with meter.aside(saving=True):
+                writer.flush()
+                state.save(checkpoints, train_state, buffers, meter.counters())
+
+        data, validated = training.batches(samples), {}
+        while step < steps and not preempted(step):
+            # ---- One step ----
+            trace.at(step)
+            watchdog.at(step + 1, "reads its data")
+            start = time.perf_counter()
+            batch = next(data)
+            waited = time.perf_counter() - start
+            watchdog.at(step + 1, "computes")
+            with jax.transfer_guard("disallow"):  # all that the step needs is on the devices; what is not would be copied at every step
+                train_state, metrics = training.step(train_state, buffers, batch)
+            step += 1
+            meter.add(step, metrics, waited)
+            if training.step._cache_size() > 1:
+                raise RuntimeError(f"The training step was compiled again at step {step}: a shape or a sharding has changed.")
+
+            # ---- Steps in a row that came to nothing ----
+            if meter.streak >= run.patience:
+                with meter.aside():
+                    check_rewind(meter, run, step, checkpoints.latest())
+                    train_state = state.rewind(checkpoints, train_state, buffers)
+                meter.rewound()
+                writer.say(f"{run.patience} steps in a row were skipped, to step {step}: back to the last checkpoint, with other data.")
+
+            # ---- Checkpoint and validation ----
+            if step == steps or step % run.checkpoint_every == 0:
+                meter.flush()
+                if step == steps or not meter.streak:  # else the parameters may be what is wrong
+                    save()
+            if training.validate is not None and (step == steps or run.eval_every and step % run.eval_every == 0):
+                watchdog.at(step, "validates")
+                with meter.aside():
+                    validated = training.validate(train_state, buffers)
+                    writer.write(step, validated)
+
+        # ---- End ----
+        meter.flush()
+        if step < steps:
+            save()
+    if step < steps:
+        raise Terminated(f"Stopped by SIGTERM at step {step} of {steps}; the checkpoint is saved and the same command goes on from it.")
+    return {"step": step, **meter.last, **validated}
+
+
+def check_rewind(meter: Meter, run: ConfigDict, step: int, latest: int | None) -> None:
+    """A ValueError if going back has not helped or there is nothing to go back to."""
+    if latest is not None and meter.rewinds < run.rewinds:
+        return
+    tried = f", also after going back {meter.rewinds} times" if meter.rewinds else ""
+    raise ValueError(
+        f"The loss or its gradient was not finite, or far above its mean, in the last {run.patience} steps, to step {step}{tried}, and "
+        "nothing was learned; lower optimizer.learning_rate, set optimizer.clip_norm, or look for wrong values with "
+        "`terramind-jax data check`."
+    )
+
+
+class Trace:
+    """Writes the trace of some steps, ``"START:STOP"``, to ``{workdir}/profile``, on process 0; an empty string: none."""
+
+    def __init__(self, profile: str, workdir: str | os.PathLike, finish: Callable[[], None]) -> None:
+        """`finish` waits for the steps that are under way."""
+        self._interval = configuration.interval(profile) if jax.process_index() == 0 else None
+        self._target, self._finish, self._local = files.folder(workdir) / "profile", finish, None
+
+    def at(self, step: int) -> None:
+        """Begins or ends, before the step after `step`."""
+        if self._interval and self._local is None and self._interval[0] <= step < self._interval[1]:
+            self._finish()
+            self._local = tempfile.TemporaryDirectory()  # the profiler knows no object stores
+            jax.profiler.start_trace(self._local.name)
+        elif self._local is not None and step >= self._interval[1]:
+            self._finish()
+            self.close()
+
+    def close(self) -> None:
+        self._interval = None
+        if self._local is None:
+            return
+        with self._local as name:
+            jax.profiler.stop_trace()
+            for path in (p for p in Path(name).rglob("*") if p.is_file()):
+                copy = self._target / path.relative_to(name).as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+        self._local = None
