@@ -84,7 +84,8 @@ def slice_table(size: str, rows: int) -> list[str]:
     lines = [
         f"## {size} on TPU v5e, {rows} samples a chip, as `plan` predicts",
         "",
-        "Efficiency is tokens/s and chip over those of 4 chips. Only the 16 x 16 slice wraps around, which doubles the links that a sum is sent on.",
+        "Efficiency is tokens/s and chip over those of 4 chips. "
+        "Only the 16 x 16 slice wraps around, which doubles the links that a sum is sent on.",
         "",
         "| chips | slice | step ms | waiting for transfers | MB sent in the slice | MB sent between | tokens/s | MFU | efficiency |",
         "|---|---|---|---|---|---|---|---|---|",
