@@ -177,7 +177,7 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(eight, tm
     config.model.update(encoder_depth=4, decoder_depth=4)
 
     def too_large(one):
-        size = int(search.estimator()(one))
+        size = int(sum(search.estimator()(one)))
         return None, step.Memory({"everything": size}, available=size - 1000)
 
     monkeypatch.setattr(step, "compile", too_large)
@@ -212,12 +212,14 @@ def test_meshes_that_pay():
     assert {shape["tensor"] for shape in search.meshes(config, 16)} == {1}
 
 
-def test_a_search_takes_turns_among_batch_sizes_and_leaves_out_what_cannot_fit():
+def test_a_search_takes_turns_and_leaves_out_what_cannot_fit():
+    """First among batch sizes, then among meshes, and only then other policies of the same."""
+    settings = [(8, 1, 1, 5), (8, 1, 1, 6), (8, 2, 1, 4), (8, 1, 9, 9), (16, 1, 1, 8), (16, 1, 1, 7), (32, 1, 9, 9)]
     found = [
-        search.Candidate({"train.batch_size": b, "n": n}, size, speed)
-        for n, (b, size, speed) in enumerate([(8, 1, 5), (8, 1, 6), (8, 9, 9), (16, 1, 8), (16, 1, 7), (32, 9, 9)])
+        search.Candidate({"train.batch_size": batch, "mesh.fsdp": fsdp, "model.remat": n}, size, speed)
+        for n, (batch, fsdp, size, speed) in enumerate(settings)
     ]
-    assert [c.fields["n"] for c in search.pick(iter(found), available=2, limit=3)] == [3, 1, 4]
+    assert [c.fields["model.remat"] for c in search.pick(iter(found), available=2, limit=4)] == [4, 1, 5, 2]
 
 
 def test_a_search_ranks(eight, monkeypatch):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from terramind_jax import flops, sharding
@@ -42,13 +43,13 @@ def text(fields: Fields) -> str:
 def advice(step: Step, memory: Memory, index: Index | None = None) -> list[str]:
     """Settings with which a step that does not fit should, the fewest changes first, and about how much they would take."""
     estimate = estimator()
-    spare = max(memory.total - estimate(step), 0)  # workspace and program: taken to stay as they are
+    spare = max(memory.total - sum(estimate(step)), 0)  # workspace and program: taken to stay as they are
     reliefs = _reliefs(step)
     for changes in (reliefs, [{**a, **b} for a, b in itertools.combinations(reliefs, 2) if not a.keys() & b.keys()]):
         found = []
         for fields in changes:
             try:
-                size = estimate(steps.prepare(changed(step.config, fields), step.topology, index)) + spare
+                size = sum(estimate(steps.prepare(changed(step.config, fields), step.topology, index))) + spare
             except ValueError:
                 continue  # a batch or a mesh that does not divide
             if size <= memory.available:
@@ -68,21 +69,21 @@ def _reliefs(step: Step) -> list[Fields]:
     return reliefs + [{"mesh.data": -1, "mesh.fsdp": n} for n in wider]
 
 
-def estimator() -> Callable[[Step], float]:
-    """A function that tells the bytes that a step takes on a chip without compiling it: arguments, gradients and activations.
+def estimator() -> Callable[[Step], tuple[float, float]]:
+    """A function that tells, without compiling a step, the bytes on a chip of its arguments and gradients, and of its activations.
 
     Steps of one function may differ in mesh, batch and policy; activations are traced once a policy, as they grow with the samples.
     """
     lines: dict[str, tuple[float, float]] = {}
 
-    def estimate(step: Step) -> float:
+    def estimate(step: Step) -> tuple[float, float]:
         remat, group = step.module.config.remat, step.config.data.patch_group
         if remat not in lines:
             one, two = (activations(step, n * group) for n in (1, 2))
             lines[remat] = 2 * one - two, (two - one) / group
         constant, slope = lines[remat]
         at_rest = sum(steps.arguments(step).values()) + steps.bytes_of(step.state.params)
-        return at_rest + (constant + slope * step.rows) / step.mesh.shape["tensor"]
+        return at_rest, (constant + slope * step.rows) / step.mesh.shape["tensor"]
 
     return estimate
 
@@ -140,7 +141,8 @@ def candidates(config: ConfigDict, where: Topology, index: Index | None = None) 
             step = steps.prepare(changed(config, fields), where, index)
         except ValueError:
             continue
-        yield Candidate(fields, estimate(step), speed(step))
+        at_rest, passing = estimate(step)
+        yield Candidate(fields, at_rest + passing, speed(step, passing))
 
 
 def meshes(config: ConfigDict, chips: int) -> Iterator[dict[str, int]]:
@@ -156,33 +158,47 @@ def _batches(config: ConfigDict) -> list[int]:
     return [batch, 2 * batch, 4 * batch, batch // 2]
 
 
-def speed(step: Step) -> float:
-    """Tokens a second by the coarsest model, to choose what is worth compiling: half the peak rate, one pass over the optimizer's
-    state, one sum of the gradients, and with a tensor axis four sums of the activations a layer."""
-    c, chip, mask, batch = step.module.config, step.topology.chip, step.config.mask, step.config.train.batch_size
+def speed(step: Step, passing: float) -> float:
+    """Tokens a second by a coarse model, to choose what is worth compiling; `passing` are the bytes of a chip's activations.
+
+    Products at half the peak rate, one pass over the optimizer's state, activations written, read and read again, gradients summed in
+    two bytes; with FSDP also along its axis and whole, as XLA does it; with a tensor axis activations summed four times a layer.
+    """
+    c, chip, mask, parts = step.module.config, step.topology.chip, step.config.mask, step.config.train.accumulate
+    batch = step.config.train.batch_size
     model = flops.transformer_step(c, batch, mask.input_tokens, mask.target_tokens)
     again = batch * flops.transformer_recomputed(c, mask.input_tokens, mask.target_tokens)
-    work = (model + again) / step.topology.chips / (chip.peak / 2)
     own = steps.bytes_of(step.state.params)
-    summed = 2 * own * step.mesh.shape["fsdp"]
-    places = dict.fromkeys(roofline.place(d, step.topology) for d in step.mesh.devices[:, :, 0].flat)
-    moves = summed / (chip.link * max(1, roofline.links(list(places), step.topology)))
-    if step.topology.slices > 1:
-        moves += summed / math.prod(step.topology.shape) / chip.network_rate
-    if step.mesh.shape["tensor"] > 1:
-        width = (c.encoder_depth * mask.input_tokens + c.decoder_depth * mask.target_tokens) * c.dim
-        moves += 4 * 2 * step.rows * step.config.train.accumulate * width / chip.link
-    return step.tokens / (work + 7 * own / chip.memory_rate + moves)
+    whole = own * step.mesh.shape["fsdp"] / 2
+    width = (c.encoder_depth * mask.input_tokens + c.decoder_depth * mask.target_tokens) * c.dim
+    seconds = (
+        (model + again) / step.topology.chips / (chip.peak / 2),
+        (7 * own + 3 * passing * parts) / chip.memory_rate,
+        own / _rate(step.mesh.devices[:, 0, 0], step.topology),
+        2 * parts * whole / _rate(step.mesh.devices[0, :, 0], step.topology),
+        4 * 2 * step.rows * parts * width / _rate(step.mesh.devices[0, 0, :], step.topology),
+        (step.topology.slices > 1) * 2 * whole / (math.prod(step.topology.shape) * chip.network_rate),
+    )
+    return step.tokens / sum(seconds)
+
+
+def _rate(devices: np.ndarray, where: Topology) -> float:
+    """Bytes a second that a chip sends in a ring over `devices`; a single one has nothing to send."""
+    places = list(dict.fromkeys(roofline.place(device, where) for device in devices))
+    return where.chip.link * roofline.links(places, where) if len(places) > 1 else math.inf
 
 
 def pick(found: Iterator[Candidate], available: float, limit: int) -> list[Candidate]:
-    """The fastest that should fit, in turn for each batch size, so that none is left out."""
+    """The fastest that should fit, in turn for each batch size, and of a batch size the best of each mesh before any second best."""
     queues = collections.defaultdict(list)
+    seen: collections.Counter = collections.Counter()
     for one in sorted(found, key=lambda c: -c.speed):
         if one.bytes <= available:
-            queues[one.fields["train.batch_size"]].append(one)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
-    return list(itertools.islice((one for one in turns if one is not None), limit))
+            settings = tuple(item for item in one.fields.items() if item[0] != "model.remat")
+            queues[one.fields["train.batch_size"]].append((seen[settings], one))
+            seen[settings] += 1
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*(sorted(q, key=lambda ranked: ranked[0]) for q in queues.values())))
+    return [turn[1] for turn in turns if turn is not None][:limit]
 
 
 def table(found: list[dict[str, Any]]) -> str:
