@@ -25,7 +25,7 @@ from terramind_jax.model import backbone, temporal
 
 Variables = Mapping[str, Any]
 
-# The reference's options of sampling, and what `generate.generate_tokens` calls them.
+# The reference's options of sampling, and what `decoding.generate_tokens` calls them.
 SAMPLING = {"decoding_steps": "steps", "temps": "temperature", "top_p": "top_p", "top_k": "top_k"}
 
 
@@ -181,7 +181,7 @@ class Generator(Model):
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
           clip: the published limit of diffusion decoders, one standard deviation around the mean; False lifts it.
-          **options: of `generate.generate_tokens`, also under the names that the model is built with (`SAMPLING`), and over what it was
+          **options: of `decoding.generate_tokens`, also under the names that the model is built with (`SAMPLING`), and over what it was
             built with; a mapping gives each output its own.
 
         Returns:

@@ -49,7 +49,7 @@ def run(
       lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
       seed: of the first tile of a scene; the tiles after it count on from there.
       timesteps: steps of a diffusion decoder; decoders that have none ignore it.
-      **options: of `generate.generate_tokens`, such as steps and temperature.
+      **options: of `decoding.generate_tokens`, such as steps and temperature.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.

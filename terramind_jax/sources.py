@@ -167,12 +167,14 @@ def may_differ(module: nn.Module, path: str) -> bool:
 # ---- finding and opening ----
 
 
-def open_source(weights: str | os.PathLike, entry: zoo.Entry) -> Source:
-    """What `weights` of `load` means."""
+def open_source(weights: str | os.PathLike, entry: zoo.Entry, revision: str | None = None) -> Source:
+    """What `weights` and `revision` of `load` mean."""
+    if revision is not None and weights != "hub":
+        raise ValueError(f"The revision {revision!r} is one of the hub, but the weights come from {os.fspath(weights)!r}.")
     if weights == "random":
         return Random()
     if weights == "hub":
-        return StateDict(hub.weights(entry), f"{entry.repository}/{entry.file}")
+        return StateDict(hub.weights(entry, revision=revision), f"{entry.repository}/{entry.file}")
     path = Path(weights)
     return Tree(read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from terramind_jax import generate
+from terramind_jax import decoding
 from terramind_jax.modalities import Stream
 from terramind_jax.model import Backbone, BackboneConfig, TerraMind, TransformerConfig, backbone
 
@@ -60,20 +60,20 @@ def think(
       targets: streams in the order in which they are generated.
       seed: one integer, or ``[B]``, one a sample.
       chained: whether a generated stream conditions those after it.
-      steps, temperature, top_p, top_k: as in `generate.generate_tokens`; temperature 0 takes the most probable tokens.
+      steps, temperature, top_p, top_k: as in `decoding.generate_tokens`; temperature 0 takes the most probable tokens.
 
     Returns:
       Inputs and ids, int32 ``[B, h, w]`` for images and ``[B, L]`` for sequences, in an order that `jax.jit` keeps.
 
     Raises:
-      ValueError: what `generate.generate_tokens` objects to.
+      ValueError: what `decoding.generate_tokens` objects to.
     """
     known = collections.OrderedDict(inputs)
     new = [target for target in targets if target not in known]
     options = dict(seed=seed, steps=steps, temperature=temperature, top_p=top_p, top_k=top_k)
     ids: dict[str, jax.Array] = {}
     for together in [new] if chained else [[target] for target in new]:
-        ids |= generate.generate_tokens(module, variables, known, together, **options)
+        ids |= decoding.generate_tokens(module, variables, known, together, **options)
     sequences = {s.key for s in module.config.decoder if s.kind == "sequence"}
     for key in new:
         known[key] = ids[key][:, :-1] if key in sequences else ids[key]  # a sequence's last place is always padding

@@ -28,13 +28,14 @@ from terramind_jax.models import FeatureExtractor, Generator, Model, ThinkingInM
 from terramind_jax.tokenizer import Tokenizer
 
 
-def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **options: Any) -> Model:
+def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None = None, seed: int = 0, **options: Any) -> Model:
     """A released model with its weights.
 
     Args:
       name: one of `zoo.list_models`.
       weights: ``hub``, the published file, downloaded and converted once; ``random``; or a path: ``.pt``, ``.safetensors``, a directory of
         `save`, whose options hold where none are given, or the work directory of a training.
+      revision: of the model's repository on the hub, a commit; None: the one that was downloaded first, see `hub`.
       seed: of what is drawn: random weights, fresh embeddings of new modalities.
       **options: the reference's (spec 5.1, 8.5, 8.6); `build.OPTIONS` lists them with their defaults. ``tokenizers`` says where the
         tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one work directory, or directory
@@ -50,7 +51,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, seed: int = 0, **opti
     options = _saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
     online = weights == "hub" and not hub.has_weights(zoo.get(name))
-    source = sources.open_source(weights, zoo.get(name))
+    source = sources.open_source(weights, zoo.get(name), revision)
     filled = {}
     for i, (prefix, (module, _)) in enumerate(networks_of(model).items()):
         inner, here = source, prefix

@@ -20,12 +20,7 @@ SMALL = tokenizer.TokenizerConfig(
 normal = test_unet.normal
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    """These programs run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
-from terramind_jax import hub, zoo
+from terramind_jax import hub, sources, zoo
 from terramind_jax.convert import files
 
 ENTRY = zoo.Entry("m", "backbone", "v1", "someone/model", "weights.safetensors", size="tiny")
@@ -23,11 +23,12 @@ def server(tmp_path, monkeypatch):
     source = tmp_path / "server" / "weights.safetensors"
     source.parent.mkdir()
     files.write(source, {"a": np.arange(4, dtype=np.float32)})
-    state = types.SimpleNamespace(source=source, downloads=0, sha256=hashlib.sha256(source.read_bytes()).hexdigest(), error=None)
+    state = types.SimpleNamespace(source=source, downloads=0, urls=[], sha256=hashlib.sha256(source.read_bytes()).hexdigest(), error=None)
 
     def metadata(url, **_):
         if state.error:
             raise state.error
+        state.urls.append(url)
         return types.SimpleNamespace(commit_hash=COMMIT, etag=state.sha256, size=source.stat().st_size)
 
     def download(repository, file, revision):
@@ -61,6 +62,13 @@ def test_what_arrives_damaged_is_deleted(server, tmp_path):
     with pytest.raises(ValueError, match="arrived damaged .* it was deleted, try again"):
         hub.weights(ENTRY)
     assert not list((tmp_path / "hf").iterdir()) and not server.cache.exists()
+
+
+def test_another_revision_is_read_and_pins_nothing(server):
+    sources.open_source("hub", ENTRY, revision="d" * 40)
+    assert f"/resolve/{'d' * 40}/" in server.urls[0] and not (server.cache / "someone--model" / "revision").exists()
+    with pytest.raises(ValueError, match="revision 'main' is one of the hub, but the weights come from 'random'"):
+        sources.open_source("random", ENTRY, revision="main")
 
 
 def test_an_interrupted_download_leaves_nothing_to_read(server, monkeypatch):

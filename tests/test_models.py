@@ -123,7 +123,7 @@ def test_the_hub_is_asked_for_it_only_when_it_was_reached(tmp_path, monkeypatch)
         if fetch:
             raise ConnectionError("no network")
 
-    monkeypatch.setattr(hub, "weights", lambda entry: state)
+    monkeypatch.setattr(hub, "weights", lambda entry, revision=None: state)
     monkeypatch.setattr(hub, "has_weights", lambda entry: bool(cached))
     monkeypatch.setattr(hub, "vocabulary", vocabulary)
     with pytest.warns(UserWarning, match="no vocabulary of coords: no network"):

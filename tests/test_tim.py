@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from terramind_jax import generate, model, tim
+from terramind_jax import decoding, model, tim
 from terramind_jax.modalities import STREAMS, Stream
 from terramind_jax.model import Backbone, BackboneConfig, backbone
 
@@ -50,7 +50,7 @@ def equal(a, b):
 
 def test_thoughts_are_generated_and_read(system):
     module, variables, *generator = system
-    ids = generate.generate_tokens(*generator, images(), TARGETS, seed=3, top_p=0.8)
+    ids = decoding.generate_tokens(*generator, images(), TARGETS, seed=3, top_p=0.8)
     thought = tim.think(*generator, images(), TARGETS, seed=3)
     assert list(thought) == [S1.key, *TARGETS]
     equal({key: thought[key] for key in TARGETS}, ids)
@@ -111,7 +111,7 @@ def test_a_sample_does_not_depend_on_its_batch(system):
 def test_images_of_another_size_interpolate_positions(system):
     thought = tim.think(*system[2:], images(side=64), TARGETS, seed=0, temperature=0.0)
     assert thought[A.key].shape == thought[B.key].shape == (2, 4, 4)
-    equal({key: thought[key] for key in TARGETS}, generate.generate_tokens(*system[2:], images(side=64), TARGETS, seed=0, temperature=0.0))
+    equal({key: thought[key] for key in TARGETS}, decoding.generate_tokens(*system[2:], images(side=64), TARGETS, seed=0, temperature=0.0))
     alone = tim.think(*system[2:], {COORDS.key: np.full((2, 3), 7)}, (A.key,), seed=0)
     assert alone[A.key].shape == (2, 3, 3)  # without an image, the generator's own size
 

@@ -108,6 +108,9 @@ def test_every_layer_of_every_size(size):
     theirs, module, variables = build(size, names, seed=len(size))
     for batch, side in ((1, 224), (3, 224), (1, 256), (3, 256)) if size == "tiny" else ((1, 224), (3, 256)):
         compare(theirs, module, variables, inputs(names, batch, side, seed=batch), LARGE_BOUND if size == "large" else BOUND)
+    returned = rules.to_torch(jax.device_get(variables), sources.rules_of(module))
+    assert all(returned[key].tobytes() == x.tobytes() for key, x in peer.numpy_state(theirs).items())
+    peer.load_state(theirs, returned)
     del theirs, variables
     gc.collect()
 

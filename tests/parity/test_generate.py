@@ -18,7 +18,7 @@ from peer import register
 from terratorch.models.backbones.terramind.tokenizer.scheduling import diffusion_pipeline
 
 import terramind_jax as tm
-from terramind_jax import coordinates, generate, modalities, sampling
+from terramind_jax import coordinates, decoding, modalities, sampling
 from terramind_jax.convert import files
 from terramind_jax.modalities import input_stream, output_stream
 
@@ -98,7 +98,7 @@ def draw(inputs, seed: int = 0, side: int = 224) -> tuple[dict, dict]:
             theirs[name] = torch.from_numpy(ours[stream.key]).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
         elif name == "caption":  # of one length: the reference pads before the end (`terramind_jax.captions`)
             theirs[name] = ["a river with field", "the sea and city"]
-            ours[stream.key] = np.array([[*map(peer.WORDS.get, text.split()), generate.START, coordinates.EOS] for text in theirs[name]])
+            ours[stream.key] = np.array([[*map(peer.WORDS.get, text.split()), decoding.START, coordinates.EOS] for text in theirs[name]])
         else:
             lonlat = rng.uniform([-180, -90], [180, 90], (BATCH, 2)).astype(np.float32)
             ours[stream.key], theirs[name] = coordinates.encode(lonlat), torch.from_numpy(lonlat)
@@ -140,7 +140,7 @@ def test_tokens(inputs, outputs, side, tokenizers):
 
 def written(module, variables, known, targets) -> dict[str, np.ndarray]:
     """Our tokens ``[B, n]`` of `targets`, each given `known` and those before it."""
-    tokens = generate.generate_tokens(module, variables, known, targets, seed=0, temperature=0.0)
+    tokens = decoding.generate_tokens(module, variables, known, targets, seed=0, temperature=0.0)
     return {key: np.asarray(ids).reshape(BATCH, -1) for key, ids in tokens.items()}
 
 

@@ -1,0 +1,234 @@
+"""Decoding against plain, unpadded loops over the same network, and the properties users rely on (spec 8.3, 8.4)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_networks
+
+from terramind_jax import decoding, sampling
+from terramind_jax.modalities import STREAMS, Stream
+from terramind_jax.model.positions import resize_bicubic
+
+PIXELS = STREAMS["untok_dem@224"]
+A = Stream("tok_a", "NDVI", "tokens", vocab_size=40)
+B = Stream("tok_b", "LULC", "tokens", vocab_size=24)
+C = Stream("tok_c", "DEM", "tokens", vocab_size=24)  # a target only
+COORDS = Stream("coords", "coords", "sequence", vocab_size=300, max_tokens=4)
+SIDE, LENGTH = 3, 9
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_networks.build((PIXELS, A, B, COORDS), (A, B, C, COORDS))
+
+
+def pixels(batch, seed=0, side=48):
+    return {PIXELS.key: np.random.default_rng(seed).normal(size=(batch, side, side, 1)).astype(np.float32)}
+
+
+def run(network, inputs, targets=("tok_a",), **options):
+    tokens = decoding.generate_tokens(*network, inputs, targets, **(dict(seed=0) | options))
+    return {key: np.asarray(value) for key, value in tokens.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("module", "target"))
+def plain_pass(variables, inputs, own, positions, ids, self_mask, *, module, target):
+    """Logits of one pass over exactly the tokens that exist: nothing is padded, nothing is hidden. `own`: positions and ids written."""
+    apply = functools.partial(module.apply, variables)
+    slots = [apply(key, value, method="embed") for key, value in inputs.items()]
+    slots += [apply(target, own[1], own[0], method="embed")] if own else []
+    content, emb = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
+    context = apply(content, emb, method="encode")
+    y = apply(apply(target, positions, ids, method="queries"), context, None, self_mask, method="decode")
+    return apply(target, y, method="logits")
+
+
+def plain_logits(network, inputs, target, positions, own=None, ids=None, self_mask=None):
+    batch_size = next(iter(inputs.values())).shape[0]
+    positions = np.broadcast_to(np.asarray(positions), (batch_size, len(positions)))
+    own = own and tuple(np.array(list(x))[None] for x in (own.keys(), own.values()))
+    return plain_pass(network[1], inputs, own or None, positions, ids, self_mask, module=network[0], target=target)
+
+
+def plain_loop(network, inputs, target, counts, schedule, seed=0):
+    """Spec 8.3 for one sample at temperature 0, written down as it reads."""
+    order = sampling.random_orders(sampling.sample_keys(jnp.asarray(sampling.seed_words(seed, 1)), target), LENGTH)[0]
+    written = {}
+    for count in counts:
+        if schedule == "roar":
+            positions = [int(p) for p in order[len(written) : len(written) + count]]
+        else:
+            positions = [p for p in range(LENGTH) if p not in written]
+        probability = np.asarray(jax.nn.softmax(plain_logits(network, inputs, target, positions, own=written)))[0]
+        if schedule == "roar":
+            chosen = range(count)
+        else:
+            chosen = np.argsort(-probability.max(-1), kind="stable")[:count]
+        written |= {positions[i]: int(probability[i].argmax()) for i in chosen}
+    return np.array([written[p] for p in range(LENGTH)]).reshape(SIDE, SIDE)
+
+
+def test_one_step_is_one_unmasked_pass(network):
+    expected = plain_logits(network, pixels(2), "tok_a", np.arange(LENGTH)).argmax(-1).reshape(2, SIDE, SIDE)
+    np.testing.assert_array_equal(run(network, pixels(2), temperature=0)["tok_a"], expected)
+
+
+@pytest.mark.parametrize("schedule", ["roar", "maskgit"])
+def test_padded_steps_equal_the_plain_loop(network, schedule):
+    tokens = run(network, pixels(2), steps=2, schedule=schedule, temperature=0)["tok_a"]
+    first = {key: value[:1] for key, value in pixels(2).items()}
+    np.testing.assert_array_equal(tokens[0], plain_loop(network, first, "tok_a", (5, 4), schedule))
+    assert (tokens != run(network, pixels(2), temperature=0)["tok_a"]).any()  # the second step saw the first
+
+
+def test_one_token_a_step_visits_every_position(network):
+    module, variables = network
+    table = variables["params"]["decoder_token_emb"]
+    never_zero = table | {"tok_a": table["tok_a"].at[0].set(0)}  # logit 0 is never the largest of 40
+    variables = variables | {"params": variables["params"] | {"decoder_token_emb": never_zero}}
+    tokens = run((module, variables), pixels(2), steps=LENGTH, temperature=0, seed=np.array([3, 4]))["tok_a"]
+    assert (tokens != 0).all()
+
+
+def test_a_sample_does_not_depend_on_its_batch(network):
+    targets, seeds = ("tok_a", "tok_b"), np.arange(8) * 7
+    options = dict(steps=3, schedule={"tok_a": "roar", "tok_b": "maskgit"}, guidance_scale={"tok_a": 1.0, "tok_b": 2.0})
+    together = run(network, pixels(8), targets, seed=seeds, **options)
+    for i in range(8):
+        alone = run(network, {k: v[i : i + 1] for k, v in pixels(8).items()}, targets, seed=seeds[i : i + 1], **options)
+        for key in targets:
+            np.testing.assert_array_equal(together[key][i], alone[key][0])
+    order = np.random.default_rng(1).permutation(8)
+    permuted = run(network, {k: v[order] for k, v in pixels(8).items()}, targets, seed=seeds[order], **options)
+    for key in targets:
+        np.testing.assert_array_equal(together[key][order], permuted[key])
+
+
+def test_one_seed_serves_every_sample(network):
+    same = {PIXELS.key: np.repeat(pixels(1)[PIXELS.key], 8, axis=0)}
+    tokens = run(network, same, seed=11, steps=3)["tok_a"]
+    assert (tokens == tokens[:1]).all()
+    np.testing.assert_array_equal(tokens, run(network, same, seed=np.full(8, 11), steps=3)["tok_a"])
+    assert (tokens != run(network, same, seed=12, steps=3)["tok_a"]).any()
+    assert len({t.tobytes() for t in run(network, same, seed=np.arange(8), steps=3)["tok_a"]}) == 8
+
+
+def test_temperature_zero_ignores_the_seed_in_one_step(network):
+    first, second = (run(network, pixels(2), seed=seed, temperature=0)["tok_a"] for seed in (1, 2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_finished_target_is_an_input_of_the_next(network):
+    chained = run(network, pixels(2), ("tok_a", "tok_b"), temperature={"tok_a": 0, "tok_b": 0.0})
+    explicit = run(network, pixels(2) | {"tok_a": chained["tok_a"]}, ("tok_b",), temperature=0)
+    np.testing.assert_array_equal(chained["tok_b"], explicit["tok_b"])
+    other = run(network, pixels(2) | {"tok_a": (chained["tok_a"] + 1) % 40}, ("tok_b",), temperature=0)
+    assert (chained["tok_b"] != other["tok_b"]).any()
+
+
+def test_a_target_without_encoder_stream_conditions_nothing(network):
+    chained = run(network, pixels(2), ("tok_c", "tok_a"), temperature=0)
+    np.testing.assert_array_equal(chained["tok_a"], run(network, pixels(2), temperature=0)["tok_a"])
+
+
+def test_a_sequence_to_come_is_seen_as_its_start(network):
+    """As in the reference (spec 8.3, 8.4)."""
+    before = run(network, pixels(2), ("tok_a", "coords"), temperature=0)["tok_a"]
+    explicit = run(network, pixels(2) | {"coords": np.full((2, 1), decoding.START)}, temperature=0)["tok_a"]
+    np.testing.assert_array_equal(before, explicit)
+    assert (before != run(network, pixels(2), temperature=0)["tok_a"]).any()
+
+
+def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network):
+    plain = run(network, pixels(2), temperature=0, steps=2)["tok_a"]
+    np.testing.assert_array_equal(plain, run(network, pixels(2), temperature=0, steps=2, guidance_scale=1 + 2e-7)["tok_a"])
+    assert (plain != run(network, pixels(2), temperature=0, steps=2, guidance_scale=3.0)["tok_a"]).any()
+    forgotten = [run(network, pixels(2, seed), temperature=0, steps=2, guidance_scale=0.0)["tok_a"] for seed in (0, 5)]
+    np.testing.assert_array_equal(*forgotten)
+
+
+def test_generates_from_nothing(network):
+    tokens = run(network, {}, seed=np.arange(3))["tok_a"]
+    assert tokens.shape == (3, SIDE, SIDE) and len({t.tobytes() for t in tokens}) == 3
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_images_of_another_size_interpolate_positions(network, side):
+    """Of the inputs by the network itself, of the outputs by the resized table: one pass, put together by hand (spec 5.6)."""
+    module, variables = network
+    inputs, grid = pixels(2, side=side) | {"tok_b": np.arange(2 * (side // 16) ** 2).reshape(2, -1) % 24}, (side // 16,) * 2
+    table = resize_bicubic(variables["buffers"]["decoder_pos_emb"]["tok_a"].reshape(SIDE, SIDE, -1), grid).reshape(-1, 16)
+    params = variables["params"]
+    apply = jax.jit(functools.partial(module.apply, variables), static_argnames=("method",))
+    slots = [module.apply(variables, key, value, method="embed") for key, value in inputs.items()]
+    context = apply(*(jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True)), method="encode")
+    queries = jnp.broadcast_to(params["mask_token"] + table + params["mod_emb"]["tok_a"], (2, *table.shape))
+    expected = module.apply(variables, "tok_a", apply(queries, context, None, method="decode"), method="logits").argmax(-1)
+    tokens = run(network, inputs, temperature=0)["tok_a"]
+    np.testing.assert_array_equal(tokens, expected.reshape(2, *grid))
+    chained = run(network, inputs, ("tok_a", "coords", "tok_c"), steps=2, seed=np.arange(2))
+    assert chained["tok_a"].shape == chained["tok_c"].shape == (2, *grid) and chained["coords"].shape == (2, 4)
+
+
+def test_one_program_a_target_and_number_of_steps(network):
+    run(network, pixels(2), steps=2, temperature=0)
+    before = decoding._write_image._cache_size()
+    run(network, pixels(2, seed=1), steps=2, seed=9, temperature=0, guidance_scale=1)
+    assert decoding._write_image._cache_size() == before
+
+
+def test_sequences_are_written_token_by_token(network):
+    inputs, ids = {key: value[:1] for key, value in pixels(2).items()}, [decoding.START]
+    for n in (1, 2, 3):
+        hidden = jnp.asarray(np.triu(np.ones((1, n, n), bool), 1))
+        args = dict(own={0: decoding.START}, ids=jnp.asarray(ids)[None], self_mask=hidden)
+        ids.append(int(plain_logits(network, inputs, "coords", np.arange(n), **args)[0, -1].argmax()))
+    written = run(network, pixels(2), ("coords",), temperature=0)["coords"]
+    assert written.shape == (2, 4)
+    np.testing.assert_array_equal(written[0, :3], decoding._until_sentinel(jnp.asarray(ids[1:])[None])[0])
+
+
+def test_a_sequence_ends_at_its_first_sentinel():
+    ids = jnp.array([[250, 260, 3], [250, decoding.START + 1, 260], [4, 250, 260], [203, 1, 2], [204, 205, 203]])
+    expected = [[250, 260, 3], [250, 0, 0], [0, 0, 0], [0, 0, 0], [204, 205, 0]]
+    np.testing.assert_array_equal(decoding._until_sentinel(ids), expected)
+
+
+def test_padding_of_a_sequence_input_is_hidden(network):
+    short = pixels(2) | {"coords": np.array([[250, 260, 3]] * 2)}
+    padded = pixels(2) | {"coords": np.array([[250, 260, 3, 0]] * 2)}
+    tokens = run(network, short, temperature=0)["tok_a"]
+    np.testing.assert_array_equal(tokens, run(network, padded, temperature=0)["tok_a"])
+    assert (tokens != run(network, pixels(2), temperature=0)["tok_a"]).any()
+
+
+@pytest.mark.parametrize(
+    "inputs, targets, options, message",
+    [
+        ({"tok_x": np.zeros((1, SIDE, SIDE), int)}, ("tok_a",), {}, "no input stream 'tok_x'"),
+        (pixels(1), ("tok_x",), {}, "no target stream 'tok_x'"),
+        ({"tok_a": np.zeros((1, SIDE, SIDE), int)}, ("tok_a",), {}, "both an input and a target"),
+        (pixels(1), ("tok_a", "tok_a"), {}, "name a stream twice"),
+        ({}, ("tok_c",), {}, "needs at least one input"),
+        (pixels(2) | {"tok_b": np.zeros((1, SIDE, SIDE), int)}, ("tok_a",), {}, "differ in batch size"),
+        ({PIXELS.key: np.zeros((1, 32, 48, 1))}, ("tok_a",), {}, r"expected \[B, S, S, 1\], S a multiple of the patch size 16"),
+        ({PIXELS.key: np.zeros((1, 40, 40, 1))}, ("tok_a",), {}, r"expected \[B, S, S, 1\], S a multiple of the patch size 16"),
+        ({"tok_b": np.zeros((1, 8), int)}, ("tok_a",), {}, r"shape \[1, 8\]; expected the ids of a square of tokens"),
+        (pixels(1) | {"tok_b": np.zeros((1, 2, 2), int)}, ("tok_a",), {}, "untok_dem@224 48 pixels, tok_b 32 pixels"),
+        (pixels(1), ("tok_a",), {"steps": 0}, "must be at least 1"),
+        (pixels(1), ("tok_a",), {"schedule": "raster"}, "known schedules: roar, maskgit"),
+        (pixels(1), ("tok_a",), {"top_p": 2.0}, "top_p is 2.0"),
+        (pixels(1), ("tok_a",), {"steps": {"tok_b": 2}}, "but not for the target 'tok_a'"),
+    ],
+)
+def test_errors_say_what_is_wrong(network, inputs, targets, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(network, inputs, targets, **options)
