@@ -158,6 +158,7 @@ def _run() -> ConfigDict:
     run.log_every = 10  # steps between lines of metrics.jsonl
     run.eval_every = 1000  # steps between evaluations on the validation split; 0: only at the end
     run.eval_batches = 8  # batches an evaluation takes, with fixed masks and crops
+    run.probe_scenes = 256  # whole held-out scenes on which an evaluation measures generation and k-nearest neighbours; 0: none
     run.checkpoint_every = 1000  # steps between checkpoints; one is also written at the end and at SIGTERM
     run.keep = 3  # newest checkpoints kept
     run.workers = 0  # processes that read data; 0: this one
@@ -306,7 +307,7 @@ _AT_LEAST = {
     **dict.fromkeys(("model.dim", "model.num_heads", "model.encoder_depth", "model.decoder_depth", "model.unroll"), 1),
     **dict.fromkeys(("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples"), 1),
     **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds"), 1),
-    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds"), 0),
+    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds", "run.probe_scenes"), 0),
     **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds"), 0),
 }
 _ONE_OF = {

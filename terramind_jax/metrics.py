@@ -162,6 +162,23 @@ def accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / confusion.sum()) if confusion.sum() else math.nan
 
 
+def knn_accuracy(features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:
+    """Share of rows of `features` ``[N, D]`` whose label ``[N]`` the `k` others nearest to them vote for, leaving each out in turn.
+
+    Votes are weighted with ``exp(cosine / temperature)``; `k` and `temperature` are DINO's (arXiv 2104.14294). A ValueError for fewer
+    than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(f"There are {len(features)} samples; nearest neighbours need two.")
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, -np.inf)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, len(features) - 1)]
+    weights = np.exp(np.take_along_axis(cosine, nearest, axis=1) / temperature)
+    votes = weights[:, :, None] * (labels[nearest][:, :, None] == np.unique(labels))
+    return float((np.unique(labels)[votes.sum(1).argmax(1)] == labels).mean())
+
+
 def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     prediction, truth = np.asarray(prediction, np.float64), np.asarray(truth, np.float64)
     if prediction.shape != truth.shape:

@@ -106,3 +106,15 @@ def test_errors_say_what_is_wrong():
         metrics.confusion_matrix(np.array([4, 0]), np.array([0, 0]), 4)
     with pytest.raises(ValueError, match=r"mask of valid pixels has shape \(20,\)"):
         metrics.mae(truth, truth, np.ones(20))
+
+
+def test_nearest_neighbours_vote_and_a_sample_has_no_voice_of_its_own():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([3, 7], 20)
+    features = rng.normal(size=(40, 8)) * 0.1 + np.eye(8)[labels // 4]
+    assert metrics.knn_accuracy(features, labels) == 1
+    alone = np.where(np.arange(40) == 5, 9, labels)  # nobody else has its label
+    assert metrics.knn_accuracy(features, alone) == 39 / 40
+    assert metrics.knn_accuracy(rng.normal(size=(400, 8)), rng.integers(0, 4, 400)) < 0.4
+    with pytest.raises(ValueError, match="There are 1 samples; nearest neighbours need two"):
+        metrics.knn_accuracy(features[:1], labels[:1])

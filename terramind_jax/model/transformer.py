@@ -154,12 +154,15 @@ class TerraMind(Embedder):
 
     # ---- the same network, step by step ----
 
-    def encode(self, content: jax.Array, emb: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Encoder and context projection (spec 4.4): ``[B, N, D]`` twice, mask ``[B, N]`` True = hidden -> context ``[B, N, D]``."""
+    def features(self, content: jax.Array, emb: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The encoder's normalised output ``[B, N, D]`` of slots ``[B, N, D]`` twice; mask ``[B, N]``, True = hidden."""
         mask = None if mask is None else mask[:, None, None, :]
         x = nn.with_logical_constraint(content + emb, ("batch", "tokens", None))
-        x, _ = self.encoder(x, mask)
-        return self.decoder_proj_context(self.encoder_norm(x)) + emb
+        return self.encoder_norm(self.encoder(x, mask)[0])
+
+    def encode(self, content: jax.Array, emb: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """What the decoder looks at, ``[B, N, D]`` (spec 4.4): the projected `features`, with the slots' embeddings once more."""
+        return self.decoder_proj_context(self.features(content, emb, mask)) + emb
 
     def queries(self, key: str, positions: jax.Array, ids: jax.Array | None = None) -> jax.Array:
         """Decoder inputs ``[B, m, D]`` at `positions` ``[B, m]``: mask tokens of an image stream, or the tokens `ids` of a sequence."""

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
     config.run.eval_every = 0  # only at the end
     config.run.eval_batches = 2
+    config.run.probe_scenes = 0
     config.run.checkpoint_every = 500
     config.run.tensorboard = False
     return config

@@ -28,7 +28,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.masks import MaskConfig
 from terramind_jax.data.pipeline import DataConfig, batches
 from terramind_jax.modalities import Stream
-from terramind_jax.train import loop, optimizer, state
+from terramind_jax.train import loop, optimizer, probe, state
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -39,7 +39,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Data ----
     configuration.check(config)
     config = with_codebooks(config)
-    encoder, decoder = streams(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
 
@@ -57,16 +56,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 
     # ---- The compiled steps ----
     step_fn = make_step(config, module, tx, mesh, layout)
-    sums_fn = jax.jit(
-        lambda params, buffers, batch: loss(module, config.train.loss, params, buffers, batch)[1], out_shardings=sharding.replicated(mesh)
-    )
-
-    def validated(train_state: state.State, buffers: Any) -> dict[str, float]:
-        fixed = device_batches(config, validation, mesh, train=False)
-        return validate(partial(sums_fn, train_state.params, buffers), fixed, config.run.eval_batches, decoder, config.train.loss)
+    validated = None if validation is None else make_validation(config, module, validation, mesh)
 
     # ---- Loop ----
-    faults = Faults(index, partial(read_streams, index, (*encoder, *decoder), config.model.image_size))
+    faults = Faults(index, partial(read_streams, index, sum(streams(config), ()), config.model.image_size))
     budgets, batch_size = (config.mask.input_tokens, config.mask.target_tokens), config.train.batch_size
     training = loop.Training(
         title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
@@ -80,7 +73,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         summed=("bad", "overflow"),
         step=step_fn,
         batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
-        validate=None if validation is None else validated,
+        validate=validated,
         reasons=faults.reasons,
     )
     return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
@@ -174,6 +167,22 @@ def train_step(
     metrics["bad"] = batch["bad"].sum()
     metrics["overflow"] = batch["overflow"].sum()
     return train_state, metrics
+
+
+def make_validation(config: ConfigDict, module: networks.TerraMind, index: Index, mesh: jax.sharding.Mesh) -> Any:
+    """The (state, buffers) -> metrics on held-out samples: loss under fixed masks, and the `probe` of whole scenes."""
+    kept, (encoder, decoder) = sharding.replicated(mesh), streams(config)
+    sums_fn = jax.jit(lambda params, buffers, batch: loss(module, config.train.loss, params, buffers, batch)[1], out_shardings=kept)
+    scenes = probe.choose(index, encoder, decoder, config.data.inputs, config.model.image_size, config.run.probe_scenes)
+    look_fn = scenes and jax.jit(partial(probe.look_at, module, scenes.source.key, [s.key for s in scenes.targets]), out_shardings=kept)
+
+    def validated(train_state: state.State, buffers: Any) -> dict[str, float]:
+        fixed = device_batches(config, index, mesh, train=False)
+        found = validate(partial(sums_fn, train_state.params, buffers), fixed, config.run.eval_batches, decoder, config.train.loss)
+        variables = {"params": train_state.params, "buffers": buffers}
+        return found | scenes(partial(look_fn, variables), mesh) if scenes else found
+
+    return validated
 
 
 def validate(sums_fn, data: Iterator[Mapping[str, jax.Array]], n: int, decoder: tuple[Stream, ...], kind: str) -> dict[str, float]:
