@@ -23,12 +23,9 @@ def devices(out: Path, topology: str, num_slices: int) -> None:
     """Are all there, does each answer, and is none slow. A ValueError if their number is not that of `topology`."""
     import jax
 
-    from terramind_jax import flops
+    from terramind_jax import flops, processes
 
-    try:
-        jax.distributed.initialize()
-    except ValueError:  # no cluster that JAX knows: this host is all
-        pass
+    processes.join()
     expected = math.prod(map(int, topology.partition(":")[2].split("x"))) * num_slices if topology else jax.device_count()
     if jax.device_count() != expected:
         raise ValueError(f"The machine has {jax.device_count()} devices; {num_slices} x {topology} has {expected}.")

@@ -39,11 +39,8 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int | None = None) -> None:
         """Opens them; with `keep`, for writing, and all but that many of the newest are deleted as new ones come."""
         self._folder, self._writes = files.folder(workdir) / FOLDER, bool(keep)
-        if self._writes and self._folder.is_dir() and jax.process_index() == 0:
-            for path in self._folder.iterdir():  # what a killed run was writing
-                if ".orbax-checkpoint-tmp" in path.name:
-                    path.rmtree()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
+        # Temporary folders are what a killed run was writing.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes, cleanup_tmp_directories=self._writes)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
 
     def latest(self) -> int | None:

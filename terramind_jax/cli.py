@@ -122,7 +122,7 @@ def _add_plan(commands) -> None:
     parser.add_argument("--num_slices", type=int, default=1, metavar="N", help="slices of that shape")
     parser.add_argument("--price", type=float, metavar="P", help="money an hour and chip")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    text = "compile up to N (8) other meshes, batch sizes and remat policies, and rank them"
+    text = "compile up to N (8) other meshes, batch sizes and remat policies, a minute or two each, and rank them"
     parser.add_argument("--search", type=int, nargs="?", const=8, metavar="N", help=text)
     parser.set_defaults(overrides=[])
 

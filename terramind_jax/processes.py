@@ -23,15 +23,18 @@ def join(coordinator: str | None = None, *, heartbeat_seconds: int = 100) -> Non
 
     A cluster is one that JAX knows (TPU pod, GKE, SLURM, Open MPI) or one that is described: `coordinator`, ``HOST:PORT`` of process
     0, or ``JAX_COORDINATOR_ADDRESS``, with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` where JAX cannot tell them. A process that is
-    silent for `heartbeat_seconds` counts as dead, and all others end. Raises ValueError for a description with a part missing.
+    silent for `heartbeat_seconds` counts as dead, and all others end. Raises ValueError for a description that is incomplete or late.
     """
-    if xla_bridge.backends_are_initialized():  # called from a program that has arranged its devices
+    if jax.distributed.is_initialized():
         return
-    described = {
-        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _number("JAX_NUM_PROCESSES"),
-        "process_id": _number("JAX_PROCESS_ID"),
-    }
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    described = {"coordinator_address": address, "num_processes": _number("JAX_NUM_PROCESSES"), "process_id": _number("JAX_PROCESS_ID")}
+    if address and not address.rpartition(":")[2].isdigit():
+        raise ValueError(f"The coordinator is {address!r}; expected HOST:PORT, such as 10.0.0.2:8476.")
+    if xla_bridge.backends_are_initialized():  # called from a program that has arranged its devices
+        if address:
+            raise ValueError(f"This process cannot join others at {address}, as it uses its devices already; join before it does.")
+        return
     try:
         jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_seconds)
     except ValueError as error:
@@ -107,25 +110,26 @@ class Watchdog:
             if time.time() - now["since"] > limit and jax.process_index() == 0:
                 limit *= 2
                 all_of_them = client.key_value_dir_get(HEARTBEATS) if client is not None else []
-                self._say(report(now, {int(key.rpartition("/")[2]): json.loads(value) for key, value in all_of_them}, self._seconds))
+                told = {int(key.rpartition("/")[2]): json.loads(value) for key, value in all_of_them}
+                self._say(report(now, told, jax.process_count(), self._seconds))
 
 
-def report(now: Mapping[str, Any], processes: Mapping[int, Mapping[str, Any]], seconds: float) -> str:
-    """The sentence on a step that takes long, from what this process and each one does."""
-    age = time.time() - now["since"]
-    text = f"Step {now['step']} has taken {age:.0f} s"
-    if len(processes) < 2:
+def report(now: Mapping[str, Any], told: Mapping[int, Mapping[str, Any]], processes: int, seconds: float) -> str:
+    """The sentence on a step that takes long, from what this process does and what each of so many has told."""
+    text = f"Step {now['step']} has taken {time.time() - now['since']:.0f} s"
+    if processes == 1:
         return f"{text}: this process {now['doing']}."
-    silent = [p for p, at in processes.items() if time.time() - at["told"] > seconds]
+    silent = [p for p in range(processes) if p not in told or time.time() - told[p]["told"] > seconds]
     if silent:
-        return f"{text}; waiting for {_names(silent)}, silent for {time.time() - min(processes[p]['told'] for p in silent):.0f} s."
-    behind = min((at["step"], Watchdog.DOING.index(at["doing"])) for at in processes.values())
-    last = [p for p, at in processes.items() if (at["step"], Watchdog.DOING.index(at["doing"])) == behind]
-    who = f"all {len(processes)} processes" if len(last) == len(processes) else _names(last)
-    verb = Watchdog.DOING[behind[1]]
-    return f"{text}; waiting for {who}: {verb} for step {behind[0]}."
+        return f"{text}; waiting for {_names(silent, processes)}, silent for more than {seconds:.0f} s."
+    places = {p: (at["step"], Watchdog.DOING.index(at["doing"])) for p, at in told.items()}
+    step, doing = behind = min(places.values())
+    return f"{text}; waiting for {_names([p for p in told if places[p] == behind], processes)}, at step {step}: {Watchdog.DOING[doing]}."
 
 
-def _names(processes: list[int]) -> str:
-    shown = ", ".join(map(str, sorted(processes)[:8]))
-    return f"process {shown}" if len(processes) == 1 else f"processes {shown}{' and more' if len(processes) > 8 else ''}"
+def _names(some: list[int], processes: int) -> str:
+    """``"process 3"``, ``"processes 1, 2"``, ``"all 64 processes"``."""
+    if len(some) == processes:
+        return f"all {processes} processes"
+    shown = ", ".join(map(str, sorted(some)[:8]))
+    return f"process {shown}" if len(some) == 1 else f"processes {shown}{' and more' if len(some) > 8 else ''}"

@@ -4,7 +4,11 @@
 says which mesh axis holds each name. A dimension that the mesh does not divide is replicated, and `replicated_dimensions` lists it.
 
 Gradients are summed over the mesh in the dtype of the product that makes them: those of kernels in ``model.dtype``, so in bfloat16 on
-accelerators; those of token tables, norms and the loss in float32. Microbatches are added in float32.
+accelerators, layer by layer during the backward pass; those of token tables, norms and the loss in float32, since a row of a table is
+itself a sum over tokens. A table (5 x 15,360, 4,375 and 30,000 rows, at the encoder and at the decoder) is summed whole after the
+backward pass, touched rows or not: at base 683 MB beside 411 MB of kernels. Microbatches are added in float32; of `train.accumulate`
+parts each sums its kernels over the mesh, as they come from within the loop over layers, while XLA sums the tables once for all (but
+not the decoder's of 30,000 rows), so accumulation costs transfers: at base 2,574 MB a step with 4 parts instead of 1,094.
 """
 
 from __future__ import annotations

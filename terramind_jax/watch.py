@@ -14,7 +14,11 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from terramind_jax.train.logging import METRICS, count
+from terramind_jax import config as configuration
+from terramind_jax import files
+from terramind_jax.checkpoint import FOLDER
+from terramind_jax.train import pretrain
+from terramind_jax.train.logging import METRICS, count, pieces
 
 TAIL = 1 << 18  # bytes at the end of the log that are read: some hundred lines, so also the last validation
 CLEAR = "\x1b[H\x1b[J"  # a terminal's cursor to the top left, and the rest wiped
@@ -30,7 +34,7 @@ class Snapshot:
 
     workdir: str
     step: int
-    steps: int | None  # of the whole run
+    steps: int | None  # at its end
     metrics: Mapping[str, float | None]
     earlier: Mapping[str, float | None]
     interval: int  # steps between the newest lines
@@ -64,30 +68,30 @@ def read(workdir: str | os.PathLike, now: float | None = None) -> Snapshot | Non
     """The newest state of a run at the time `now`, by default the present; None if its log has no whole line yet."""
     # Else a bucket's listings are kept for good, and a later look would see what the first one saw.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    folder, now = epath.Path(os.fspath(workdir)), time.time() if now is None else now
-    files = sorted(folder.glob(f"{METRICS.partition('.')[0]}*.jsonl")) if folder.is_dir() else []
-    lines = _lines(files)
+    folder, now = files.folder(workdir), time.time() if now is None else now
+    log = pieces(folder)
+    lines = _lines(log)
     if not lines:
         return None
-    checkpoint = _checkpoint(folder / "checkpoints")
-    steps = sorted({line["step"] for line in lines})
+    checkpoint = _checkpoint(folder / FOLDER)
+    metrics, steps = _newest(lines), sorted({line["step"] for line in lines})
     trained = [i for i, line in enumerate(lines) if "loss" in line] or [0]
     return Snapshot(
         workdir=os.fspath(workdir),
         step=steps[-1],
-        steps=_steps(folder / "config.json"),
-        metrics=_newest(lines),
+        steps=_steps(workdir, steps[-1], metrics.get("samples")),
+        metrics=metrics,
         earlier=_newest(lines[: trained[-1]]),
         interval=steps[-1] - steps[-2] if len(steps) > 1 else 0,
-        age=now - max(file.stat().mtime for file in files),
+        age=now - max(file.stat().mtime for file in log),
         checkpoint=checkpoint and (checkpoint[0], now - checkpoint[1]),
     )
 
 
-def _lines(files: list[epath.Path]) -> list[dict[str, Any]]:
-    """The last lines of a log by step. In a bucket it is several objects; of a step that stands in two of them the later one counts."""
+def _lines(log: list[epath.Path]) -> list[dict[str, Any]]:
+    """The last lines of a log, which may be long, by step; of a step that stands in two of its pieces the later one counts."""
     lines, size = [], 0
-    for file in reversed(files):
+    for file in reversed(log):
         text = _tail(file, TAIL - size)
         lines = [*_parsed(text), *lines]
         size += len(text)
@@ -121,16 +125,18 @@ def _newest(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     return {name: value for line in lines for name, value in line.items()}
 
 
-def _steps(path: epath.Path) -> int | None:
-    """Length of the run, from its configuration."""
-    if not path.exists():
+def _steps(workdir: str | os.PathLike, step: int, samples: float | None) -> int | None:
+    """The last step of the run, which after `step` has consumed `samples`: its batch may have been another one before."""
+    try:
+        config = configuration.of_workdir(workdir)
+    except FileNotFoundError:
         return None
-    config = json.loads(path.read_text())
-    train, mask = config["train"], config.get("mask")
-    if train["steps"]:
-        return train["steps"]
-    samples = train["total_tokens"] / (mask["input_tokens"] + mask["target_tokens"]) if mask else train["total_samples"]
-    return math.ceil(samples / train["batch_size"])
+    if "mask" in config:
+        total = pretrain.total_samples(config)
+    else:
+        total = config.train.steps * config.train.batch_size or math.ceil(config.train.total_samples)
+    batch = config.train.batch_size
+    return math.ceil(total / batch) if samples is None else step + max(0, math.ceil((total - samples) / batch))
 
 
 def _checkpoint(folder: epath.Path) -> tuple[int, float] | None:
@@ -154,7 +160,9 @@ def table(now: Snapshot, before: Mapping[str, float | None]) -> str:
         ("time left", _left(now)),
         ("speed", _speed(now.metrics)),
         ("step time", _step_time(now.metrics)),
+        ("gradient", _gradient(now.metrics)),
         ("skipped", _skipped(now.metrics)),
+        ("memory", _memory(now.metrics)),
         ("checkpoint", "none yet" if now.checkpoint is None else f"step {now.checkpoint[0]:,}   {duration(now.checkpoint[1])} ago"),
     ]
     head = f"{now.workdir}   {_freshness(now)}"
@@ -171,10 +179,11 @@ def _left(now: Snapshot) -> str:
 
 
 def _freshness(now: Snapshot) -> str:
-    """When the log was written, and that this is long ago if it is."""
+    """When the log was written, that the run has ended, or that this is long ago if it is."""
+    if now.step == now.steps:
+        return f"ended {duration(now.age)} ago"
     due = 60 + 3 * now.interval * (now.metrics.get("step_seconds") or 0)
-    over = now.age > due and now.step != now.steps
-    return f"nothing new for {duration(now.age)}" if over else f"{duration(now.age)} ago"
+    return f"nothing new for {duration(now.age)}" if now.age > due else f"{duration(now.age)} ago"
 
 
 def _speed(metrics: Mapping[str, float | None]) -> str:
@@ -194,7 +203,25 @@ def _step_time(metrics: Mapping[str, float | None]) -> str:
 
 def _skipped(metrics: Mapping[str, float | None]) -> str:
     names = {"bad": "samples", "overflow": "patches", "skipped": "steps"}
-    return "   ".join(f"{metrics[name]:,} {what}" for name, what in names.items() if metrics.get(name) is not None) or "-"
+    parts = [f"{metrics[name]:,} {what}" for name, what in names.items() if metrics.get(name) is not None]
+    if metrics.get("rewinds"):
+        parts.append(f"back to a checkpoint: {metrics['rewinds']}")
+    return "   ".join(parts) or "-"
+
+
+def _gradient(metrics: Mapping[str, float | None]) -> str:
+    """Its norm, in all and by part of the model, and the learning rate."""
+    norms = [("norm", metrics.get("grad_norm"))]
+    norms += [(name.removeprefix("grad_norm/"), value) for name, value in metrics.items() if name.startswith("grad_norm/")]
+    rate = metrics.get("learning_rate")
+    parts = [f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in [*norms, ("learning rate", rate)]]
+    return "   ".join(parts)
+
+
+def _memory(metrics: Mapping[str, float | None]) -> str:
+    """The most that a device has held; a CPU does not tell."""
+    held = metrics.get("memory_bytes")
+    return "-" if held is None else f"{held / 2**30:.2f} GiB a device"
 
 
 def _losses(metrics: Mapping[str, float | None], before: Mapping[str, float | None]) -> list[str]:

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit, also when its arrays are donated while it is written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 from jax.sharding import PartitionSpec
 
 from terramind_jax import checkpoint, sharding
@@ -83,8 +85,9 @@ def test_an_interrupted_write_is_ignored_and_removed(tmp_path):
     assert any("tmp" in name for name in os.listdir(tmp_path / "checkpoints"))
     again = checkpoint.Checkpoints(tmp_path, keep=2)
     assert again.latest() == 1
+    again.save(3, {"params": {"w": jnp.ones(3)}}, {"step": 3})
     again.close()
-    assert os.listdir(tmp_path / "checkpoints") == ["1"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
 
 
 def test_load_variables_prefers_the_average(tmp_path):
@@ -104,3 +107,98 @@ def test_load_variables_prefers_the_average(tmp_path):
     variables = checkpoint.load_variables(tmp_path, shapes)
     np.testing.assert_array_equal(variables["params"]["w"], [7, 7])
     np.testing.assert_array_equal(variables["buffers"]["b"], [0])
+
+
+# ---- damage ----
+
+ITEMS = ("params", "buffers", "opt_state", checkpoint.COUNTERS)
+
+
+def noise(step: int, mesh) -> dict:
+    """Trees whose arrays cannot be compressed, so that they are the largest files."""
+    make = jax.jit(lambda key: jax.random.normal(key, (4096,)), out_shardings=sharding.replicated(mesh))
+    return {name: {"w": make(jax.random.key(10 * step + i))} for i, name in enumerate(ITEMS[:-1])}
+
+
+def two_checkpoints(workdir, mesh) -> dict:
+    """Shapes of what steps 1 and 2 hold."""
+    kept = checkpoint.Checkpoints(workdir, keep=3)
+    for step in (1, 2):
+        kept.save(step, noise(step, mesh), {"step": step, "samples": 8 * step})
+    kept.close()
+    return abstract(noise(1, mesh), mesh)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty"])
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, item, how):
+    mesh = sharding.make_mesh()
+    shapes = two_checkpoints(tmp_path, mesh)
+    tiny_run.damage(tmp_path / "checkpoints" / "2" / item, how)
+    kept = checkpoint.Checkpoints(tmp_path, keep=3)
+    warning = rf"^The checkpoint {tmp_path}/checkpoints/2 cannot be read \(\w+: .*\); step 1 is used instead\.$"
+    with pytest.warns(UserWarning, match=warning):
+        restored, counters = kept.restore(shapes)
+    assert counters == {"step": 1, "samples": 8}
+    jax.tree.map(np.testing.assert_array_equal, restored, noise(1, mesh))
+    # The run comes to its step again.
+    assert kept.latest() == 1
+    kept.save(2, noise(2, mesh), {"step": 2, "samples": 16})
+    kept.close()
+    assert checkpoint.Checkpoints(tmp_path).restore(shapes)[1] == {"step": 2, "samples": 16}
+
+
+def test_a_whole_item_that_is_gone_is_damage(tmp_path):
+    shapes = two_checkpoints(tmp_path, sharding.make_mesh())
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "opt_state")
+    with pytest.warns(UserWarning, match="step 1 is used instead"):
+        assert checkpoint.Checkpoints(tmp_path, keep=3).restore(shapes)[1] == {"step": 1, "samples": 8}
+
+
+def test_one_who_only_reads_deletes_nothing(tmp_path):
+    shapes = two_checkpoints(tmp_path, sharding.make_mesh())
+    tiny_run.damage(tmp_path / "checkpoints" / "2" / "params", "truncated")
+    with pytest.warns(UserWarning, match="step 1 is used instead"):
+        checkpoint.Checkpoints(tmp_path).restore(shapes)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_if_all_are_damaged_the_newest_tells_why_and_all_stay(tmp_path):
+    shapes = two_checkpoints(tmp_path, sharding.make_mesh())
+    for step in "12":
+        shutil.rmtree(tmp_path / "checkpoints" / step / "params")
+    with pytest.raises(Exception, match="checkpoints/2/params"):
+        checkpoint.Checkpoints(tmp_path, keep=3).restore(shapes)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_one_that_another_process_cannot_read_is_passed_over_here_too(tmp_path, monkeypatch):
+    shapes = two_checkpoints(tmp_path, sharding.make_mesh())
+    answers = [False, True]
+    monkeypatch.setattr(checkpoint, "_everywhere", lambda ok: ok and answers.pop(0))
+    with pytest.warns(UserWarning, match=r"checkpoints/2 cannot be read \(ValueError: another process cannot read it\); step 1 is used"):
+        assert checkpoint.Checkpoints(tmp_path, keep=3).restore(shapes)[1] == {"step": 1, "samples": 8}
+
+
+# ---- object stores ----
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Orbax takes local folders for those of a bucket, where a file written last says that a checkpoint is complete."""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    monkeypatch.setattr(gcs_utils, "is_gcs_path", lambda path: True)
+
+
+def test_in_a_bucket_an_interrupted_write_is_ignored_and_made_again(tmp_path, bucket):
+    mesh = sharding.make_mesh()
+    shapes = two_checkpoints(tmp_path, mesh)
+    (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()
+    again = checkpoint.Checkpoints(tmp_path, keep=3)
+    assert again.latest() == 1
+    assert again.restore(shapes)[1] == {"step": 1, "samples": 8}
+    again.save(2, noise(3, mesh), {"step": 2})
+    again.close()
+    restored, _ = checkpoint.Checkpoints(tmp_path).restore(shapes)
+    jax.tree.map(np.testing.assert_array_equal, restored, noise(3, mesh))

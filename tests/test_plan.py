@@ -15,6 +15,7 @@ import pytest
 import tiny_run
 
 from terramind_jax import cli, flops, model, plan, zoo
+from terramind_jax import config as configuration
 from terramind_jax.plan import feed, roofline, search, step, topology
 from terramind_jax.plan.collectives import Collective
 from terramind_jax.plan.topology import GIB
@@ -126,6 +127,18 @@ def test_a_host_of_four_v5e_chips_eats_two_thousand_views_a_second():
     assert feed.rate(2000, views_per_sample=4).storage == feed.rate(2000, views_per_sample=1).storage / 4
 
 
+@pytest.mark.parametrize(
+    ("window", "workers", "times"),
+    [(32, 0, 1), (32, 4, 1), (32, 8, 2), (8, 8, 4), (12, 0, 2), (12, 4, 4), (40, 2, 2)],
+)
+def test_a_sample_is_read_by_every_worker_that_meets_it(window, workers, times):
+    """Batches of 8, four views a sample."""
+    config = configuration.pretraining()
+    config.train.batch_size, config.data.view_window, config.run.workers = 8, window, workers
+    config.data.views_per_sample = 4
+    assert feed.times_read(config, hosts=2) == times
+
+
 # ---- plans of a small step, compiled for eight devices of this machine ----
 
 
@@ -152,6 +165,37 @@ def test_a_plan_adds_up(eight):
     assert json.loads(json.dumps(facts))["chips"] == 8
 
 
+def test_a_plan_says_that_samples_are_read_again(eight):
+    config = tiny_run.pretraining("")
+    text = plan.report.render(plan.run(config, eight))
+    assert "2 views a sample)" in text
+    config.run.workers = 2
+    facts = plan.run(config, eight)
+    assert facts["input"]["samples"] == facts["input"]["views"]
+    assert "2 views a sample, read 2 times: make data.view_window a multiple of batch times run.workers)" in plan.report.render(facts)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("train.batch_size", "12", "train.batch_size=12 must be a multiple of 8"),
+        ("train.batch_size", "16", "view_window 8 is smaller than batch_size 16"),
+        ("mesh.fsdp", "3", "does not cover 8 devices"),
+        ("model.attention", "cudnn", "needs an NVIDIA GPU"),
+    ],
+)
+def test_what_pretrain_would_refuse_is_refused(eight, field, value, message):
+    config = tiny_run.pretraining("")
+    configuration.override(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        plan.run(config, eight)
+
+
+def test_a_tokenizer_is_refused(eight):
+    with pytest.raises(ValueError, match="this one is of train-tokenizer"):
+        plan.run(tiny_run.tokenizer_training(""), eight)
+
+
 def test_a_plan_says_what_is_replicated(eight):
     config = tiny_run.pretraining("")
     config.mesh.update(data=2, fsdp=1, tensor=4)
@@ -172,8 +216,7 @@ def test_a_plan_follows_the_samples_that_there_are(eight, tmp_path):
 
 def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(eight, tmp_path, monkeypatch, capsys):
     config = tiny_run.pretraining("")
-    config.train.batch_size = 64
-
+    config.train.batch_size = config.data.view_window = 64
     config.model.update(encoder_depth=4, decoder_depth=4)
 
     def too_large(one):

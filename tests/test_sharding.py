@@ -186,22 +186,10 @@ def alone(run):
     return _steps(run, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-def _differences(a, b):
-    """Relative L2 difference by leaf. The key part of an attention bias is left out: its gradient is zero, and Adam divides noise by it."""
-
-    def difference(path, x, y):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith(("qkv/bias", "kv/bias")):
-            x, y = (np.delete(z, 1 if name.endswith("qkv/bias") else 0, axis=1) for z in (x, y))
-        return np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
-
-    return jax.tree.leaves(jax.tree_util.tree_map_with_path(difference, a, b))
-
-
 def _worst(got, expected):
     """Greatest relative differences over the steps: of losses, of gradients (as Adam's first moments hold them) and of parameters."""
     loss = max(abs(a[0] - b[0]) / abs(b[0]) for a, b in zip(got, expected, strict=True))
-    return loss, *(max(max(_differences(a[i], b[i])) for a, b in zip(got, expected, strict=True)) for i in (1, 2))
+    return loss, *(max(max(tiny_run.differences(a[i], b[i])) for a, b in zip(got, expected, strict=True)) for i in (1, 2))
 
 
 # A compiled step is 6 seconds of a core, so the fast tests have both switches on everywhere and both off once.

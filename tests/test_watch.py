@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,11 +47,13 @@ def run(tmp_path) -> Path:
     config = tiny_run.pretraining(tmp_path, steps=1000)
     configuration.bind_workdir(config, tmp_path / "run")
     rates = {"step_seconds": 0.5, "tokens_per_second": 2048.0, "data_wait": 0.25, "checkpoint_block": 0.05, "mfu": 0.4, "goodput": 0.9}
+    norms = {"grad_norm": 0.5, "grad_norm__embeddings": 0.25, "grad_norm__encoder": None}
+    state = {"learning_rate": 2e-4, "rewinds": 1, "memory_bytes": 3 << 30, **norms}
     lines = [
         line(10, loss=9.0, loss__DEM=3.0, loss__LULC=None, bad=1, overflow=0, skipped=0, **rates),
         line(20, loss=8.0, loss__DEM=2.5, loss__LULC=1.0, bad=1, overflow=0, skipped=0, **rates),
         line(20, val__loss=8.5, val__loss__DEM=2.75),
-        line(30, loss=7.5, loss__DEM=2.75, loss__LULC=1.5, bad=1234, overflow=5, skipped=2, **rates),
+        line(30, loss=7.5, loss__DEM=2.75, loss__LULC=1.5, bad=1234, overflow=5, skipped=2, samples=240, **rates, **state),
     ]
     return write(tmp_path / "run", "".join(lines))
 
@@ -60,7 +64,9 @@ def test_the_table_tells_everything(run):
     assert row(text, "time left") == ["8 min"]  # 970 steps of half a second
     assert row(text, "speed") == ["2.05k tokens/s", "MFU 40 %", "goodput 90 %"]
     assert row(text, "step time") == ["0.5 s", "compute 70 %", "data wait 25 %", "checkpoint 5 %"]
-    assert row(text, "skipped") == ["1,234 samples", "5 patches", "2 steps"]
+    assert row(text, "skipped") == ["1,234 samples", "5 patches", "2 steps", "back to a checkpoint: 1"]
+    assert row(text, "gradient") == ["norm 0.5", "embeddings 0.25", "encoder -", "learning rate 0.0002"]
+    assert row(text, "memory") == ["3.00 GiB a device"]
     assert row(text, "checkpoint") == ["none yet"]
     assert row(text, "all") == ["7.5000", "-0.5000", "8.5000"]
     assert row(text, "DEM") == ["2.7500", "+0.2500", "2.7500"]
@@ -72,6 +78,8 @@ def test_what_a_run_does_not_tell_is_left_open(tmp_path):
     assert row(text, "step") == ["1"]
     assert row(text, "time left") == ["-"]
     assert row(text, "speed") == ["MFU -", "goodput -"]
+    assert row(text, "gradient") == ["norm -", "learning rate -"]
+    assert row(text, "memory") == ["-"]
     assert row(text, "all") == ["-", "-", "-"]
     assert row(text, "DEM") == ["2.0000", "-", "-"]
 
@@ -173,6 +181,14 @@ def test_the_length_is_that_of_the_run(tmp_path, steps):
     assert watch.read(write(tmp_path / "tokenizer", line(1, loss=1.0))).steps == (steps or math.ceil(123 / config.train.batch_size))
 
 
+def test_a_run_whose_batch_has_changed_ends_later(run):
+    """Of 8,000 samples 240 are consumed; with batches of 16 instead of 8 half the steps remain."""
+    config = configuration.of_workdir(run)
+    config.train.update(steps=0, batch_size=16, total_tokens=8000.0 * 11)
+    (run / "config.json").write_text(configuration.to_json(config))
+    assert watch.read(run).steps == 30 + (8000 - 240) // 16
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0 s"), (59.4, "59 s"), (60, "1 min"), (3599, "59 min"), (3600, "1 h 0 min"), (93784, "1 d 2 h")]
 )
@@ -189,8 +205,10 @@ def test_a_real_run_is_followed_to_its_end(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["watch", str(tmp_path / "run")]) == 0  # ends by itself, as the run has ended
     text = capsys.readouterr().out
+    assert re.search(r"   ended \d+ s ago$", text.splitlines()[0])
     assert row(text, "step") == ["32 of 32", "100 %"]
     assert row(text, "time left") == ["0 s"]
+    assert [cell.split()[0] for cell in row(text, "gradient")] == ["norm", "decoder", "embeddings", "encoder", "learning"]
     assert row(text, "speed")[0].endswith("tokens/s")
     assert row(text, "speed")[1] != "MFU -"
     assert re.fullmatch(r"compute [\d.]+ %", row(text, "step time")[1])
@@ -217,6 +235,12 @@ def test_growth_is_followed_and_changes_are_since_the_last_look(run, monkeypatch
     assert looks == [3, 3, 3]
 
 
+def test_no_device_is_touched(run):
+    """On a worker of a TPU the run itself holds them."""
+    code = f"from jax._src import xla_bridge as x; from terramind_jax import watch; watch.watch({str(run)!r}, once=True); "
+    subprocess.run([sys.executable, "-c", f"{code}assert not x.backends_are_initialized()"], check=True)
+
+
 def test_before_there_is_a_log(tmp_path, capsys):
     for workdir in (tmp_path / "none", write(tmp_path / "empty", ""), write(tmp_path / "half", '{"step": 1, ')):
         assert cli.main(["watch", str(workdir), "--once"]) == 1
@@ -226,7 +250,7 @@ def test_before_there_is_a_log(tmp_path, capsys):
 def test_a_run_that_starts_later_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: write(tmp_path / "run", line(1, loss=1.0)) if len(calls) else calls.append(1))
     calls: list[int] = []
-    monkeypatch.setattr(watch, "_steps", lambda path: 1)
+    monkeypatch.setattr(watch, "_steps", lambda *_: 1)
     assert watch.watch(tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert out.count("waiting for") == 2

@@ -1,9 +1,10 @@
-"""TerraMind base: 376 M parameters, of which 198 M in the blocks. The recipe is that of `tiny.py`, whose notes apply.
+"""TerraMind base: 376 M parameters, of which 198 M in the blocks. What is known of the recipe stands in `tiny.py`.
 
     terramind-jax pretrain --config=configs/pretrain/base.py --workdir=DIR --config.data.root=SHARDS --config.run.workers=8
 
-Hardware: a few accelerators; data parallelism alone.
-The original took 12 days on 32 A100 (9,216 GPU hours) for 500 B tokens. Hours here: not measured yet.
+Machine: a few accelerators, or a pod slice as in launch/README.md; data parallelism alone.
+Expected for 500 B tokens, by `plan` and not yet measured: 0.49 days on v5e:16x16, 0.55 on v5p:4x4x4, 0.24 on v6e:16x16.
+The original took 12 days on 32 A100, 9,216 GPU hours (reported second-hand).
 """
 
 from pathlib import Path

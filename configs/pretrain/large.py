@@ -1,9 +1,10 @@
-"""TerraMind large: 942 M parameters, of which 705 M in the blocks. The recipe is that of `tiny.py`, whose notes apply.
+"""TerraMind large: 942 M parameters, of which 705 M in the blocks. What is known of the recipe stands in `tiny.py`.
 
     terramind-jax pretrain --config=configs/pretrain/large.py --workdir=DIR --config.data.root=SHARDS --config.run.workers=8
 
-Hardware: a pod slice; `--config.mesh.fsdp=8` splits the 11.3 GB of state where a chip has 16 GB.
-The original took about 15,000 GPU hours on A100 for 500 B tokens (reported second-hand). Hours here: not measured yet.
+Machine: a pod slice; where a chip has 16 GB it fits with 1.4 GiB to spare, and `--config.mesh.fsdp=8` splits the 10.5 GiB of its state.
+Expected for 500 B tokens, by `plan` and not yet measured: 1.22 days on v5e:16x16, 1.46 on v5p:4x4x4, 0.59 on v6e:16x16.
+The original took about 15,000 GPU hours on A100 (reported second-hand).
 """
 
 from pathlib import Path

@@ -2,14 +2,17 @@
 
     terramind-jax pretrain --config=configs/pretrain/tiny.py --workdir=DIR --config.data.root=SHARDS
 
-Hardware: the batch of 32 fits a laptop, where a step takes several seconds: good for some thousand steps. For a real run set
-`train.batch_size` to 4096, and `data.view_window` to that times `run.workers`, on accelerators. Hours for 500 B tokens: not measured
-here; the released model's are not public. Expect a loss near ln(15360) = 9.6 per image modality at the start; the published
-validation losses of base are S2L2A 5.7, S1GRD 7.8, DEM 2.2, NDVI 6.4.
+Machine: the batch of 32 fits a laptop, where a step takes several seconds: good for some thousand steps. For a real run, on accelerators,
+add `--config.train.batch_size=4096 --config.data.view_window=32768 --config.run.workers=8`.
+Expected for 500 B tokens, by `plan` and not yet measured: 0.09 days on v5e:16x16, 0.11 on v5p:4x4x4, 0.04 on v6e:16x16; all read faster
+than most storage (launch/README.md). Expect a loss near ln(15360) = 9.6 per image modality at the start; the published validation losses
+of base are S2L2A 5.7, S1GRD 7.8, DEM 2.2, NDVI 6.4.
 
-Known of the original recipe: 500 B tokens, about 9 M samples, batch 4096, learning rate 2e-4 with a cosine. Taken from 4M, on which
-it builds: AdamW (0.9, 0.95), weight decay 0.05, warm-up over 10 B tokens, 128 + 128 tokens. Unknown: the budgets and the Dirichlet
-alphas of TerraMind itself.
+The original recipe, of all four sizes:
+- known: 500 B tokens, about 9 M samples of TerraMesh, cross-entropy of masked target tokens.
+- reported second-hand: batch 4096, chosen among 2048, 4096 and 8192; learning rate 2e-4 with a cosine; budgets drawn as in 4M.
+- taken from 4M, on which it builds: AdamW (0.9, 0.95), weight decay 0.05, warm-up over 10 B tokens, 128 + 128 tokens, alphas 0.5.
+- not known: TerraMind's own budgets, alphas and mixtures, clipping, precision, the hours of tiny and small.
 
 Every other field, with its meaning: `pretraining` in terramind_jax/config.py.
 """

@@ -8,6 +8,8 @@ slot, empty and marked ``bad``; shapes never change. Grain reads ahead, in threa
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,7 +48,7 @@ def make_dataset(
     train: bool = True,
 ) -> grain.MapDataset:
     """The batches of `batches` by number: ``dataset[0]`` is the one at position `consumed`."""
-    _check_sizes(data_config, batch_size, consumed, host, hosts, train)
+    check_sizes(data_config, batch_size, consumed, host, hosts, train)
     _check_samples(index, (*encoder, *decoder), data_config.image_size)
     readers = hosts * max(workers, 1)
     groups = ViewGroups(index, encoder, decoder, data_config, mask_config, seed=seed, train=train, readers=readers)
@@ -95,7 +97,8 @@ def batches(
     return _iterate(dataset, workers, data_config.threads)
 
 
-def _check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, hosts: int, train: bool) -> None:
+def check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, hosts: int, train: bool) -> None:
+    """A ValueError for sizes of which no batches can be made."""
     if config.image_size < PATCH_SIZE or config.image_size % PATCH_SIZE:
         raise ValueError(f"image_size is {config.image_size}; expected a multiple of the patch size {PATCH_SIZE}.")
     if min(config.views_per_sample, config.patch_group, batch_size) < 1 or consumed < 0 or not 0 <= host < hosts:
@@ -163,8 +166,15 @@ def _iterate(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain 0.2.18 looks at flags that only an absl program has parsed
-        elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        elements = elements.mp_prefetch(processes, worker_init_fn=_outlive_sigterm)
     return iter(elements)
+
+
+def _outlive_sigterm(worker: int, workers: int) -> None:
+    """SIGTERM may go to all processes of a job, but the run needs its data workers until it has saved; Grain ends them otherwise."""
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, lambda *_: None if os.getppid() == parent else os._exit(1))
 
 
 # ---- whole crops for tokenizers ---------------------------------------------------------------------------------------------
@@ -189,7 +199,7 @@ def image_batches(
     Only samples that have the modality are visited. Order, position, crops (any of the ten, one a sample and epoch) and ``train=False``
     are as in `batches`; unreadable images are zeros, marked bad.
     """
-    _check_sizes(DataConfig(image_size=image_size), batch_size, consumed, host, hosts, train)
+    check_sizes(DataConfig(image_size=image_size), batch_size, consumed, host, hosts, train)
     images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train)
     positions = grain.MapDataset.range(consumed, consumed + _length(len(images.samples), batch_size, consumed, train))
     return _iterate(positions[host::hosts].map(images).batch(batch_size // hosts), workers, threads)

@@ -39,4 +39,6 @@ def ranked(
 
 
 def _index(config: ConfigDict) -> Index | None:
+    if "mask" not in config:
+        raise ValueError("plan takes a configuration of pretrain, such as configs/pretrain/base.py; this one is of train-tokenizer.")
     return pretrain.open_tokenized(config, config.data.train_split) if config.data.root else None

@@ -137,6 +137,8 @@ def candidates(config: ConfigDict, where: Topology, index: Index | None = None) 
     estimate = estimator()
     for mesh, batch, remat in itertools.product(meshes(config, where.chips), _batches(config), REMAT_POLICIES):
         fields = {**{f"mesh.{axis}": n for axis, n in mesh.items()}, "train.batch_size": batch, "model.remat": remat}
+        if batch > config.data.view_window:  # which must hold a batch
+            fields["data.view_window"] = batch * max(config.run.workers, 1)
         try:
             step = steps.prepare(changed(config, fields), where, index)
         except ValueError:

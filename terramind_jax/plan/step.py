@@ -19,6 +19,7 @@ from terramind_jax import model as networks
 from terramind_jax import sharding
 from terramind_jax.data.groups import template
 from terramind_jax.data.index import Index
+from terramind_jax.data.pipeline import check_sizes
 from terramind_jax.plan import topology
 from terramind_jax.plan.topology import Topology
 from terramind_jax.train import optimizer, pretrain, state
@@ -81,6 +82,8 @@ def prepare(config: ConfigDict, where: Topology, index: Index | None = None, dev
     config = pretrain.with_codebooks(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices or topology.devices(where))
     pretrain.check_mesh(config, mesh)
+    hosts = len(set(sharding.shares(mesh.devices).values()))
+    check_sizes(pretrain.data_settings(config)[2], config.train.batch_size, 0, 0, hosts, train=True)
     module = networks.TerraMind(pretrain.transformer_config(config, mesh.devices.flat[0].platform))
     init = partial(networks.init, module)
     run, buffers = state.abstract(init, optimizer.adamw(config.optimizer), mesh)

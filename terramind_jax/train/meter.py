@@ -55,25 +55,27 @@ class Meter:
         self._max_bad, self._reasons, self._bad = max_bad_fraction, reasons, 0.0
         self._pending: tuple | None = None
         self._clock: float | None = None
+        self._waiting = 0.0  # for data, since `_clock`
         self._steps, self._seconds, self._waited, self._saving = 0, 0.0, 0.0, 0.0
 
     def add(self, step: int, metrics: Mapping[str, Any], waited: float) -> None:
         """Takes the metrics of a step just dispatched, which waited so many seconds for its data, and reads those of the one before."""
+        self._waiting += waited
         self.flush()
-        self._pending = (step, metrics, waited)
+        self._pending = (step, metrics)
 
     def flush(self) -> None:
         """Reads the metrics still outstanding; a ValueError if too many samples cannot be read."""
         if self._pending is None:
             return
-        step, metrics, waited = self._pending
+        step, metrics = self._pending
         self._pending = None
         metrics = {name: number(value) for name, value in jax.device_get(metrics).items()}
         self._samples += self._work["samples"]
         self._totals = {name: total + metrics[name] for name, total in self._totals.items()}
         useful, self._skipped = metrics["skipped"] == self._skipped, metrics["skipped"]
         self.streak = 0 if useful else self.streak + 1
-        self._time(waited, useful)
+        self._time(useful)
         self.last = {**metrics, **self._totals, "samples": self._samples, "rewinds": self.rewinds, **self._rates()}
         if step % self._log_every == 0:
             self._writer.write(step, self.last)
@@ -101,13 +103,13 @@ class Meter:
         """The run went back to its last checkpoint: what it learned since no longer counts."""
         self.streak, self.rewinds, self._productive = 0, self.rewinds + 1, self._productive_saved
 
-    def _time(self, waited: float, useful: bool) -> None:
+    def _time(self, useful: bool) -> None:
         now = time.perf_counter()
         if self._clock is not None:  # a first step compiles: its time says nothing
             seconds = now - self._clock
-            self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + waited
-            self._productive += max(seconds - waited, 0.0) if useful else 0.0
-        self._clock = now
+            self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + self._waiting
+            self._productive += seconds - self._waiting if useful else 0.0
+        self._clock, self._waiting = now, 0.0
 
     def _rates(self) -> dict[str, float]:
         if not self._steps:
