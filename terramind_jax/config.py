@@ -318,8 +318,19 @@ _ONE_OF = {
 }
 
 
-def check(config: ConfigDict) -> None:
-    """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun."""
+def is_tokenizer(config: ConfigDict) -> bool:
+    """Whether a configuration is one of `tokenizer_training`, else it is one of `pretraining`."""
+    return "modality" in config.model
+
+
+def check(config: ConfigDict, command: str) -> None:
+    """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun.
+
+    `command` is ``pretrain`` or ``train-tokenizer``.
+    """
+    own = "train-tokenizer" if is_tokenizer(config) else "pretrain"
+    if own != command:
+        raise ValueError(f"This configuration is one of {own}; {command} takes those in configs/{command.removeprefix('train-')}.")
     values = _flat(config)
     for field, least in _AT_LEAST.items():
         if field in values and values[field] < least:

@@ -272,7 +272,7 @@ def read_workdir(path: Path) -> tuple[nn.Module, Variables]:
     from terramind_jax import config
     from terramind_jax.train import pretrain, tokenizer
 
-    is_tokenizer = "modality" in config.of_workdir(path).model
+    is_tokenizer = config.is_tokenizer(config.of_workdir(path))
     return (tokenizer if is_tokenizer else pretrain).load(path)[:2]
 
 

@@ -24,7 +24,7 @@ def config() -> ConfigDict:
 def test_every_config_file_loads_and_survives_json(name):
     config = configuration.read(REPOSITORY / "configs" / f"{name}.py")
     defaults = configuration.pretraining() if name.startswith("pretrain") else configuration.tokenizer_training()
-    configuration.check(config)
+    configuration.check(config, "pretrain" if name.startswith("pretrain") else "train-tokenizer")
     assert configuration._flat(config).keys() == configuration._flat(defaults).keys()
     assert configuration.from_json(configuration.to_json(config)) == config
 
@@ -126,10 +126,10 @@ def test_documented_workers_find_later_views_in_memory(name):
     ],
 )
 def test_a_value_that_cannot_work_is_one_sentence(config, field, value, message):
-    configuration.check(config)
+    configuration.check(config, "pretrain")
     configuration.override(config, field, str(value))
     with pytest.raises(ValueError, match=re.escape(message)):
-        configuration.check(config)
+        configuration.check(config, "pretrain")
 
 
 def test_every_known_way_to_save_memory_is_allowed():

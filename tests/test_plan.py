@@ -192,7 +192,7 @@ def test_what_pretrain_would_refuse_is_refused(eight, field, value, message):
 
 
 def test_a_tokenizer_is_refused(eight):
-    with pytest.raises(ValueError, match="this one is of train-tokenizer"):
+    with pytest.raises(ValueError, match="one of train-tokenizer; pretrain takes those in configs/pretrain"):
         plan.run(tiny_run.tokenizer_training(""), eight)
 
 

@@ -109,6 +109,8 @@ def test_what_cannot_work_is_one_sentence(root, tmp_path):
         tokenizer.train(tiny_run.tokenizer_training(root, "S2RGB"), tmp_path)
     with pytest.raises(FileNotFoundError, match="No samples"):
         tokenizer.train(tiny_run.tokenizer_training(root, "NDVI"), tmp_path)
+    with pytest.raises(ValueError, match="one of pretrain; train-tokenizer takes those in configs/tokenizer"):
+        tokenizer.train(tiny_run.pretraining(root), tmp_path)
     config = tiny_run.tokenizer_training(root)
     config.train.batch_size = 9
     with pytest.raises(ValueError, match=r"train\.batch_size=9 must be a multiple of the 8 devices"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from terramind_jax import config as configuration
 from terramind_jax.data.index import Index
 from terramind_jax.plan import report, search, step
 from terramind_jax.plan.topology import Topology, parse
@@ -39,6 +40,5 @@ def ranked(
 
 
 def _index(config: ConfigDict) -> Index | None:
-    if "mask" not in config:
-        raise ValueError("plan takes a configuration of pretrain, such as configs/pretrain/base.py; this one is of train-tokenizer.")
+    configuration.check(config, "pretrain")
     return pretrain.open_tokenized(config, config.data.train_split) if config.data.root else None

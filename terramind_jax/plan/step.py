@@ -78,7 +78,7 @@ def prepare(config: ConfigDict, where: Topology, index: Index | None = None, dev
 
     Raises ValueError for a configuration that cannot work there, ImportError without the compiler for TPUs.
     """
-    configuration.check(config)
+    configuration.check(config, "pretrain")
     config = pretrain.with_codebooks(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices or topology.devices(where))
     pretrain.check_mesh(config, mesh)

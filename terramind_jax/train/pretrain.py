@@ -37,7 +37,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
-    configuration.check(config)
+    configuration.check(config, "pretrain")
     config = with_codebooks(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)

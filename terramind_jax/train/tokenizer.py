@@ -32,7 +32,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
-    configuration.check(config)
+    configuration.check(config, "train-tokenizer")
     module = networks.Tokenizer(tokenizer_config(config))
     if module.config.decoder != "vit":
         raise ValueError(f"model.decoder is {module.config.decoder!r}; only tokenizers with the decoder 'vit' can be trained here.")
