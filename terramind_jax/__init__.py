@@ -24,6 +24,10 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'terramind_jax' has no attribute {name!r}")

@@ -84,6 +84,8 @@ def _complete(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{entry.name} needs the option{'s' if len(missing) > 1 else ''} {' and '.join(missing)}.")
     if full["dtype"] not in DTYPES:
         raise ValueError(f"The dtype is {full['dtype']!r}; known dtypes: {', '.join(DTYPES)}.")
+    if full.get("img_size", 0) % modalities.PATCH_SIZE:
+        raise ValueError(f"img_size is {full['img_size']}; expected a multiple of {modalities.PATCH_SIZE}.")
     for name in ("modalities", "output_modalities", "tim_modalities"):
         if isinstance(full.get(name), (str, Mapping)):
             full[name] = [full[name]]

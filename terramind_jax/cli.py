@@ -64,13 +64,13 @@ def _add(commands, name: str, text: str, command) -> argparse.ArgumentParser:
 
 
 def _add_training(commands) -> None:
-    for name, text, command in (
-        ("pretrain", "train the any-to-any transformer", _pretrain),
-        ("train-tokenizer", "train one tokenizer", _train_tokenizer),
+    for name, text, command, example in (
+        ("pretrain", "train the any-to-any transformer", _pretrain, "configs/pretrain/tiny.py"),
+        ("train-tokenizer", "train one tokenizer", _train_tokenizer, "configs/tokenizer/dem.py"),
     ):
         parser = _add(commands, name, text, command)
         parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
-        parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), such as configs/pretrain/tiny.py")
+        parser.add_argument("--config", required=True, metavar="FILE", help=f"a file with get_config(), such as {example}")
         parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics, local or gs://; a run there goes on")
         text = "process 0 of several, with JAX_NUM_PROCESSES and JAX_PROCESS_ID; not needed on TPU pods, GKE, SLURM and Open MPI"
         parser.add_argument("--coordinator", metavar="HOST:PORT", help=text)
@@ -175,11 +175,12 @@ def _add_generate(commands) -> None:
         "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
     )
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, in this order; each conditions the next")
-    parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder")
-    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token")
+    parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures; none that exists is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
+    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+    parser.epilog = "Scenes are cut into tiles of the model's size, 224 pixels; a side shorter than 1.25 of them gives only its middle."
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
 
 
@@ -261,8 +262,8 @@ def _add_data(commands) -> None:
     parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, into shards", _pack)
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("source", metavar="SRC", help="folder of GeoTIFFs, MODALITY/NAME.tif")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
     for name, text, command in (
@@ -270,7 +271,7 @@ def _add_data(commands) -> None:
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
         ("stats", "mean and spread per band beside the released ones", _stats),
     ):
-        _add(actions, name, text, command).add_argument("root", metavar="ROOT")
+        _add(actions, name, text, command).add_argument("root", metavar="ROOT", help="folder of shards")
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:

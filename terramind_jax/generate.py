@@ -88,6 +88,7 @@ def output_tokens(
     **options: Any,
 ) -> dict[str, jax.Array]:
     """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids."""
+    check_by_name(inputs)
     read, made = {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
     _check_names(module, read, made, tokenizers)
     _check_sizes(inputs, read)
@@ -199,6 +200,12 @@ def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:
     if len(set(sides.values())) > 1:
         sizes = (f"{name} {'x'.join(map(str, side))}" for name, side in sides.items())
         raise ValueError(f"The images must be of one size; theirs are {', '.join(sizes)} pixels.")
+
+
+def check_by_name(inputs: Any) -> None:
+    """Raises a ValueError unless `inputs` are arrays by name."""
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"The inputs are of type {type(inputs).__name__}; expected a dict by modality, such as {{'S2L2A': array}}.")
 
 
 def check_integers(name: str, x: np.ndarray, count: int, kind: str) -> None:

@@ -165,6 +165,10 @@ def write(
     uint8. The file appears whole or not at all. Raises ValueError for another size than `like`'s, channels-first arrays, or a
     number of bands other than the modality's.
     """
+    if os.path.splitext(path)[1].lower() not in (".tif", ".tiff"):
+        raise ValueError(f"{os.fspath(path)} is no name of a GeoTIFF; expected one that ends in .tif or .tiff.")
+    if isinstance(like, (str, os.PathLike)) and os.path.exists(path) and os.path.samefile(path, like):
+        raise FileExistsError(f"{os.fspath(path)} would replace the file that it is to be like; choose another name.")
     pixels = np.asarray(array)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     where = _place_of(like)

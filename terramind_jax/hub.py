@@ -92,7 +92,7 @@ def download(repository: str, file: str, revision: str | None) -> tuple[Path, st
     except PermissionError as error:
         raise PermissionError(f"The download folder {error.filename} cannot be written; set HF_HOME to one that can.") from None
     except Exception as error:  # every HTTP library has exceptions of its own
-        advice = "without a network, download it elsewhere and load it from its path"
+        advice = f"without a network, download https://huggingface.co/{repository}/resolve/main/{file} elsewhere and load the file"
         raise ConnectionError(f"{where} could not be downloaded ({_first_line(error)}); {advice}.") from error
     return path, stated.commit_hash, _verify(path, file, stated.size, stated.etag)
 

@@ -328,7 +328,12 @@ def check_image(name: str, image: np.ndarray, patch_size: int = PATCH_SIZE) -> N
         raise ValueError(f"{name} has {shape[-1]} bands, expected {bands} ({', '.join(get(name).bands)}).")
     if shape[-3] % patch_size or shape[-2] % patch_size:
         raise ValueError(f"{name} is {shape[-3]}x{shape[-2]} pixels; both sides must be multiples of the patch size {patch_size}.")
-    if np.issubdtype(np.asarray(image).dtype, np.floating) and np.isnan(image).any():
+    check_finite(name, image)
+
+
+def check_finite(name: str, image) -> None:
+    """Raises a ValueError for NaN in an array of the host; arrays on devices are not fetched."""
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f" and np.isnan(image).any():
         raise ValueError(f"{name} has {int(np.isnan(image).sum())} NaN pixels; fill or crop them first.")
 
 

@@ -9,16 +9,20 @@ A `Model` is frozen data: networks, variables, options. Its methods are one line
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from terramind_jax import captions, generate, modalities, tim, tokenizer, zoo
+from terramind_jax import captions, decoding, generate, modalities, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
 from terramind_jax.model import backbone, temporal
@@ -29,7 +33,7 @@ Variables = Mapping[str, Any]
 SAMPLING = {"decoding_steps": "steps", "temps": "temperature", "top_p": "top_p", "top_k": "top_k"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """One model. ``module.apply(variables, ...)`` is pure; `dataclasses.replace` with other variables gives the same model retrained."""
 
@@ -39,6 +43,12 @@ class Model:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizers: Mapping[str, tuple[tokenizer.Tokenizer, Variables]] = dataclasses.field(default_factory=dict)  # by modality
     vocabulary: captions.Tokenizer | None = None  # of captions; without it captions are ids
+
+    def __repr__(self) -> str:
+        """Without the weights, which a notebook would print."""
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(self.variables.get("params", {})))
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"<{type(self).__name__} {self.name}, {size / 1e6:.1f} M parameters{options}>"
 
     @property
     def version(self) -> str:
@@ -76,7 +86,7 @@ class Model:
         return self._modality(name)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FeatureExtractor(Model):
     """``terramind_*``: standardised inputs to features of every layer (spec 5)."""
 
@@ -87,7 +97,9 @@ class FeatureExtractor(Model):
         ``[B, H, W, 1]``, coords ``[B, 2]``, caption a list of strings or ids ``[B, L]`` -> a list of `encoder_depth` features
         ``[B, N, D]`` (`merge_method` dict: by user name). Two names of one stream, such as S2L1C and S2L1C_L8, cannot be given at once;
         the reference reads both through one embedding."""
-        return self._rename(backbone.features(self.module, self.variables, self.encode(inputs)))
+        encoded = self.encode(inputs)
+        with self._user_names():
+            return self._rename(backbone.features(self.module, self.variables, encoded))
 
     def over_time(
         self,
@@ -105,19 +117,35 @@ class FeatureExtractor(Model):
           subset_lengths: splits the steps into groups, which are averaged first.
           **options: of a call; the `seed` of Thinking in Modalities may be ``[B * T]``.
         """
+        for name, x in inputs.items():
+            if self._stream(name).kind == "pixels" and np.ndim(x) != 5:
+                raise ValueError(f"{name} has shape {list(np.shape(x))}; a time series is [B, T, H, W, C].")
         encode = functools.partial(self, **options)
         return temporal.over_time(encode, inputs, pooling, subset_lengths=subset_lengths)
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Inputs by stream as the network takes them: images whose stream holds tokens are tokenised."""
+        generate.check_by_name(inputs)
         streams = {name: self._stream(name) for name in inputs}
         modalities.check_distinct(streams)
         return {stream.key: self._encode(stream, inputs[name]) for name, stream in streams.items()}
 
     def _encode(self, stream: Stream, x: np.ndarray | Sequence[str]) -> np.ndarray | jax.Array:
         if stream.kind == "pixels":
+            modalities.check_finite(stream.modality, x)
             return x  # of any bands, and of modalities of the user's own
         return generate.encode_input(stream, x, self.tokenizers, vocabulary=self.vocabulary, standardize=False)
+
+    @contextlib.contextmanager
+    def _user_names(self) -> Iterator[None]:
+        """Errors of the network, which knows streams, name the inputs as the user does."""
+        try:
+            yield
+        except ValueError as error:
+            text = str(error)
+            for name, stream in self.streams.items():
+                text = text.replace(stream.key, name)
+            raise ValueError(text) from error
 
     def _stream(self, name: str) -> Stream:
         if name not in self.streams:
@@ -134,7 +162,7 @@ class FeatureExtractor(Model):
         return [{names.get(key, key): x for key, x in layer.items()} for layer in features]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ThinkingInModalities(FeatureExtractor):
     """``*_tim``: a feature extractor that first generates `tim_modalities` from its inputs, and reads them, too (spec 8.6)."""
 
@@ -142,8 +170,9 @@ class ThinkingInModalities(FeatureExtractor):
 
     def __call__(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> list:
         """As `FeatureExtractor.__call__`; `seed` is of the generation, one integer or ``[B]``."""
-        encoded = self.encode(inputs)
-        return self._rename(tim.features(self.module, self.variables, *self.generator, encoded, self._targets, **self._settings(seed)))
+        encoded, settings = self.encode(inputs), self._settings(seed)
+        with self._user_names():
+            return self._rename(tim.features(self.module, self.variables, *self.generator, encoded, self._targets, **settings))
 
     def think(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> dict[str, jax.Array]:
         """The inputs by stream, followed by the ids of what was generated from them."""
@@ -158,7 +187,7 @@ class ThinkingInModalities(FeatureExtractor):
         return {"seed": seed, "chained": self.options["tim_chained_generations"], **own}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generator(Model):
     """``*_generate``: any modalities to any others (spec 8.5)."""
 
@@ -206,6 +235,7 @@ class Generator(Model):
 
     def _settings(self, standardize: bool | None, options: Mapping[str, Any]) -> dict[str, Any]:
         standardize = self.options["standardize"] if standardize is None else standardize
+        _check_options(options)
         scale = dict(vocabulary=self.vocabulary, standardize=standardize, version=self.version, offset=self.options["offset"])
         built = {ours: self.options[theirs] for theirs, ours in SAMPLING.items()}
         return {**scale, **built, **{SAMPLING.get(name, name): value for name, value in options.items()}}
@@ -217,12 +247,22 @@ class Generator(Model):
         return modalities.output_stream(name).modality if name in self.options["output_modalities"] else self._modality(name)
 
 
-@dataclasses.dataclass(frozen=True)
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = {*SAMPLING, *inspect.signature(decoding.generate_tokens).parameters} - {"module", "variables", "inputs", "targets", "seed"}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "standardize", "timesteps", "noise", "clip"], n=1)
+            raise ValueError(f"Unknown option {name!r} of generation{f'; did you mean {close[0]!r}?' if close else '.'}")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pretraining(Model):
     """``*_encdec``: the whole pretraining model (spec 4)."""
 
     def __call__(self, batch: Mapping[str, jax.Array], kind: str = "mod") -> tuple[jax.Array, dict[str, jax.Array]]:
         """A batch of slots, described in `terramind_jax.data.pipeline` -> loss and mean loss a stream, 0 where it has no targets."""
+        if missing := [name for name in ("input_modality", "target_modality", "patches") if name not in batch]:
+            raise ValueError(f"The batch has no {missing[0]!r}; a pretraining model takes batches of slots, as data.pipeline makes them.")
         return _losses(self.variables, batch, module=self.module, kind=kind)
 
 
@@ -234,7 +274,7 @@ def _losses(variables: Variables, batch, *, module: networks.TerraMind, kind: st
     return loss, {s.key: sums[i] / jax.numpy.maximum(counts[i], 1) for i, s in enumerate(streams)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ImageTokenizer(Model):
     """``*_tokenizer_*``: one modality's images to tokens and back (spec 6)."""
 

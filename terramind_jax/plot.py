@@ -114,6 +114,7 @@ def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.nda
 TILE, GAP, FOOT = 1.75, 0.07, 0.46  # inches: an image, between images, under a scene
 LEFT, RIGHT, HEAD = 0.2, 0.2, 0.30
 ASIDE = 0.22  # between inputs and outputs
+LEGEND = 1.05  # one class in the legend
 
 
 def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: str = "", caption: str = "", dpi: int = 150) -> None:
@@ -128,9 +129,11 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
         if (list(scene.inputs), list(scene.generated)) != (inputs, outputs):
             raise ValueError(f"Scene {scene.name!r} differs in its inputs or outputs from {scenes[0].name!r}; draw them in two pictures.")
     columns = [*inputs, *outputs]
-    legend = 0.34 if "LULC" in columns else 0.0
-    top, bottom = HEAD + (0.36 if title else 0.0), legend + (0.3 if caption else 0.05)
     width = LEFT + len(columns) * (TILE + GAP) + ASIDE + RIGHT - GAP
+    present = _land_covers(scenes) if "LULC" in columns else []
+    in_a_row = max(1, int((width - LEFT) / LEGEND))
+    legend = 0.14 + 0.2 * math.ceil(len(present) / in_a_row) if present else 0.0
+    top, bottom = HEAD + (0.36 if title else 0.0), legend + (0.3 if caption else 0.05)
     sheet = Sheet(width, top + sum(_height(scene) for scene in scenes) + bottom)
     if title:
         sheet.text(LEFT, 0.24, title, size=12.5, weight="bold", ha="left")
@@ -140,8 +143,8 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
     for scene in scenes:
         _draw_scene(sheet, top, scene)
         top += _height(scene)
-    if legend:
-        _legend(sheet, top + 0.1, scenes)
+    if present:
+        _legend(sheet, top + legend / 2 - 0.07, present, in_a_row)
     if caption:
         sheet.text(LEFT, top + legend + 0.13, caption, size=7.5, color=FAINT, ha="left")
     sheet.save(path, dpi)
@@ -221,16 +224,20 @@ def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -
     sheet.text(x + TILE - 0.41, y + 0.065, high.format(float(within[1])), size=6, ha="left", color=FAINT)
 
 
-def _legend(sheet: Sheet, y: float, scenes: Sequence[Scene]) -> None:
-    """The land-cover classes that occur in these scenes."""
+def _land_covers(scenes: Sequence[Scene]) -> list[int]:
+    """The classes that occur in these scenes."""
     maps = [bands("LULC", a["LULC"]) for scene in scenes for a in (scene.inputs, scene.truth, scene.generated) if "LULC" in a]
-    present = sorted(set(np.unique(np.concatenate([m.ravel() for m in maps])).astype(int)))
+    return sorted(set(np.unique(np.concatenate([m.ravel() for m in maps])).astype(int)))
+
+
+def _legend(sheet: Sheet, y: float, present: Sequence[int], in_a_row: int) -> None:
+    """Names of land-cover classes, with its middle at `y`."""
     patches = [Patch(facecolor=LULC_COLOURS[c], edgecolor="#999999", linewidth=0.4, label=modalities.LULC_CLASSES[c]) for c in present]
     sheet.figure.legend(
         handles=patches,
         loc="center",
         bbox_to_anchor=(0.5, 1 - y / sheet.height),
-        ncols=len(patches),
+        ncols=min(in_a_row, len(patches)),
         frameon=False,
         fontsize=7.5,
         handlelength=1.1,

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from terramind_jax import generate, geo, modalities, plot, zoo
+from terramind_jax.convert.files import check_free
 from terramind_jax.data.pack import LULC_CODES, to_stored
 from terramind_jax.model import TerraMind
 from terramind_jax.train import pretrain, tokenizer
@@ -38,7 +40,8 @@ def run(
 
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, float32 in the modality's unit (LULC: uint8 classes),
     ``{out}/coords/{scene}.json``, and the picture ``{out}/{scene}.png``. Scenes are cut into tiles of the size the model was trained at.
-    A side shorter than 1.25 tiles gives its centre tile; a longer one is covered, its last tile shifted back to the edge.
+    A side shorter than 1.25 tiles gives its centre tile; a longer one is covered, its last tile shifted back to the edge. Nothing that
+    exists is replaced.
 
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
@@ -55,11 +58,15 @@ def run(
       The paths of the GeoTIFFs and JSON files.
 
     Raises:
+      FileExistsError: an output exists already.
       FileNotFoundError: no model, tokenizer or raster where one is expected.
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or with NaN.
     """
     _check_names(inputs, to, lulc_codes)
     scenes = find_scenes(inputs)
+    for path in (p for name in scenes for p in outputs(Path(out), name, to)):
+        check_free(path)
+    print(f"Loading {model or weights}", flush=True)
     if model is None:
         tile, make = _trained(weights, list(inputs), list(to), tokenizers)
     else:
@@ -68,6 +75,9 @@ def run(
     written = []
     for name, paths in scenes.items():
         arrays, place = read_scene(paths, tile, lulc_codes)
+        whole = geo.place(next(iter(paths.values())))
+        if (place.height, place.width) != (whole.height, whole.width):
+            print(f"{name}: of {whole.height}x{whole.width} pixels only {place.height}x{place.width} in the middle", flush=True)
         made = _generate_scene(make, arrays, place, tile, seed)
         written += write_scene(Path(out), name, made, place)
         _draw(Path(out) / f"{name}.png", name, arrays, made)
@@ -79,13 +89,19 @@ def run(
 
 
 def _trained(weights: str | os.PathLike, inputs: list[str], to: list[str], tokenizers: str | os.PathLike | None):
+    if not Path(weights).exists():
+        hint = "; to generate with hub or random weights say which model with --model" if weights in ("hub", "random") else ""
+        raise FileNotFoundError(f"There is no work directory {weights}{hint}.")
     module, variables, _ = pretrain.load(_workdir(weights))
     loaded = load_tokenizers(module, inputs, to, Path(tokenizers) if tokenizers else _tokenizer_folder(weights))
     return module.config.image_size, functools.partial(generate.generate, module, variables, loaded, outputs=to)
 
 
 def _released(name: str, weights: str | os.PathLike, inputs: list[str], to: list[str], tokenizers: str | os.PathLike | None):
-    name = f"{zoo.get(name).name.removesuffix('_generate')}_generate"
+    entry = zoo.get(name)
+    if entry.kind not in ("backbone", "generate"):
+        raise ValueError(f"{name} does not generate; choose one such as terramind_v1_base.")
+    name = f"{name.removesuffix('_generate')}_generate"
     options = {} if tokenizers is None else {"tokenizers": tokenizers}
     model = load(name, weights, modalities=inputs, output_modalities=to, standardize=True, **options)
     return model.module.config.image_size, model.generate
@@ -205,6 +221,7 @@ def tiles(height: int, width: int, tile: int) -> Iterator[tuple[slice, slice]]:
 def _generate_scene(make, arrays: Mapping[str, np.ndarray], place: geo.Place, tile: int, seed: int) -> dict[str, np.ndarray]:
     """Every output of one scene ``[H, W, C]``, LULC as ``[H, W]`` uint8 classes, coords ``[tiles, 2]``."""
     windows = list(tiles(place.height, place.width, tile))
+    progress = tqdm(total=len(windows), unit="tile", dynamic_ncols=True, disable=len(windows) == 1)
     batch_size = min(BATCH_SIZE, len(windows))
     made: dict[str, np.ndarray] = {}
     for start in range(0, len(windows), batch_size):
@@ -214,6 +231,8 @@ def _generate_scene(make, arrays: Mapping[str, np.ndarray], place: geo.Place, ti
         for name, tiles_made in make(inputs=batch, seed=seed + at).items():
             for i, x in zip(at, tiles_made, strict=True):
                 _put(made, name, x, windows[i], i, (len(windows), place.height, place.width))
+        progress.update(min(batch_size, len(windows) - start))
+    progress.close()
     return made
 
 
@@ -237,18 +256,22 @@ def _put(made: dict[str, np.ndarray], name: str, x: np.ndarray, window, i: int, 
 # ---- what is written ----
 
 
+def outputs(out: Path, name: str, to: Sequence[str]) -> list[Path]:
+    """The files of one scene: its picture, and for each of `to` a GeoTIFF, of sequences JSON."""
+    suffix = {modality: "json" if modalities.output_stream(modality).kind == "sequence" else "tif" for modality in to}
+    return [out / f"{name}.png", *(out / modality / f"{name}.{suffix[modality]}" for modality in to)]
+
+
 def write_scene(out: Path, name: str, made: Mapping[str, np.ndarray], place: geo.Place) -> list[Path]:
     """One file a modality: GeoTIFF, or for coords JSON with one ``{"lon", "lat"}`` a tile."""
-    written = []
-    for modality, array in made.items():
+    _, *written = outputs(out, name, list(made))
+    for path, (modality, array) in zip(written, made.items(), strict=True):
         stream = modalities.output_stream(modality)
-        path = out / modality / f"{name}.{'json' if stream.kind == 'sequence' else 'tif'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if stream.kind == "sequence":
             path.write_text(json.dumps([{"lon": _number(lon), "lat": _number(lat)} for lon, lat in array]) + "\n")
         else:
             geo.write(path, array, like=place, modality=stream.modality)
-        written.append(path)
     return written
 
 

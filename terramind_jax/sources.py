@@ -120,7 +120,8 @@ class Tree:
     def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
         arrays = self._directory.arrays
         there, wanted = rules.flatten(arrays[prefix if prefix in arrays else next(iter(arrays))]), rules.flatten(build.abstract(module))
-        problems = [] if isinstance(module, networks.Backbone) else [f"{path} is unexpected" for path in there if path not in wanted]
+        is_whole = isinstance(module, Tokenizer) or not prefix and isinstance(module, networks.TerraMind)
+        problems = [f"{path} is unexpected" for path in there if path not in wanted] if is_whole else []
         found = {}
         for path, leaf in wanted.items():
             x = there.get(path)
@@ -175,7 +176,11 @@ def open_source(weights: str | os.PathLike, entry: zoo.Entry, revision: str | No
         return Random()
     if weights == "hub":
         return StateDict(hub.weights(entry, revision=revision), f"{entry.repository}/{entry.file}")
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f"The weights are {weights!r}; expected 'hub', 'random', or the path of a file or directory.")
     path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(f"There are no weights {path}; expected 'hub', 'random', or the path of a file or directory.")
     return Tree(read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
 
 

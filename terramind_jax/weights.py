@@ -37,11 +37,24 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         `save`, whose options hold where none are given, or the work directory of a training.
       revision: of the model's repository on the hub, a commit; None: the one that was downloaded first, see `hub`.
       seed: of what is drawn: random weights, fresh embeddings of new modalities.
-      **options: the reference's (spec 5.1, 8.5, 8.6); `build.OPTIONS` lists them with their defaults. ``tokenizers`` says where the
-        tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one work directory, or directory
-        of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words of `weights`. The same
-        place may have the published vocabularies, in a folder as ``caption.json`` and ``coords.json``: captions are ids without theirs,
-        that of coordinates is only compared with the rule that the package follows.
+      **options: the reference's, by kind of model (`build.OPTIONS` has the defaults):
+
+        - feature extractors and ``_tim``: ``modalities``, names and ``{name: channels}`` of new ones (all); ``merge_method``, how the
+          modalities' tokens become one output: mean, max, concat, dict (by name) or None (all tokens in a row); ``bands``, ``{name: [band,
+          ...]}`` for inputs with some bands, by the names of `modalities.get`; ``in_chans``, channels of one image instead of modalities;
+          ``img_size`` (224); ``patch_size`` of new modalities (16); ``num_register_tokens``; ``drop_path_rate`` and
+          ``modality_drop_rate`` in training.
+        - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
+          ``tim_top_p``, ``tim_top_k``.
+        - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
+          whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
+          ``temps``, ``top_p``, ``top_k``.
+        - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
+
+        ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
+        work directory, or directory of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words
+        of `weights`. The same place may have the published vocabularies, in a folder as ``caption.json`` and ``coords.json``: captions
+        are ids without theirs, that of coordinates is only compared with the rule that the package follows.
 
     Raises:
       ValueError: an unknown name or option, or weights that do not fit, with everything that is wrong at once.
@@ -79,6 +92,12 @@ def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array)
     config, bands = model.module.config, build.bands_by_stream(model.streams, model.options["bands"])
     whole = {name: backbone.known_bands(name) for name, wanted in bands.items() if source.holds_all_bands(name, wanted)}
     found = source.take("", networks.Backbone(backbone.with_bands(config, whole)))
+    for name in whole:
+        own = [band for band in bands[name] if band not in whole[name]]
+        if own:
+            known = ", ".join(whole[name])
+            what = modalities.STREAMS[name].modality
+            warnings.warn(f"{what} has no band {', '.join(own)}: embedded by fresh random weights. Its bands: {known}.", stacklevel=3)
     return backbone.select_bands(found, {name: bands[name] for name in whole}, key) if whole else found
 
 
@@ -125,7 +144,9 @@ def from_torch(state_dict: Mapping[str, Any], name: str, **options: Any) -> dict
 
 
 def to_torch(model: Model) -> dict[str, np.ndarray]:
-    """The state dict, float32 NumPy arrays, that loads strictly into TerraTorch's model of the same name and options (spec 10.6).
+    """The state dict that loads strictly into TerraTorch's model of the same name and options (spec 10.6).
+
+    float32 NumPy arrays, for ``torch.from_numpy``; `save` writes a ``.pt`` of them.
 
     A ValueError if that cannot hold the model: chained Thinking in Modalities whose backbone has embeddings of its own, see `tim`.
     """

@@ -177,6 +177,7 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
     torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "photo.pt").write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "zipped.pt", "w", zipfile.ZIP_DEFLATED) as zipped:
         for member in plain.namelist():
             zipped.writestr(member, plain.read(member))
@@ -190,6 +191,7 @@ def test_pytorch_files(tmp_path, monkeypatch, state):
         ("evil.pt", "Python objects beside its tensors; it was not loaded"),
         ("evil.bin", "Python objects beside its tensors; it was not loaded"),
         ("empty.pt", "truncated or no PyTorch file"),
+        ("photo.pt", "truncated or no PyTorch file .it starts with b'.xff.xd8'."),
         ("nested.pt", "no flat dictionary of dense tensors"),
         ("numbered.pt", "no flat dictionary of dense tensors"),
         ("sparse.pt", "no flat dictionary of dense tensors"),

@@ -156,3 +156,13 @@ def test_place_survives_attributes_and_pixel_centres():
     wkt = geo.place_to_attributes(PLACE)["crs_wkt"]
     assert geo.same_grid(geo.place_from_attributes({"crs_wkt": wkt}, (20, 30), x, y), PLACE)
     assert geo.place_from_attributes({}, (20, 30)) is None
+
+
+def test_a_file_is_not_written_over_what_it_is_to_be_like(tmp_path):
+    path = tmp_path / "a.tif"
+    geo.write(path, np.ones((8, 8)))
+    with pytest.raises(FileExistsError, match="would replace the file that it is to be like"):
+        geo.write(path, np.zeros((8, 8)), like=path)
+    assert np.asarray(geo.read(path)).min() == 1
+    with pytest.raises(ValueError, match=r"a\.png is no name of a GeoTIFF; expected one that ends in \.tif or \.tiff"):
+        geo.write(tmp_path / "a.png", np.ones((8, 8)))

@@ -153,7 +153,7 @@ def test_time_series_by_user_name():
     np.testing.assert_allclose(model.over_time(series)[-1], kept.mean(1), rtol=1e-4, atol=1e-5)
     pooled = model.over_time({k: x.tolist() for k, x in series.items()}, "diff", subset_lengths=[1, 2])[-1]
     np.testing.assert_allclose(pooled, kept[:, 0] - kept[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"Input 'S2L2A' has shape \[2, 64\]; a time series is \[B, T, ...\]"):
+    with pytest.raises(ValueError, match=r"S2L2A has shape \[2, 64\]; a time series is \[B, T, H, W, C\]"):
         model.over_time({"S2L2A": series["S2L2A"][:, 0, :, 0, 0]})
 
 
@@ -234,6 +234,34 @@ def test_inputs_are_checked_by_their_names():
             build()(twice)
 
 
+def test_a_feature_extractor_knows_its_inputs_by_the_users_names():
+    model = tm.load("terramind_v1_tiny", "random", modalities=["S2L2A", "NDVI"])
+    for inputs, message in (
+        ({"S2L2A": np.zeros((1, 12, 64, 64))}, r"^Input 'S2L2A' has shape \[1, 12, 64, 64\], which looks channels-first"),
+        (pixels(2) | {"NDVI": np.zeros((1, 64, 64, 1))}, "^The inputs differ in batch size: S2L2A 2, NDVI 1"),
+        ({}, "^There is no input; this model takes S2L2A, NDVI"),
+        (pixels()["S2L2A"], "^The inputs are of type ndarray; expected a dict by modality, such as {'S2L2A': array}"),
+        ({"S2L2A": np.full((1, 64, 64, 12), np.nan)}, "^S2L2A has 49152 NaN pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(inputs)
+
+
+def test_what_is_no_input_and_no_option_of_generation():
+    model = generator(["DEM"], ["S2L2A"])
+    with pytest.raises(ValueError, match="Unknown option 'standardise' of generation; did you mean 'standardize'"):
+        model.generate(pixels(), standardise=True)
+    with pytest.raises(ValueError, match="The inputs are of type ndarray"):
+        model.generate(pixels()["S2L2A"])
+    with pytest.raises(ValueError, match="The batch has no 'input_modality'; a pretraining model takes batches of slots"):
+        tm.load("terramind_v1_tiny_encdec", "random")(pixels())
+
+
+def test_a_model_prints_without_its_weights():
+    text = repr(generator(["DEM"], ["S2L2A"]))
+    assert text.startswith("<Generator terramind_v1_tiny_generate, ") and " M parameters, modalities=['S2L2A']" in text and len(text) < 500
+
+
 def test_a_new_modality_conditions_generation():
     model = generator(["LULC"], ["DEM", {"PLANET": 3}])
     ids = [model.generate_tokens(elevation() | {"PLANET": np.full((1, 32, 32, 3), x)}, temps=0.0)["LULC"] for x in (-9.0, 9.0)]
@@ -246,6 +274,7 @@ def test_a_new_modality_conditions_generation():
         (dict(modalities=[{"a/b": 3}]), "new modality 'a/b' needs a name without"),
         (dict(modalities=[{"S2L2A": 6}]), "new modality 'S2L2A' has the name of a released one"),
         (dict(modalities=[{"P": 0}]), "'P' has 0 channels; expected a positive integer"),
+        (dict(img_size=230), "img_size is 230; expected a multiple of 16"),
         (dict(dtype="float33"), "The dtype is 'float33'; known dtypes: float32"),
         (dict(output_modalities=["untok_sen2l2a@224"]), "'untok_sen2l2a@224' is a stream of pixels, which is never generated"),
     ],

@@ -92,6 +92,18 @@ def test_a_long_side_is_covered_and_a_short_one_centred(weights, copies, tmp_pat
     assert [call["seed"] for call in copies] == [[7, 8, 9]]
 
 
+def test_what_is_cut_off_is_said_and_nothing_is_replaced(weights, copies, tmp_path, capsys):
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+    predict.run(**call)
+    assert "a: of 100x59 pixels only 100x48 in the middle\n" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"out/a\.png exists already; choose another name"):
+        predict.run(**call)
+    (tmp_path / "out" / "a.png").unlink()
+    with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already"):
+        predict.run(**call)
+
+
 def test_batches_have_one_shape(weights, copies, monkeypatch, tmp_path):
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
     array = elevation(tmp_path / "a.tif")
@@ -176,5 +188,12 @@ def test_a_missing_or_foreign_tokenizer_is_named(weights, networks, monkeypatch,
 
 def test_weights_that_are_no_work_directory(tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
+    call = dict(inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="not the work directory of a training run"):
-        predict.run(weights=tmp_path / "nothing", inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+        predict.run(weights=tmp_path, **call)
+    with pytest.raises(FileNotFoundError, match=r"There is no work directory .*nothing\.$"):
+        predict.run(weights=tmp_path / "nothing", **call)
+    with pytest.raises(FileNotFoundError, match="no work directory random; to generate with hub or random weights say which model"):
+        predict.run(weights="random", **call)
+    with pytest.raises(ValueError, match="terramind_v1_tiny_tim does not generate; choose one such as terramind_v1_base"):
+        predict.run(weights="random", model="terramind_v1_tiny_tim", **call)

@@ -157,10 +157,11 @@ def test_tokenizers_of_their_own_size(tmp_path, monkeypatch):
         tm.load("terramind_v1_tokenizer_ndvi", tmp_path / "tokenizers" / "DEM")
 
 
-def test_every_model_of_a_size_reads_the_file_of_the_whole(tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_every_model_of_a_size_reads_the_whole(tmp_path, suffix):
     whole = tm.load("terramind_v1_tiny_encdec", "random", seed=1)
     state = tm.to_torch(whole)
-    tm.save(whole, tmp_path / "whole.safetensors")
+    tm.save(whole, path := tmp_path / f"whole{suffix}")
     params = whole.variables["params"]
     for name, options in (
         ("terramind_v1_tiny", dict(modalities=["S2L2A", {"PLANET": 4}])),
@@ -168,7 +169,7 @@ def test_every_model_of_a_size_reads_the_file_of_the_whole(tmp_path):
         ("terramind_v1_tiny_tim", dict(modalities=["S2L2A"])),
     ):
         with pytest.warns(UserWarning, match="LULC .* only decoding needs it") if name.endswith("_tim") else contextlib.nullcontext():
-            model = tm.load(name, tmp_path / "whole.safetensors", **options)
+            model = tm.load(name, path, **options)
         found = model.variables["params"]
         np.testing.assert_array_equal(found["patch_proj"]["untok_sen2l2a@224"], params["patch_proj"]["untok_sen2l2a@224"])
         np.testing.assert_array_equal(found["encoder"]["mlp"]["fc1"]["kernel"], params["encoder"]["mlp"]["fc1"]["kernel"])
@@ -192,6 +193,12 @@ def test_bands_are_taken_from_files_of_all_bands(tmp_path):
     assert equal(variables, model.variables)
     with pytest.raises(ValueError, match=r"'LULC' is not a pixel stream|'tok_lulc@224' is not a pixel stream"):
         tm.load("terramind_v1_tiny", "random", modalities=["LULC"], bands={"LULC": ["LULC"]})
+
+
+def test_a_band_that_a_modality_lacks_is_fresh_and_said_so(tmp_path):
+    tm.save(tm.load("terramind_v1_tiny", "random", modalities=["S2L2A"]), tmp_path / "all.safetensors")
+    with pytest.warns(UserWarning, match="S2L2A has no band B02, MINE: embedded by fresh random weights. Its bands: COASTAL_AEROSOL, BLUE"):
+        tm.load("terramind_v1_tiny", tmp_path / "all.safetensors", modalities=["S2L2A"], bands={"S2L2A": ["RED", "B02", "MINE"]})
 
 
 def test_the_order_of_all_bands_is_kept_or_asked_for(tmp_path):
@@ -260,7 +267,7 @@ def test_a_wrong_size_a_wrong_file_and_half_precision(tmp_path):
     with pytest.raises(ValueError, match=r"whole.safetensors: The weights do not fit this model: .* of another shape") as error:
         tm.load("terramind_v1_small", tmp_path / "whole.safetensors")
     assert "64" in str(error.value) and len(str(error.value)) < 700
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match="There are no weights .*none.pt; expected 'hub', 'random', or the path"):
         tm.load("terramind_v1_tiny", tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match="There is no tokenizer of LULC in .*; say where with tokenizers="):
         tm.load("terramind_v1_tiny", tmp_path / "whole.safetensors", modalities=["LULC"])

@@ -179,6 +179,10 @@ def _one_object_each(state: Mapping[str, Array], places: Mapping[str, Hashable])
 def _torch_load(path: Path, fake: bool = True) -> dict[str, Any]:
     """The dictionary of tensors in a file; `fake` ones know where in the file their data is and hold none."""
     torch = _torch()
+    with open(path, "rb") as f:
+        start = f.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle as before PyTorch 1.6
+        raise ValueError(f"{path} is truncated or no PyTorch file (it starts with {start!r}).")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
