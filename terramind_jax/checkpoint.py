@@ -33,6 +33,12 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
     return {COUNTERS: ocp.JsonCheckpointHandler(), **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in TREES}}
 
 
+def exists(workdir: str | os.PathLike) -> bool:
+    """Whether a run has saved something in `workdir`."""
+    folder = files.folder(workdir) / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one work directory, on all processes together."""
 

@@ -79,9 +79,12 @@ def _add_training(commands) -> None:
 
 
 def _pretrain(parsed: argparse.Namespace) -> int:
+    from functools import partial
+
+    from terramind_jax import weights
     from terramind_jax.train import pretrain
 
-    return _train(pretrain.train, parsed)
+    return _train(partial(pretrain.train, initial=weights.initial), parsed)
 
 
 def _train_tokenizer(parsed: argparse.Namespace) -> int:
@@ -145,7 +148,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _add_tokens(commands) -> None:
     parser = _add(commands, "tokenize", "turn shards into token shards", _tokenize)
     parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards")
-    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer's work directory a modality")
+    parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer a modality; or hub, the released ones")
     parser.add_argument("--out", metavar="DIR", help="folder for the token shards; default: beside the pixels")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
     parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once")

@@ -87,7 +87,12 @@ def pretraining() -> ConfigDict:
     config.optimizer.clip_norm = 0.0  # of the global gradient; 0: no clipping
     config.optimizer.spike_factor = 0.0  # a step whose gradient is so many times its running norm is skipped; 0: none is
 
+    # Factors of the learning rate: {"encoder": 0.1} of a part (embeddings, encoder, decoder, other) or, before that, of a modality's own
+    # embeddings; 0 freezes.
+    config.optimizer.rates = ConfigDict()
+
     config.train = ConfigDict()
+    config.train.init = ""  # a released model, such as terramind_v1_base, or a path to weights to start from; empty: fresh ones
     config.train.total_tokens = 500e9  # input and target tokens of the whole run
     config.train.steps = 0  # length of the run in steps; 0: from total_tokens
     config.train.batch_size = 32  # samples a step, over all hosts

@@ -53,7 +53,7 @@ class Random:
     def holds_all_bands(self, stream: str, wanted: Sequence[str]) -> bool:
         return False
 
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
+    def take(self, prefix: str, module: nn.Module, *, part: bool = False) -> dict[str, Any]:
         return {}
 
 
@@ -81,9 +81,12 @@ class StateDict:
             raise ValueError(f"{self._origin} does not tell the order of its bands; load it without `bands` and order the channels.")
         return self._state[name].shape[1] != len(wanted) * modalities.PATCH_SIZE**2
 
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
-        """One network's variables, by the names with the prefix, or the plain ones of a pretraining model if there are none."""
-        is_whole = not prefix and isinstance(module, networks.TerraMind)
+    def take(self, prefix: str, module: nn.Module, *, part: bool = False) -> dict[str, Any]:
+        """One network's variables, by the names with the prefix, or the plain ones of a pretraining model if there are none.
+
+        `part`: a pretraining model need not use all of them.
+        """
+        is_whole = not prefix and isinstance(module, networks.TerraMind) and not part
         prefix = prefix if self.holds(prefix) else ""
         part = {key[len(prefix) :]: x for key, x in self._state.items() if key.startswith(prefix)}
         ignore = () if is_whole or isinstance(module, Tokenizer) else REST
@@ -117,10 +120,10 @@ class Tree:
         bands = {modalities.input_stream(name).key: list(own) for name, own in (self._directory.options.get("bands") or {}).items()}
         return bands.get(stream) != list(wanted)
 
-    def take(self, prefix: str, module: nn.Module) -> dict[str, Any]:
+    def take(self, prefix: str, module: nn.Module, *, part: bool = False) -> dict[str, Any]:
         arrays = self._directory.arrays
         there, wanted = rules.flatten(arrays[prefix if prefix in arrays else next(iter(arrays))]), rules.flatten(build.abstract(module))
-        is_whole = isinstance(module, Tokenizer) or not prefix and isinstance(module, networks.TerraMind)
+        is_whole = isinstance(module, Tokenizer) or not prefix and isinstance(module, networks.TerraMind) and not part
         problems = [f"{path} is unexpected" for path in there if path not in wanted] if is_whole else []
         found = {}
         for path, leaf in wanted.items():

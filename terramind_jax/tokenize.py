@@ -22,12 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from terramind_jax import modalities as registry
+from terramind_jax import sources
 from terramind_jax.data.index import Index, open_index, scan_tar
 from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.tokenizer import Tokenizer
-from terramind_jax.train import tokenizer as training
+from terramind_jax.weights import tokenizer as load
 
 RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
 SOURCE = "_source", ".txt"  # first member of a token shard: the fingerprint of the pixels it was made from
@@ -45,7 +46,7 @@ def tokenize(
     batch_size: int = 16,
     image_size: int = IMAGE_SIZE,
 ) -> None:
-    """Stores tokens of the shards under `data` for each modality that has a tokenizer ``{weights}/{modality}``.
+    """Stores tokens of the shards under `data` for each modality with a tokenizer ``{weights}/{modality}``, or with ``hub`` a released one.
 
     `out` is where the token shards go, by default beside the pixels. `splits` are by default those of train and val that exist,
     `modalities` those with a tokenizer; `image_size` is the side of the crops. Samples that cannot be read are left out. Raises
@@ -56,7 +57,9 @@ def tokenize(
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
     for modality in _with_tokenizer(weights, modalities):
-        module, variables = training.load(Path(weights) / modality)
+        if modalities is None and not any((Path(data) / split / modality).is_dir() for split in splits):
+            continue
+        module, variables = load(modality, weights)
         record = describe(f"{Path(weights).name}/{modality}", module, variables, image_size)
         encode = encoder(module, variables, batch_size)
         for split in splits:
@@ -68,13 +71,22 @@ def tokenize(
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
-    there = [m.name for m in registry.MODALITIES.values() if m.levels and (Path(weights) / m.name).is_dir()]
+    there = [m.name for m in registry.MODALITIES.values() if m.levels and (weights == "hub" or _is_there(Path(weights), m.name))]
     absent = sorted(set(wanted or ()) - set(there))
     if absent or not there:
         raise FileNotFoundError(
             f"{weights} has no tokenizer {', '.join(absent) or 'at all'}; expected a work directory like {weights}/S2L2A."
         )
     return there if wanted is None else list(wanted)
+
+
+def _is_there(folder: Path, modality: str) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        return sources.find_tokenizer(folder, modality, "v1").exists()
+    except FileNotFoundError:
+        return False
 
 
 def _dtype(module: Tokenizer) -> type:

@@ -128,6 +128,26 @@ def with_vocabulary(model: Model, words: str | os.PathLike, *, online: bool) -> 
     return model
 
 
+def tokenizer(modality: str, words: str | os.PathLike, version: str = "v1") -> tuple[Tokenizer, Variables]:
+    """One modality's tokenizer: ``hub``, ``random``, or from a folder of work directories, directories of `save`, or published files."""
+    source = sources.open_tokenizer(words, modality, version)
+    module = source.network("", build.tokenizer_of(modality, version))
+    return module, complete(module, source.take("", module), jax.random.key(0))
+
+
+def initial(words: str, module: networks.TerraMind, seed: int = 0) -> dict[str, Any]:
+    """What a pretraining starts from: a released model's name, whose file comes from the hub, or a path as of `load`.
+
+    Modalities that `module` lacks are left out, those that the weights lack are fresh; a ValueError says what else does not fit.
+    """
+    is_name = words in zoo.MODELS
+    entry = zoo.get(words if is_name else "terramind_v1_base")
+    if entry.kind == "tokenizer":
+        raise ValueError(f"A pretraining cannot start from {words}, which is a tokenizer.")
+    source = sources.open_source("hub" if is_name else words, entry)
+    return complete(module, source.take("", module, part=True), jax.random.key(seed))
+
+
 def from_torch(state_dict: Mapping[str, Any], name: str, **options: Any) -> dict[str, Any]:
     """Variables of the main network of a model from the state dict, of tensors or arrays, of the reference's model of that name.
 

@@ -14,7 +14,6 @@ from terramind_jax import modalities, tokenize, tokenizer
 from terramind_jax.data import crops
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
-from terramind_jax.train import tokenizer as training
 
 SIZE = 32
 
@@ -41,14 +40,14 @@ def root(tmp_path):
 def weights(tmp_path, monkeypatch):
     """A folder of tokenizers DEM and LULC; `load` gives random weights, others for each number in the folder's `seed`."""
 
-    def load(workdir):
-        channels = modalities.get(workdir.name).channels
-        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(workdir.name, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
+    def load(modality, folder):
+        channels, workdir = modalities.get(modality).channels, folder / modality
+        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
         shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
         rng = np.random.default_rng(int((workdir / "seed").read_text()))
         return module, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
 
-    monkeypatch.setattr(training, "load", load)
+    monkeypatch.setattr(tokenize, "load", load)
     for name in ("DEM", "LULC"):
         (tmp_path / "tokenizers" / name).mkdir(parents=True)
         (tmp_path / "tokenizers" / name / "seed").write_text("0")
@@ -66,7 +65,7 @@ def run(root, weights, **options):
 
 
 def encoded(weights, modality, images):
-    module, variables = training.load(weights / modality)
+    module, variables = tokenize.load(modality, weights)
     images = images if modality == "LULC" else modalities.standardize(modality, images)
     return np.asarray(jax.jit(lambda v, x: module.apply(v, x, method="encode"))(variables, images))
 
@@ -180,17 +179,17 @@ def test_a_shard_of_another_name_is_refused(root, weights, quick):
 
 
 def test_large_codebooks_are_stored_in_32_bits_and_several_as_an_axis(root, weights, monkeypatch):
-    load = training.load
+    load = tokenize.load
 
-    def wide(workdir):
-        module, variables = load(workdir)
+    def wide(modality, folder):
+        module, variables = load(modality, folder)
         config = tokenizer.TokenizerConfig("DEM", 1, levels=(300, 300), dim=8, depth=1, num_heads=1, num_codebooks=2, image_size=SIZE)
         bias, kernel = np.zeros(4, np.float32), np.ones((8, 4), np.float32)
         variables["params"]["quant_proj"] = {"kernel": kernel, "bias": bias}
         variables["params"]["decoder"]["post_quant_proj"]["kernel"] = np.ones((4, 8), np.float32)
         return tokenizer.Tokenizer(config), variables
 
-    monkeypatch.setattr(training, "load", wide)
+    monkeypatch.setattr(tokenize, "load", wide)
     run(root, weights, modalities=["DEM"])
     tokens = open_index(root, "train", ["DEM"]).tokens(0, "DEM")
     assert tokens.shape == (crops.VARIANTS, 2, 2, 2) and tokens.dtype == np.int32

@@ -41,6 +41,7 @@ class Training:
     batches: Callable[[int], Iterator[Mapping[str, jax.Array]]]  # from a position in the data
     validate: Callable[[state.State, Any], dict[str, float]] | None
     reasons: Callable[[], str]  # why samples could not be read
+    validate_first: bool = False  # also before the first step
 
 
 def run(
@@ -88,6 +89,9 @@ def run(
                 writer.flush()
                 state.save(checkpoints, train_state, buffers, meter.counters())
 
+        if training.validate_first and step == 0 and training.validate is not None:
+            watchdog.at(step, "validates")
+            writer.write(step, training.validate(train_state, buffers))
         data, validated = training.batches(samples), {}
         while step < steps and not preempted(step):
             # ---- One step ----

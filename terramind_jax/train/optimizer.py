@@ -6,12 +6,15 @@ with a select for skipped steps took four times as long on a CPU, where the opti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from terramind_jax import modalities
 
 Params = Any
 
@@ -49,9 +52,10 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """AdamW with clipping; ``update(grads, state, params, learning_rate=…, grad_norm=…, ok=…)`` leaves all as it was unless `ok`.
 
     Args:
-      config: `betas`, `eps`, `weight_decay`, `clip_norm` (0: none).
+      config: `betas`, `eps`, `weight_decay`, `clip_norm` (0: none), `rates` (see `factors`).
     """
     b1, b2 = config.betas
+    rates = check_rates(config.get("rates", {}))
 
     def init(params: Params) -> AdamWState:
         return AdamWState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
@@ -62,18 +66,50 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         steps = jnp.maximum(count, 1).astype(jnp.float32)
         correct1, correct2 = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
 
-        def leaf(g, m, v, p, decay):
+        def leaf(g, m, v, p, decay, factor):
             g = g * scale
             m = jnp.where(ok, b1 * m + (1 - b1) * g, m)
             v = jnp.where(ok, b2 * v + (1 - b2) * g * g, v)
             step = m * correct1 / (jnp.sqrt(v * correct2) + config.eps) + (config.weight_decay * p if decay else 0.0)
-            return jnp.where(ok, -learning_rate * step, 0.0), m, v
+            return jnp.where(ok, -learning_rate * factor * step, 0.0), m, v
 
-        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params))
+        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params), factors(params, rates))
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), out)
         return updates, AdamWState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+PARTS = ("embeddings", "encoder", "decoder", "other")
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a top-level entry of the parameters belongs to."""
+    if "_emb" in name or name in ("patch_proj", "mask_token"):
+        return "embeddings"
+    return next((part for part in PARTS if name.startswith(part)), "other")
+
+
+def check_rates(rates: Mapping[str, float]) -> Mapping[str, float]:
+    """The same, or a ValueError for a name that is none and a factor below 0."""
+    for name, factor in rates.items():
+        if name not in PARTS and name not in modalities.MODALITIES:
+            known = ", ".join((*PARTS, *modalities.MODALITIES))
+            raise ValueError(f"optimizer.rates has {name!r}, which is no part and no modality; expected one of {known}.")
+        if factor < 0:
+            raise ValueError(f"optimizer.rates.{name}={factor}; expected at least 0.")
+    return rates
+
+
+def factors(params: Params, rates: Mapping[str, float]) -> Params:
+    """A factor of the learning rate a leaf: of the modality whose own it is, else of its part, else 1."""
+
+    def factor(path: tuple, _: Any) -> float:
+        names = [str(getattr(key, "key", key)) for key in path]
+        own = [modalities.STREAMS[name].modality for name in names if name in modalities.STREAMS]
+        return next((rates[name] for name in (*own, part_of(names[0])) if name in rates), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def global_norm(grads: Params) -> jax.Array:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, flops, modalities, sharding
+from terramind_jax import checkpoint, files, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
 from terramind_jax.data.faults import Faults, read_streams
@@ -31,13 +31,19 @@ from terramind_jax.modalities import Stream
 from terramind_jax.train import loop, optimizer, probe, state
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike, initial: Callable[[str, networks.TerraMind], Any] | None = None
+) -> dict[str, float]:
     """Trains in `workdir`, continuing what is there, and returns the last metrics.
+
+    `initial` gives the variables that ``train.init`` names, as `weights.initial` does, where a run begins with it.
 
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
     configuration.check(config, "pretrain")
+    if config.train.init and initial is None:
+        raise ValueError("train.init names weights to start from; give `train` the function that loads them, weights.initial.")
     config = with_codebooks(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
@@ -50,13 +56,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         device_batches(config, validation, mesh, train=False)
     module = networks.TerraMind(transformer_config(config))
     tx = optimizer.adamw(config.optimizer)
+    given = initial(config.train.init, module) if config.train.init and not checkpoint.exists(workdir) else None
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
-    train_state, buffers, layout, kept = state.start(partial(networks.init, module), tx, mesh, config.train.seed, checkpoints)
+    init = partial(networks.init, module)
+    train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, initial=given)
+    del given
 
     # ---- The compiled steps ----
     step_fn = make_step(config, module, tx, mesh, layout)
     validated = None if validation is None else make_validation(config, module, validation, mesh)
+    if validated is not None and config.train.init:
+        validated = compared(validated, workdir)
 
     # ---- Loop ----
     faults = Faults(index, partial(read_streams, index, sum(streams(config), ()), config.model.image_size))
@@ -74,6 +85,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         step=step_fn,
         batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
         validate=validated,
+        validate_first=bool(config.train.init),
         reasons=faults.reasons,
     )
     return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
@@ -183,6 +195,24 @@ def make_validation(config: ConfigDict, module: networks.TerraMind, index: Index
         return found | scenes(partial(look_fn, variables), mesh) if scenes else found
 
     return validated
+
+
+def compared(validated: Any, workdir: str | os.PathLike) -> Any:
+    """`validated`, and besides how far each loss has moved since the run began: ``val/change/MODALITY``.
+
+    What it first gave is kept in ``{workdir}/before.json``.
+    """
+    path = files.folder(workdir) / "before.json"
+
+    def both(train_state: state.State, buffers: Any) -> dict[str, float]:
+        found = validated(train_state, buffers)
+        if not path.exists() and int(train_state.step) == 0 and jax.process_index() == 0:
+            files.write_text(path, json.dumps(found))
+        before = json.loads(path.read_text()) if path.exists() else {}
+        names = [name for name in found if name.startswith("val/loss") and name in before]
+        return found | {name.replace("val/loss", "val/change"): found[name] - before[name] for name in names}
+
+    return both
 
 
 def validate(sums_fn, data: Iterator[Mapping[str, jax.Array]], n: int, decoder: tuple[Stream, ...], kind: str) -> dict[str, float]:

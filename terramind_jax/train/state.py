@@ -122,9 +122,7 @@ def parts(tree: Params) -> dict[str, dict[str, Any]]:
     """The top-level entries of parameters or gradients as embeddings, encoder, decoder and others, those that there are."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in tree.items():
-        embeds = "_emb" in name or name in ("patch_proj", "mask_token")
-        part = "embeddings" if embeds else next((p for p in ("encoder", "decoder") if name.startswith(p)), "other")
-        found.setdefault(part, {})[name] = value
+        found.setdefault(optimizer.part_of(name), {})[name] = value
     return found
 
 
@@ -172,17 +170,21 @@ def start(
     seed: int,
     checkpoints: Checkpoints,
     ema: bool = False,
+    initial: Params | None = None,
 ) -> tuple[State, Params, State, dict[str, float]]:
     """The newest checkpoint's state, or a fresh one, laid out on `mesh`.
 
     Args:
       init: key -> boxed variables ``{"params", "buffers"}``.
+      initial: variables of the host, unboxed and equal on all processes, that a fresh state begins with in place of `init`'s.
 
     Returns:
       (state, buffers, shardings of the state, totals that the loop counts besides).
     """
     shapes = abstract(init, tx, mesh, ema)
     layout, places = jax.tree.map(lambda x: x.sharding, shapes)
+    if checkpoints.latest() is None and initial is not None:
+        return *_placed(initial, tx, ema, layout, places), layout, {}
     if checkpoints.latest() is None:
         # Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
@@ -204,6 +206,18 @@ def start(
         layout,
         counters,
     )
+
+
+def _placed(variables: Params, tx: optax.GradientTransformation, ema: bool, layout: State, places: Params) -> tuple[State, Params]:
+    """The state that begins with these variables of the host, and its buffers."""
+
+    def place(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    found = jax.tree.map(np.asarray, dict(variables))
+    params = jax.tree.map(place, found["params"], layout.params)
+    state = jax.jit(partial(create, tx=tx, ema=ema), out_shardings=layout)(params)
+    return state, jax.tree.map(place, found.get("buffers", {}), places)
 
 
 def _trees(state: State, buffers: Params) -> dict[str, Any]:
