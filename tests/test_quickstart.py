@@ -1,12 +1,15 @@
 """The quickstart: its report says what the numbers say, and the whole chain runs."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from terramind_jax import cli, geo, metrics, quickstart
+from terramind_jax import config as configuration
 from terramind_jax.quickstart import evaluate
 
 
@@ -69,6 +72,13 @@ def test_each_folder_of_tiles_has_its_own_results(tmp_path):
     assert quickstart.default_out(f"{tmp_path}/alps/") == "quickstart_alps"
 
 
+def test_every_device_has_work():
+    for name, of_a_device in (("pretrain", 8), ("tokenizer", 1)):
+        config = configuration.read(Path(quickstart.__file__).parent / f"{name}.py")
+        assert config.train.batch_size == of_a_device * 8
+        assert name == "tokenizer" or config.train.batch_size % (config.data.patch_group * 8) == 0
+
+
 @pytest.mark.slow
 def test_tiles_become_models_pictures_and_geotiffs(tmp_path):
     """`quickstart --data`, on four tiles of two modalities with a few steps, as a user types it."""
@@ -81,7 +91,8 @@ def test_tiles_become_models_pictures_and_geotiffs(tmp_path):
             (tmp_path / "tiles" / modality).mkdir(parents=True, exist_ok=True)
             geo.write(tmp_path / "tiles" / modality / f"tile{i}.tif", array, like=place, modality=modality)
     command = ["quickstart", f"--data={tmp_path / 'tiles'}", f"--out={tmp_path / 'out'}", "--minutes=0.1"]
-    subprocess.run([sys.executable, "-m", "terramind_jax", *command], check=True)
+    one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    subprocess.run([sys.executable, "-m", "terramind_jax", *command], env={**os.environ, "XLA_FLAGS": one_device}, check=True)
     out = tmp_path / "out"
     assert all((out / name).stat().st_size > 10_000 for name in ("generated.png", "losses.png"))
     assert "| DEM | training mean |" in (out / "report.md").read_text()

@@ -3,6 +3,7 @@
 terramind-jax pretrain --config=terramind_jax/quickstart/pretrain.py --workdir=DIR --config.data.root=SHARDS
 """
 
+import jax
 from ml_collections import ConfigDict
 
 from terramind_jax.config import pretraining
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_tokens = 200_000
     config.optimizer.clip_norm = 1.0
 
-    config.train.batch_size = 8
+    config.train.batch_size = 8 * jax.device_count()  # a group of samples a device
     config.train.steps = 3000
     config.train.loss = "mod"
 

@@ -3,6 +3,9 @@
 terramind-jax train-tokenizer --config=FILE --workdir=DIR --config.model.modality=DEM --config.data.root=SHARDS
 """
 
+import math
+
+import jax
 from ml_collections import ConfigDict
 
 from terramind_jax.config import tokenizer_training
@@ -21,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_samples = 200
     config.optimizer.weight_decay = 0.01
 
-    config.train.batch_size = 8
+    config.train.batch_size = math.lcm(8, jax.device_count())
     config.train.steps = 600
     config.train.ema_decay = 0.98
 
