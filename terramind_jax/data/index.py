@@ -1,182 +1,51 @@
 """The index of a split: where each sample of each modality lies in the tars, joined by key.
 
-Tar headers are scanned once and the result is kept beside the shards (``{split}/{modality}.index.npz``). A sample is then one
-``os.pread``. Everything is NumPy arrays, so an index of nine million samples fits in memory and travels to data workers.
+`scan` builds it once, as one file that every process maps into its memory; a sample's pixels are then one read of exactly their bytes.
 """
 
 from __future__ import annotations
 
 import collections.abc
-import contextlib
-import functools
 import hashlib
 import io
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX, DataError, read_attributes, read_sample
+from terramind_jax.data import layout, scan, storage, table, zips
+from terramind_jax.data.errors import DataError
+from terramind_jax.data.shards import read_attributes, read_sample
+from terramind_jax.data.table import Table
+from terramind_jax.data.tars import scan_tar
 
 if TYPE_CHECKING:
     from terramind_jax.geo import Place
 
-_BLOCK = 512
+__all__ = ["Index", "Keys", "open_index", "scan_tar"]
+
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
-_OPEN_FILES = 256  # TerraMesh has about 7,000 shards; more than a process may hold open
-
-
-# ---- scanning tars ----------------------------------------------------------------------------------------------------------
-
-
-def scan_tar(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
-    """(member name, offset, size) of every regular file in a tar, in order, from its headers alone.
-
-    Understands ustar, GNU long names and pax headers. Raises `DataError` for a tar that is truncated or damaged.
-    """
-    with open(path, "rb", buffering=0) as f:
-        end, offset, override = os.fstat(f.fileno()).st_size, 0, {}
-        while True:
-            header = os.pread(f.fileno(), _BLOCK, offset)
-            if len(header) < _BLOCK:
-                raise DataError(f"{path} is truncated: it ends at byte {end} without the end mark of a tar; delete it or copy it again.")
-            if not any(header):
-                return
-            name, size, kind = _parse_header(header, path, offset)
-            size = _size(override["size"], path) if "size" in override and kind not in b"xgLK" else size
-            start = offset + _BLOCK
-            if start + size > end:
-                raise DataError(
-                    f"{path} is truncated: member {override.get('path', name)!r} needs {start + size} bytes and the file has {end}; "
-                    "delete it or copy it again."
-                )
-            if kind in b"xL":
-                override |= _extended(os.pread(f.fileno(), size, start), kind)
-            elif kind not in b"gK":
-                if kind in b"0\0":
-                    yield override.get("path", name), start, size
-                override = {}
-            offset = start + -(-size // _BLOCK) * _BLOCK
-
-
-def _parse_header(header: bytes, path: str | os.PathLike, offset: int) -> tuple[str, int, bytes]:
-    checksum = sum(header) - sum(header[148:156]) + 8 * 32
-    try:
-        stored, size = _number(header[148:156]), _number(header[124:136])
-    except ValueError:
-        stored, size = -1, 0
-    if stored != checksum or size < 0:
-        raise DataError(f"{path} is damaged: there is no tar header at byte {offset}; delete it or copy it again.")
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" * bool(prefix) + name).decode("utf-8", "surrogateescape"), size, header[156:157]
-
-
-def _number(field: bytes) -> int:
-    """Octal text, or GNU's base 256 for sizes beyond 8 GiB."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
-
-
-def _size(text: str, path: str | os.PathLike) -> int:
-    """A size that a pax header gives."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise DataError(f"{path} is damaged: it gives a member the size {text[:20]!r}; delete it or copy it again.")
-    return int(text)
-
-
-def _extended(data: bytes, kind: bytes) -> dict[str, str]:
-    """What a GNU long name or a pax header says of the next member."""
-    if kind == b"L":
-        return {"path": data.split(b"\0")[0].decode("utf-8", "surrogateescape")}
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or len(length) > 19 or int(length) <= len(length):
-            return records  # what follows is no record; a wrong name or size shows at the next header
-        record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
-        name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-    return records
-
-
-# ---- one folder of shards ---------------------------------------------------------------------------------------------------
-
-
-def _scan_folder(folder: str, suffix: str, cache: str) -> dict[str, np.ndarray]:
-    """``{"shards", "keys", "shard", "offset", "size"}`` of a folder, keys sorted; from `cache` if no shard has changed since."""
-    shards = sorted(e.name for e in os.scandir(folder) if e.name.endswith(".tar") and e.is_file())
-    status = [os.stat(os.path.join(folder, s)) for s in shards]
-    stamp = np.array([(s.st_size, s.st_mtime_ns) for s in status], np.int64).reshape(-1, 2)
-    names = np.array([s.encode() for s in shards], "S")
-    table = _load_cache(cache)
-    if table is not None and np.array_equal(table["stamp"], stamp) and np.array_equal(table["shards"], names):
-        return table
-    with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(lambda s: _scan_shard(os.path.join(folder, s), suffix), shards))
-    table = {"stamp": stamp, "shards": names, **_merge(parts)}
-    _save_cache(cache, table)
-    return table
-
-
-def _scan_shard(path: str, suffix: str) -> tuple[list[bytes], np.ndarray]:
-    found = [(os.path.basename(n), o, s) for n, o, s in scan_tar(path) if n.endswith(suffix)]
-    keys = [n[: -len(suffix)].encode("utf-8", "surrogateescape") for n, _, _ in found]
-    return keys, np.array([(o, s) for _, o, s in found], np.int64).reshape(-1, 2)
-
-
-def _merge(parts: list[tuple[list[bytes], np.ndarray]]) -> dict[str, np.ndarray]:
-    keys = np.array([k for ks, _ in parts for k in ks], "S")
-    where = np.concatenate([w for _, w in parts]) if parts else np.zeros((0, 2), np.int64)
-    shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(ks) for ks, _ in parts])
-    keys, first = np.unique(keys, return_index=True)  # a key that is there twice counts once, the first
-    return {"keys": keys, "shard": shard[first], "offset": where[first, 0], "size": where[first, 1]}
-
-
-_FIELDS = {"stamp", "shards", "keys", "shard", "offset", "size"}
-
-
-def _load_cache(path: str) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return {k: z[k] for k in _FIELDS}
-    except Exception:  # whatever the damage leads to
-        return None
-
-
-def _save_cache(path: str, table: dict[str, np.ndarray]) -> None:
-    """Written under a temporary name and renamed, so that processes may race; a folder that cannot be written is no error."""
-    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            np.savez(f, **table)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-# ---- the join ---------------------------------------------------------------------------------------------------------------
 
 
 class Keys(collections.abc.Sequence):
-    """A sequence of str over an array of bytes: nine million keys without nine million objects."""
+    """A sequence of str over a sorted array of bytes, or its given rows: nine million keys without nine million objects."""
 
-    def __init__(self, raw: np.ndarray):
-        self.raw = raw
+    def __init__(self, stored: np.ndarray, rows: np.ndarray | None = None):
+        self._stored, self._rows = stored, rows
 
     def __len__(self) -> int:
-        return len(self.raw)
+        return len(self._stored if self._rows is None else self._rows)
+
+    def raw(self, i) -> np.ndarray:
+        """Keys as bytes; `i` is whatever indexes an array."""
+        return self._stored[i if self._rows is None else self._rows[i]]
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return [k.decode() for k in self.raw[i].tolist()]
-        return bytes(self.raw[i]).decode()
+            return [k.decode() for k in self.raw(i).tolist()]
+        return bytes(self.raw(i)).decode()
 
     def __eq__(self, other) -> bool:
         return list(self) == list(other)
@@ -185,95 +54,90 @@ class Keys(collections.abc.Sequence):
 
     def find(self, key: str) -> int:
         """The position of `key`; a KeyError if there is none."""
-        i = int(np.searchsorted(self.raw, key.encode()))
-        if i == len(self.raw) or self[i] != key:
+        i = int(np.searchsorted(self._stored, key.encode()))
+        i = i if self._rows is None else int(np.searchsorted(self._rows, i))
+        if i == len(self) or self[i] != key:
             raise KeyError(f"There is no sample {key!r} among {len(self)}.")
         return i
 
 
-class _Descriptor:
-    """An open file that closes itself when the last user lets go, so evicting one never cuts off a read in another thread."""
-
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "number") and os is not None:  # modules are already gone at interpreter exit
-            os.close(self.number)
-
-
 class _Column:
-    """One folder's samples laid along the joined keys; size 0 where the key is missing."""
+    """One folder's samples laid along the keys of an index file; size 0 where a key is missing."""
 
-    def __init__(self, folder: str, table: dict[str, np.ndarray], keys: np.ndarray):
-        self.folder, self.shards = folder, [s.decode() for s in table["shards"].tolist()]
-        fields = table["shard"], table["offset"], table["size"]
-        if len(table["keys"]) < len(keys):
-            rows = np.searchsorted(keys, table["keys"])
-            fields = tuple(_scatter(f, rows, len(keys)) for f in fields)
-        self.shard, self.offset, self.size = fields
+    def __init__(self, parent: str, name: str, found: Table, rows: np.ndarray | None):
+        self.folder, self.rows = storage.join(parent, name), rows
+        self.shards = [s[0] for s in found.meta["shards"][name]]
+        self.shard, self.offset, self.size, self.start, self.length, self.layout = (found.arrays[f"{name}/{f}"] for f in scan.FIELDS)
+
+    def row(self, i: int) -> int:
+        """The row of location `i`, -1 if the file does not know it."""
+        return i if self.rows is None else int(self.rows[i])
 
     def path(self, i: int) -> str:
-        return os.path.join(self.folder, self.shards[self.shard[i]])
+        return storage.join(self.folder, self.shards[self.shard[self.row(i)]])
 
-
-def _scatter(values: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
-    out = np.zeros(length, values.dtype)
-    out[rows] = values
-    return out
-
-
-def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """All keys of two sorted arrays, sorted. Most modalities hold the same keys or a part of them, which costs no sort."""
-    a, b = (a, b) if len(a) >= len(b) else (b, a)
-    if np.array_equal(a, b):
-        return a
-    new = b[~_among(b, a)]
-    return np.sort(np.concatenate([a, new]), kind="stable") if len(new) else a
-
-
-def _among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which `keys` are in the sorted array `known`."""
-    if not len(known):
-        return np.zeros(len(keys), bool)
-    return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
+    def sizes(self) -> np.ndarray:
+        return self.size if self.rows is None else np.where(self.rows < 0, 0, self.size[self.rows])
 
 
 class Index:
-    """The samples of one split, joined over modalities by key. Build it with `open_index`; it is picklable.
+    """The samples of one split, joined over modalities by key. Build it with `open_index`.
 
     `keys` are sorted, one a location. ``available[i, m]`` says whether location i has ``modalities[m]``, ``has_tokens[i, m]``
-    whether token shards hold it.
+    whether token shards hold it. ``subset[i]`` indexes `subsets`, the names before ``_shard_``. Pickled it is a few names: whoever
+    unpickles it maps the same files.
     """
 
-    def __init__(self, modalities: Sequence[str], pixels: dict[str, tuple], tokens: dict[str, tuple]):
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        modalities: Sequence[str],
+        files: tuple[str, str],
+        tokens_root: str,
+        tables: tuple[Table, Table],
+    ):
+        pixels, tokens = tables
         self.modalities = tuple(modalities)
-        tables = [t["keys"] for _, t in pixels.values()] or [t["keys"] for _, t in tokens.values()]
-        raw = functools.reduce(_union, tables) if tables else np.zeros(0, "S1")
-        self.keys = Keys(raw)
-        self._pixels = {m: _Column(folder, table, raw) for m, (folder, table) in pixels.items()}
-        self._tokens = {m: _Column(folder, _only(table, raw), raw) for m, (folder, table) in tokens.items()}
-        self.available = self._presence(self._pixels)
-        self.has_tokens = self._presence(self._tokens)
-        self._open = functools.lru_cache(_OPEN_FILES)(_Descriptor)
+        self._opened = root, split, self.modalities, files, tokens_root, tuple(t.meta["id"] for t in tables)
+        images = {m: m for m in modalities if m in pixels.meta["columns"]}
+        ids = {m: f"{m}_tokens" for m in modalities if f"{m}_tokens" in tokens.meta["columns"]}
+        joined = pixels if images else tokens  # without pixels the keys are those of the tokens
+        rows = _wanted_rows(joined, (images or ids).values())
+        token_rows = rows if files[0] == files[1] or not images else _rows_in(tokens, pixels, rows)
+        self.keys = Keys(joined.arrays["keys"], rows)
+        self._pixels = {m: _Column(storage.join(root, split), c, pixels, rows) for m, c in images.items()}
+        self._tokens = {m: _Column(storage.join(tokens_root, split), c, tokens, token_rows) for m, c in ids.items()}
+        self.available = _presence(joined, [images.get(m, "") for m in modalities], rows)
+        self.has_tokens = _presence(tokens, [ids.get(m, "") for m in modalities], token_rows)
+        self.subsets, subset = tuple(joined.meta["subsets"]), joined.arrays["subset"]
+        self.subset = subset if rows is None else subset[rows]
+        self._coordinates, self._rows = joined.arrays["coordinates"], rows
+        self._layouts = [layout.parse_bytes("bands", text.encode()) for text in pixels.meta["layouts"]]
+        self._stores = {False: storage.store(root), True: storage.store(tokens_root)}
+        self._block = 0
 
-    def _presence(self, columns: dict[str, _Column]) -> np.ndarray:
-        there = [columns[m].size > 0 if m in columns else np.zeros(len(self), bool) for m in self.modalities]
-        return np.stack(there, 1) if there else np.zeros((len(self), 0), bool)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_open"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open = functools.lru_cache(_OPEN_FILES)(_Descriptor)
+    def __reduce__(self):
+        return _reopen, (*self._opened, self._block)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def stored_bytes(self) -> int:
         """Bytes of all samples in the shards, tokens included."""
-        return sum(int(column.size.sum()) for columns in (self._pixels, self._tokens) for column in columns.values())
+        return sum(int(column.sizes().sum(dtype=np.int64)) for columns in (self._pixels, self._tokens) for column in columns.values())
+
+    def read_nearby(self, block: int) -> None:
+        """From now on reads remote pixels in blocks of so many bytes, for an order that visits neighbours together; 0 undoes it."""
+        self._block = block
+        if isinstance(self._stores[False], storage.RemoteStore):
+            self._stores[False] = storage.RemoteStore(self._stores[False].url, block)
+
+    def in_storage_order(self, samples: np.ndarray) -> np.ndarray:
+        """`samples` as they lie in the shards of the first modality, those without it last."""
+        column = next(iter((self._pixels or self._tokens).values()))
+        rows = samples if column.rows is None else column.rows[samples]
+        return samples[np.lexsort((column.offset[rows], column.shard[rows], column.size[rows] == 0))]
 
     def __repr__(self) -> str:
         return f"Index({len(self)} samples, {', '.join(f'{m}: {n}' for m, n in zip(self.modalities, self.available.sum(0), strict=True))})"
@@ -282,7 +146,7 @@ class Index:
 
     def read(self, i: int, modality: str) -> np.ndarray:
         """[H, W, C] in the stored dtype: a read-only view, bands last, the first time step. `DataError` if it cannot be read."""
-        bands = self.read_all(i, modality, ("bands",)).get("bands")
+        bands = self._bands(i, modality)
         expected = len(registry.get(modality).bands)
         if bands is None:
             raise DataError(f"{self._where(self._pixels, i, modality)} has no array 'bands'.")
@@ -293,6 +157,25 @@ class Index:
         if bands.dtype.kind not in "biuf":
             raise DataError(f"{self._where(self._pixels, i, modality)} has 'bands' of type {bands.dtype}, expected real numbers.")
         return np.moveaxis(bands, 0, -1)
+
+    def _bands(self, i: int, modality: str) -> np.ndarray | None:
+        """From their own bytes alone where the index knows them, else from the whole zip."""
+        column = self._column(self._pixels, i, modality)
+        row = column.row(i)
+        found = self._layouts[column.layout[row]] if column.length[row] else None
+        if found is None:
+            return self.read_all(i, modality, ("bands",)).get("bands")
+        piece = self._read(self._pixels, i, modality, int(column.start[row]), int(column.length[row]))
+        try:
+            chunks = zips.split(piece)
+            if any(member not in chunks for member, _ in found.members()):
+                raise ValueError("its chunks are not where they were when the shard was indexed")
+            return found.assemble(chunks)
+        except DataError as error:
+            raise DataError(f"{self._where(self._pixels, i, modality)} {error}.") from error
+        except Exception as error:  # codecs raise RuntimeError, zlib.error, ...
+            where = self._where(self._pixels, i, modality)
+            raise DataError(f"{where} has damaged 'bands' ({error}); index it again or copy it.") from error
 
     def read_all(self, i: int, modality: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Every array of sample `i` as stored ([time, band, y, x]), or those in `names` that it has."""
@@ -316,10 +199,10 @@ class Index:
     def shards(self, modality: str) -> dict[str, np.ndarray]:
         """Name of each tar of `modality` -> the samples in it, in their order there."""
         column = self._pixels[modality]
-        rows = np.flatnonzero(column.size)
-        rows = rows[np.lexsort((column.offset[rows], column.shard[rows]))]
-        ends = np.searchsorted(column.shard[rows], np.arange(len(column.shards) + 1))
-        return {name: rows[ends[s] : ends[s + 1]] for s, name in enumerate(column.shards)}
+        fields = (column.shard, column.offset, column.sizes())
+        if column.rows is not None:
+            fields = column.shard[column.rows], column.offset[column.rows], column.sizes()
+        return dict(zip(column.shards, scan.rows_by_shard(*fields, len(column.shards)), strict=True))
 
     def fingerprint(self, modality: str, samples: np.ndarray) -> str:
         """Changes when these samples' arrays do; copying the tar or touching it does not change it.
@@ -327,17 +210,21 @@ class Index:
         It covers keys, offsets and sizes, and of a few samples the end, where a zip keeps the checksums of all it holds.
         """
         column = self._pixels[modality]
-        digest = hashlib.sha256(b"\n".join(self.keys.raw[samples].tolist()))
-        digest.update(column.offset[samples].tobytes() + column.size[samples].tobytes())
+        rows = samples if column.rows is None else column.rows[samples]
+        digest = hashlib.sha256(b"\n".join(self.keys.raw(samples).tolist()))
+        digest.update(column.offset[rows].astype(np.int64).tobytes() + column.size[rows].astype(np.int64).tobytes())
         checked = np.unique(np.linspace(0, len(samples) - 1, _CHECKED).astype(int)) if len(samples) else []
         for i in samples[checked]:
-            start, size = int(column.offset[i]), int(column.size[i])
+            size = int(column.size[column.row(int(i))])
             length = min(size, _TAIL)
-            digest.update(os.pread(self._open(column.path(i)).number, length, start + size - length))
+            digest.update(self._read(self._pixels, int(i), modality, size - length, length))
         return digest.hexdigest()
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
-        """(longitude, latitude) of the centre in degrees, from whichever modality is smallest to read; None if none has it."""
+        """(longitude, latitude) of the centre in degrees, from the index or whichever modality is smallest; None if none has it."""
+        known = self._coordinates[i if self._rows is None else self._rows[i]]
+        if not np.isnan(known[0]):
+            return float(known[0]), float(known[1])
         for modality in self._by_size(i):
             found = self.read_all(i, modality, ("center_lon", "center_lat"))
             if len(found) == 2 and all(v.size and v.dtype.kind in "iuf" and np.isfinite(v.flat[0]) for v in found.values()):
@@ -357,7 +244,8 @@ class Index:
         return None
 
     def _by_size(self, i: int) -> list[str]:
-        return sorted((m for m, c in self._pixels.items() if c.size[i]), key=lambda m: int(self._pixels[m].size[i]))
+        sizes = {m: int(c.size[c.row(i)]) for m, c in self._pixels.items()}
+        return sorted((m for m, size in sizes.items() if size), key=sizes.get)
 
     def _parse(self, parse, i: int, modality: str, argument):
         payload = self._payload(self._pixels, i, modality)
@@ -366,17 +254,25 @@ class Index:
         except DataError as error:
             raise DataError(f"{self._where(self._pixels, i, modality)} {error}.") from error
 
-    def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> bytes:
+    def _column(self, columns: dict[str, _Column], i: int, modality: str) -> _Column:
         column = columns.get(modality)
-        if column is None or not column.size[i]:
+        if column is None or (row := column.row(i)) < 0 or not column.size[row]:
             what = "tokens of " if columns is self._tokens else ""
             raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.")
-        size, offset = int(column.size[i]), int(column.offset[i])
+        return column
+
+    def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> bytes:
+        """The whole sample as it lies in its tar."""
+        column = self._column(columns, i, modality)
+        return self._read(columns, i, modality, 0, int(column.size[column.row(i)]))
+
+    def _read(self, columns: dict[str, _Column], i: int, modality: str, start: int, size: int) -> bytes:
+        """`size` bytes of a sample from its byte `start`."""
+        column = columns[modality]
         try:
-            opened = self._open(column.path(i))  # held until the read is over: another thread may evict it meanwhile
-            payload = os.pread(opened.number, size, offset)
+            payload = self._stores[columns is self._tokens].read(column.path(i), int(column.offset[column.row(i)]) + start, size)
         except OSError as error:
-            raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror}).") from error
+            raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror or error}).") from error
         if len(payload) != size:
             raise DataError(f"{self._where(columns, i, modality)} ends early: {len(payload)} of {size} bytes; index it again.")
         return payload
@@ -385,33 +281,80 @@ class Index:
         return f"{columns[modality].path(i)}: sample {self.keys[i]!r}"
 
 
-def _only(table: dict[str, np.ndarray], keys: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows of `table` whose key is among `keys`: tokens of samples that left the shards are ignored."""
-    kept = _among(table["keys"], keys)
-    return {k: v[kept] if k in ("keys", "shard", "offset", "size") else v for k, v in table.items()}
+def _wanted_rows(found: Table, columns: Collection[str]) -> np.ndarray | None:
+    """The rows that have any of `columns`; None if these are all of them, which takes no memory."""
+    n = len(found.arrays["keys"])
+    if any(found.meta["counts"][c] == n for c in columns) and n:
+        return None
+    there = _presence(found, list(columns), None).any(1)
+    return None if there.all() and n else np.flatnonzero(there)
+
+
+def _presence(found: Table, names: Sequence[str], rows: np.ndarray | None) -> np.ndarray:
+    """Bool ``[n, len(names)]``: a view of the file where it can be."""
+    places = [found.meta["columns"].index(n) if n in found.meta["columns"] else -1 for n in names]
+    available = found.arrays["available"]
+    if rows is None and places and places[0] >= 0 and places == list(range(places[0], places[0] + len(places))):
+        return available[:, places[0] : places[0] + len(places)]
+    there = np.zeros((len(available) if rows is None else len(rows), len(places)), bool)
+    for column, place in enumerate(places):
+        if place >= 0:
+            there[:, column] = available[:, place] if rows is None else available[rows, place] & (rows >= 0)
+    return there
+
+
+def _rows_in(tokens: Table, pixels: Table, rows: np.ndarray | None) -> np.ndarray | None:
+    """The rows of another file's keys that the kept rows of `pixels` have there, -1 where they have none."""
+    keys, known = pixels.arrays["keys"], tokens.arrays["keys"]
+    keys = keys if rows is None else keys[rows]
+    if np.array_equal(keys, known):
+        return None
+    if not len(known):
+        return np.full(len(keys), -1)
+    found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[found] == keys, found, -1)
 
 
 def open_index(
     root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None, *, tokens_root: str | os.PathLike | None = None
 ) -> Index:
-    """The index of ``{root}/{split}``, joined over `modalities` (default: those that have a folder).
+    """The index of ``{root}/{split}``, joined over `modalities` (default: those that have a folder); built first if need be.
 
+    `root` is a folder, or the URL of one in a store that fsspec knows, whose index has to be there (``data index``).
     Tokens are looked for in ``{modality}_tokens`` under `tokens_root`, by default beside the pixels. A modality without a
     folder, or a key that only some shards hold, is False in ``available``; other folders are ignored. Raises FileNotFoundError
-    where no sample is found, ValueError for an unknown modality and `DataError` for a truncated or damaged tar.
+    where no sample or no index is found, ValueError for an unknown modality and `DataError` for a truncated or damaged tar.
     """
     known = [m.name for m in registry.MODALITIES.values() if m.is_image]
     wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
-    pixels = _folders(os.path.join(root, split), {m: m for m in wanted}, SAMPLE_SUFFIX)
-    tokens = _folders(os.path.join(tokens_root or root, split), {m: f"{m}_tokens" for m in wanted}, TOKEN_SUFFIX)
-    if not any(len(t["keys"]) for _, t in [*pixels.values(), *tokens.values()]):
+    root, tokens_root = os.fspath(root), os.fspath(tokens_root or root)
+    path, pixels = scan.open_table(root, split)
+    tokens_path, tokens = (path, pixels) if tokens_root == root else scan.open_table(tokens_root, split)
+    _refuse_faults(pixels, wanted)
+    _refuse_faults(tokens, [f"{m}_tokens" for m in wanted])
+    there = {m: (m in pixels.meta["columns"], f"{m}_tokens" in tokens.meta["columns"]) for m in wanted}
+    if not any(pixels.meta["counts"].get(m) or tokens.meta["counts"].get(f"{m}_tokens") for m in wanted):
         raise FileNotFoundError(
-            f"No samples in {os.path.join(root, split)}; expected tars like {{root}}/{{split}}/{{modality}}/NAME_shard_000001.tar of "
+            f"No samples in {storage.join(root, split)}; expected tars like {{root}}/{{split}}/{{modality}}/NAME_shard_000001.tar of "
             f"KEY.zarr.zip, with a modality among {', '.join(wanted)}."
         )
-    return Index([m for m in wanted if m in pixels or m in tokens or modalities is not None], pixels, tokens)
+    kept = [m for m in wanted if any(there[m]) or modalities is not None]
+    return Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens))
 
 
-def _folders(parent: str, names: dict[str, str], suffix: str) -> dict[str, tuple[str, dict[str, np.ndarray]]]:
-    found = {m: os.path.join(parent, name) for m, name in names.items() if os.path.isdir(os.path.join(parent, name))}
-    return {m: (folder, _scan_folder(folder, suffix, f"{folder}.index.npz")) for m, folder in found.items()}
+def _refuse_faults(found: Table, columns: Sequence[str]) -> None:
+    for column in columns:
+        for sentence in found.meta["faults"].get(column, {}).values():
+            raise DataError(sentence)
+
+
+def _reopen(
+    root: str, split: str, modalities: Sequence[str], files: tuple[str, str], tokens_root: str, ids: tuple[str, str], block: int
+) -> Index:
+    """What unpickling does: maps the files that the index was made of, and no others."""
+    tables = tuple(table.read(path) or Table({}, {}) for path in files)
+    if tuple(t.meta.get("id") for t in tables) != ids:
+        raise DataError(f"The index of {storage.join(root, split)} was built anew while it was in use; open it again.")
+    index = Index(root, split, modalities, files, tokens_root, tables)
+    index.read_nearby(block)
+    return index

@@ -36,14 +36,22 @@ def generator(purpose: str, seed: int, epoch: int = 0, sample: int = 0, view: in
 
 
 @functools.lru_cache(maxsize=2)  # a window of views may straddle two epochs; 4 bytes a sample each
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which `epoch` visits `n` samples: uint32 ``[n]``, every sample exactly once. Read-only."""
-    order = generator("order", seed, epoch).permutation(np.arange(n, dtype=np.uint32))
+def permutation(n: int, seed: int, epoch: int, shuffle_window: int = 0) -> np.ndarray:
+    """The order in which `epoch` visits `n` samples: uint32 ``[n]``, every sample exactly once. Read-only.
+
+    With a `shuffle_window` the samples are cut into windows of so many neighbours, which are visited one after the other, in random
+    order and each shuffled in itself: what is read together lies together.
+    """
+    rng = generator("order", seed, epoch)
+    order = rng.permutation(np.arange(n, dtype=np.uint32))
+    if shuffle_window:
+        turns = rng.permutation(-(-n // shuffle_window))
+        order = order[np.argsort(turns[order // shuffle_window], kind="stable")]
     order.flags.writeable = False
     return order
 
 
-def place(position: int, n: int, seed: int, views: int = 1, window: int = 1) -> Place:
+def place(position: int, n: int, seed: int, views: int = 1, window: int = 1, shuffle_window: int = 0) -> Place:
     """What stands at `position` when `n` samples are visited epoch after epoch, each `views` times.
 
     `window` samples are shown in their first view, then the same ones in their second, and so on: the views of one sample are `window`
@@ -53,4 +61,4 @@ def place(position: int, n: int, seed: int, views: int = 1, window: int = 1) -> 
     view, offset = divmod(rest, window)
     slot = block * window + offset
     epoch, index = divmod(slot, n)
-    return Place(slot, epoch, int(permutation(n, seed, epoch)[index]), view)
+    return Place(slot, epoch, int(permutation(n, seed, epoch, shuffle_window)[index]), view)

@@ -1,17 +1,15 @@
-"""One sample and one shard, in TerraMesh's format: tars of ``KEY.zarr.zip``, Zarr format 2 inside an uncompressed zip.
+"""One sample and one shard, in TerraMesh's format: tars of ``KEY.zarr.zip``, Zarr inside an uncompressed zip.
 
 A shard is ``{root}/{split}/{modality}/{subset}_shard_{number:06d}.tar``. A sample holds ``bands[time, band, y, x]`` and small
-arrays beside it (``center_lon``, ``center_lat``, ``time`` in int64 nanoseconds, optionally ``cloud_mask`` or ``truth``). The
-reader needs no Zarr library, never unpickles and never extracts a path.
+arrays beside it (``center_lon``, ``center_lat``, ``time`` in int64 nanoseconds, optionally ``cloud_mask`` or ``truth``). Format 2
+is written, formats 2 and 3 are read. The reader needs no Zarr library, never unpickles and never extracts a path.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
-import math
 import os
 import shutil
 import tarfile
@@ -23,18 +21,15 @@ from typing import Any
 import numcodecs
 import numpy as np
 
+from terramind_jax.data import layout
+from terramind_jax.data.errors import DataError
+
 SAMPLE_SUFFIX = ".zarr.zip"
 TOKEN_SUFFIX = ".npy"
 
-_COMPRESSORS = {"blosc": numcodecs.Blosc, "zstd": numcodecs.Zstd, "lz4": numcodecs.LZ4, "zlib": numcodecs.Zlib, "gzip": numcodecs.GZip}
-_FILTERS = {"shuffle": numcodecs.Shuffle, "delta": numcodecs.Delta, "fixedscaleoffset": numcodecs.FixedScaleOffset}
 _DIMENSIONS = {4: ("time", "band", "y", "x"), 3: ("time", "y", "x"), 2: ("y", "x"), 1: ("time",), 0: ()}
-_MAX_ARRAY_BYTES = 1 << 30  # a sample is a few MB; more than this is a damaged or hostile header
+_NUMBERS = ("bool", "int", "uint", "float", "complex")  # data types of format 3, without their bits
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: equal arrays give equal bytes
-
-
-class DataError(Exception):
-    """A shard or sample that cannot be read; the message is one sentence naming it."""
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------------
@@ -149,18 +144,15 @@ def read_sample(payload: bytes, names: Sequence[str] | None = None) -> dict[str,
     """The arrays of one ``.zarr.zip``, in the machine's byte order.
 
     `names` picks arrays, and those that the sample lacks are left out; without it every array comes except text and objects.
-    Raises `DataError` for anything that is no readable Zarr format 2: the sentence names the array but not the shard, which
+    Raises `DataError` for anything that is no readable Zarr: the sentence names the array but not the shard, which
     only the caller knows.
     """
     with _open_zip(payload) as z:
         members = set(z.namelist())
         metadata = _metadata(z, members)
-        found = [k[: -len("/.zarray")] for k in metadata if k.endswith("/.zarray")]
-        if names is None:
-            wanted = [n for n in found if _is_plain(metadata[f"{n}/.zarray"])]
-        else:
-            wanted = [n for n in names if n in found]
-        return {n: _guarded(_read_array, z, members, n, metadata[f"{n}/.zarray"]) for n in wanted}
+        found = {k[: -len("/.zarray")]: meta for k, meta in metadata.items() if k.endswith("/.zarray")}
+        wanted = [n for n, meta in found.items() if _is_plain(meta)] if names is None else [n for n in names if n in found]
+        return {n: _guarded(_read_array, z, members, n, found[n]) for n in wanted}
 
 
 def read_attributes(payload: bytes, name: str = "") -> dict[str, Any]:
@@ -185,8 +177,15 @@ def _metadata(z: zipfile.ZipFile, members: set[str]) -> dict[str, Any]:
     if ".zgroup" in members:
         return {n: _guarded(_read_json, z, n) for n in members if n.endswith((".zarray", ".zattrs"))}
     if "zarr.json" in members:
-        raise DataError("is Zarr format 3, expected format 2")
-    raise DataError("is a zip but no Zarr group (it has neither .zmetadata nor .zgroup)")
+        return _metadata_3(z, members)
+    raise DataError("is a zip but no Zarr group (it has neither .zmetadata nor .zgroup nor zarr.json)")
+
+
+def _metadata_3(z: zipfile.ZipFile, members: set[str]) -> dict[str, Any]:
+    """Format 3 by the names of format 2: each array's metadata under ``.zarray``, attributes under ``.zattrs``."""
+    nodes = {n[: -len("zarr.json")]: _guarded(_read_json, z, n) for n in members if n.endswith("zarr.json")}
+    arrays = {f"{n}.zarray": meta for n, meta in nodes.items() if meta.get("node_type") == "array"}
+    return arrays | {f"{n}.zattrs": meta.get("attributes", {}) for n, meta in nodes.items()}
 
 
 def _read_json(z: zipfile.ZipFile, name: str) -> dict[str, Any]:
@@ -209,67 +208,14 @@ def _guarded(function, *args):
 
 def _is_plain(meta: Any) -> bool:
     """Whether an array holds numbers or dates: text and objects are skipped unless asked for."""
-    return isinstance(meta, dict) and isinstance(meta.get("dtype"), str) and meta["dtype"][1:2] in "biufcmM"
+    kind = meta.get("dtype", meta.get("data_type")) if isinstance(meta, dict) else None
+    return isinstance(kind, str) and (kind[1:2] in "biufcmM" if "dtype" in meta else kind.rstrip("0123456789") in _NUMBERS)
 
 
 def _read_array(z: zipfile.ZipFile, members: set[str], name: str, meta: Mapping[str, Any]) -> np.ndarray:
-    if not isinstance(meta["dtype"], str) or np.dtype(meta["dtype"]).hasobject:
-        raise DataError(f"stores {name!r} as objects, which are never unpickled")
-    if meta.get("order", "C") != "C":
-        raise DataError(f"stores {name!r} in order {meta['order']!r}, expected C")
-    dtype, shape, chunk_shape = np.dtype(meta["dtype"]), tuple(map(int, meta["shape"])), tuple(map(int, meta["chunks"]))
-    if dtype.kind not in "biufcmM":
-        raise DataError(f"stores {name!r} as {dtype}, expected numbers or dates")
-    if len(shape) != len(chunk_shape) or min(chunk_shape, default=1) < 1 or min(shape, default=0) < 0:
-        raise DataError(f"gives {name!r} chunks {chunk_shape} that do not fit its shape {shape}")
-    if max(math.prod(shape), math.prod(chunk_shape)) * dtype.itemsize > _MAX_ARRAY_BYTES:
-        raise DataError(f"claims {name!r} of shape {shape} and chunks {chunk_shape}, larger than any sample")
-    decoders = _decoders(name, meta)
-    separator = meta.get("dimension_separator", ".")
-    native = dtype.newbyteorder("=")
-    if shape == chunk_shape:  # the common case: one chunk, no copy
-        member = f"{name}/" + separator.join("0" * max(len(shape), 1))
-        if member in members:
-            return _chunk(z, member, decoders, dtype, shape).astype(native, copy=False)
-    out = np.full(shape, _fill_value(meta.get("fill_value"), dtype), native)
-    for position in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunk_shape, strict=True))):
-        member = f"{name}/" + (separator.join(map(str, position)) or "0")
-        if member in members:
-            window = tuple(slice(p * c, min((p + 1) * c, n)) for p, c, n in zip(position, chunk_shape, shape, strict=True))
-            inside = tuple(slice(0, w.stop - w.start) for w in window)
-            out[window] = _chunk(z, member, decoders, dtype, chunk_shape)[inside]
-    return out
-
-
-def _decoders(name: str, meta: Mapping[str, Any]) -> list[Any]:
-    """Codecs in the order of decoding; only those listed here are ever built from a file's words."""
-    decoders = []
-    for known, config in [(_COMPRESSORS, meta.get("compressor")), *((_FILTERS, f) for f in reversed(meta.get("filters") or []))]:
-        if config is None:
-            continue
-        if config.get("id") not in known:
-            raise DataError(f"stores {name!r} with codec {config.get('id')!r}, expected one of {', '.join(known)}")
-        decoders.append(known[config["id"]].from_config({k: v for k, v in config.items() if k != "id"}))
-    return decoders
-
-
-def _chunk(z: zipfile.ZipFile, member: str, decoders: list[Any], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    if z.getinfo(member).file_size > 2 * size + 4096:
-        raise DataError(f"has a chunk {member!r} larger than its array allows")
-    data: Any = z.read(member)
-    for decoder in decoders:
-        data = decoder.decode(data)
-    array = np.frombuffer(data, dtype)
-    if array.size != math.prod(shape):
-        raise DataError(f"has a chunk {member!r} of {array.nbytes} bytes, expected {size}")
-    return array.reshape(shape)
-
-
-def _fill_value(value: Any, dtype: np.dtype) -> Any:
-    """Zarr's JSON form of a fill value: null is zero here, NaN and infinities are words."""
-    if value is None:
-        return np.zeros((), dtype)[()]
-    if isinstance(value, str) and dtype.kind not in "f":
-        raise DataError(f"has the fill value {value!r} for dtype {dtype}")
-    return np.array(value).astype(dtype)[()]
+    found = layout.parse(name, meta)
+    wanted = [member for member, _ in found.members() if member in members]
+    for member in wanted:
+        if z.getinfo(member).file_size > found.most():
+            raise DataError(f"has a chunk {member!r} larger than its array allows")
+    return found.assemble({member: z.read(member) for member in wanted})

@@ -18,6 +18,8 @@ from terramind_jax.data.index import Index
 from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
 
+_NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
+
 
 class Sample:
     """One sample seen through one crop variant; every array is read at most once. Raises `DataError` for what is not as it should be."""
@@ -72,7 +74,14 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
     tile = index.read(i, modality)
     if min(tile.shape[:2]) < image_size:
         raise DataError(f"Sample {index.keys[i]!r}: {modality} is {tile.shape[0]}x{tile.shape[1]} pixels, smaller than {image_size}.")
+    if modality.startswith(_NEVER_CONSTANT) and _is_constant(tile):
+        raise DataError(f"Sample {index.keys[i]!r}: {modality} has one value everywhere, as where nothing was measured.")
     return tile
+
+
+def _is_constant(tile: np.ndarray) -> bool:
+    """Looks at few pixels first: hardly any tile is."""
+    return bool((tile[::37, ::37] == tile[0, 0, 0]).all() and (tile == tile[0, 0, 0]).all())
 
 
 def read_variant(index: Index, i: int, modality: str, variant: int, image_size: int) -> np.ndarray:

@@ -313,7 +313,7 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
     """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
-    fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas")
+    fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
     data = DataConfig(image_size=config.model.image_size, **{name: config.data[name] for name in fields})
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
 

@@ -1,0 +1,198 @@
+"""Byte ranges of shards: from local disks, or from any store that fsspec knows (``http``, ``gs``, ``s3``, ``hf``), with retries.
+
+A store is given by the URL of its root and travels to data workers as nothing but that.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from terramind_jax.files import is_remote
+
+_OPEN_FILES = 256  # TerraMesh has about 7,000 shards; more than a process may hold open
+ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.1, 10.0  # seconds; pauses double, and vary so that workers do not come back all at once
+TIMEOUT = 30.0  # seconds without an answer after which a request is made again
+
+
+class Object(NamedTuple):
+    """One file of a folder. `version` changes when its content does, as far as the store tells."""
+
+    name: str
+    size: int
+    version: int
+
+
+class _Descriptor:
+    """An open file that closes itself when the last user lets go, so evicting one never cuts off a read in another thread."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number") and os is not None:  # modules are already gone at interpreter exit
+            os.close(self.number)
+
+
+class LocalStore:
+    """Folders of this machine."""
+
+    def __init__(self) -> None:
+        self._open = functools.lru_cache(_OPEN_FILES)(_Descriptor)
+
+    def __reduce__(self):
+        return LocalStore, ()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`: fewer where the file ends."""
+        opened = self._open(path)  # held until the read is over: another thread may evict it meanwhile
+        return os.pread(opened.number, size, offset)
+
+    def list(self, folder: str) -> list[Object] | None:
+        """The files of a folder by name, None if there is no such folder."""
+        if not os.path.isdir(folder):
+            return None
+        found = [(e.name, e.stat()) for e in os.scandir(folder) if e.is_file()]
+        return sorted(Object(name, status.st_size, status.st_mtime_ns) for name, status in found)
+
+
+class RemoteStore:
+    """A store reached through fsspec. Requests that fail or stall are made again; what it refuses for good is an error at once.
+
+    ``block > 0`` reads whole blocks of so many bytes and keeps the last few: for reads that lie near each other in place and time.
+    """
+
+    def __init__(self, url: str, block: int = 0, blocks: int = 16) -> None:
+        import fsspec  # loads slowly, and local data needs none of it
+
+        self.url, self.block, self.blocks = url, block, blocks
+        try:
+            self._files, _ = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise ImportError(f"{url} cannot be read: {error}; install terramind-jax with the extra of that store.") from error
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return RemoteStore, (self.url, self.block, self.blocks)
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`: fewer where the object ends."""
+        if not self.block:
+            return self._fetch(path, offset, size)
+        first, last = offset // self.block, (offset + max(size, 1) - 1) // self.block
+        data = b"".join(self._read_block(path, b) for b in range(first, last + 1))
+        return data[offset - first * self.block :][:size]
+
+    def _read_block(self, path: str, number: int) -> bytes:
+        with self._lock:
+            if (path, number) in self._kept:
+                self._kept.move_to_end((path, number))
+                return self._kept[path, number]
+        data = self._fetch(path, number * self.block, self.block)
+        with self._lock:
+            self._kept[path, number] = data
+            while len(self._kept) > self.blocks:
+                self._kept.popitem(last=False)
+        return data
+
+    def _fetch(self, path: str, offset: int, size: int) -> bytes:
+        if not size:
+            return b""
+        data = self._call(path, "cat_file", path, start=offset, end=offset + size)
+        return data[offset : offset + size] if len(data) > size else data  # a server that ignores ranges sends everything
+
+    def list(self, folder: str) -> list[Object] | None:
+        """The files of a folder by name, None if there is no such folder."""
+        try:
+            found = self._call(folder, "ls", folder.rstrip("/") + "/" * folder.startswith("http"), detail=True)
+        except FileNotFoundError:
+            return None
+        files = [f for f in found if f["type"] == "file" and f["name"].rstrip("/") != folder.rstrip("/")]
+        return sorted(self._object(f) for f in files if f["name"].endswith(".tar"))
+
+    def _object(self, entry: dict[str, Any]) -> Object:
+        if entry.get("size") is None:  # a listing of links tells no sizes
+            entry = entry | self._call(entry["name"], "info", entry["name"])
+        if entry.get("size") is None:
+            raise OSError(f"{entry['name']} cannot be indexed: its server does not tell its size.")
+        return Object(entry["name"].rsplit("/", 1)[-1], int(entry["size"]), _version(entry))
+
+    def find(self, path: str) -> Object | None:
+        """One object, None if there is none."""
+        try:
+            return self._object(self._call(path, "info", path))
+        except FileNotFoundError:
+            return None
+
+    def get(self, path: str, target: str) -> bool:
+        """Copies an object to a local file, False if there is none."""
+        try:
+            self._call(path, "get_file", path, target, timeout=None)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def put(self, source: str, path: str) -> bool:
+        """Copies a local file into the store, False if it cannot be written to."""
+        try:
+            self._files.put_file(source, path)
+        except Exception:  # read-only stores say so in many ways
+            return False
+        return True
+
+    def _call(self, path: str, name: str, *arguments: Any, timeout: float | None = -1, **options: Any) -> Any:
+        """Calls a method of the file system until it succeeds or has failed for good."""
+        from fsspec.asyn import sync
+
+        timeout = TIMEOUT if timeout == -1 else timeout
+
+        def call() -> Any:
+            if getattr(self._files, "async_impl", False):
+                return sync(self._files.loop, getattr(self._files, f"_{name}"), *arguments, timeout=timeout, **options)
+            return getattr(self._files, name)(*arguments, **options)
+
+        return with_retries(call, path)
+
+
+def with_retries(call: Callable[[], Any], path: str) -> Any:
+    """Calls again, with growing pauses, what fails for a reason that may pass; OSError, in one sentence, when all attempts have failed."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            status = getattr(error, "status", None) or getattr(error, "code", None)
+            if isinstance(error, FileNotFoundError) or status == 404:
+                raise FileNotFoundError(f"There is no {path}.") from error
+            if isinstance(error, PermissionError) or status in (401, 403):
+                raise PermissionError(f"{path} may not be read with the credentials at hand ({_first_line(error)}).") from error
+            if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError):
+                raise OSError(f"{path} cannot be read: {attempt + 1} attempts failed, the last with {_first_line(error)}.") from error
+        time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _version(entry: dict[str, Any]) -> int:
+    names = ("ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "updated")
+    return zlib.crc32(repr([str(entry[n]) for n in names if entry.get(n)]).encode())
+
+
+def store(root: str | os.PathLike) -> LocalStore | RemoteStore:
+    """The store that holds `root`."""
+    return RemoteStore(os.fspath(root)) if is_remote(root) else LocalStore()
+
+
+def join(*parts: str | os.PathLike) -> str:
+    """A path in the store of its first part."""
+    first = os.fspath(parts[0])
+    return "/".join([first.rstrip("/"), *map(str, parts[1:])]) if is_remote(first) else os.path.join(*parts)

@@ -1,0 +1,128 @@
+"""The reader on a local object store: the same samples as from the disk, whatever latency, errors and stalls do."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import object_store
+import pytest
+
+from terramind_jax import cli
+from terramind_jax.data import scan, storage
+from terramind_jax.data.index import open_index
+from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+
+pytest.importorskip("aiohttp")
+N = 24
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    root, rng = tmp_path / "served", np.random.default_rng(0)
+    for modality, bands in (("S2L2A", 12), ("LULC", 1)):
+        for number in range(3):
+            with ShardWriter(root, "train", modality, "x", number) as shard:
+                for i in range(number, N, 3):
+                    pixels = rng.integers(0, 10, (1, bands, 32, 32)).astype(np.uint8)
+                    shard.add(f"k{i:02d}", write_sample({"bands": pixels, "center_lon": np.float64(i), "center_lat": np.float64(-i)}))
+    return root
+
+
+@pytest.fixture
+def served(local):
+    with object_store.serve(local) as (address, faults):
+        yield address, faults
+
+
+def same_as_local(index, local, threads=8):
+    expected = open_index(local, "train")
+    assert index.keys == expected.keys and index.modalities == expected.modalities
+    jobs = [(i, m) for i in range(N) for m in index.modalities]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda job: index.read(*job), jobs))
+    for job, pixels in zip(jobs, found, strict=True):
+        np.testing.assert_array_equal(pixels, expected.read(*job))
+    assert [index.coordinates(i) for i in range(N)] == [(float(i), float(-i)) for i in range(N)]
+
+
+def test_a_remote_store_is_indexed_once_and_read_by_ranges(served, local, capsys):
+    address, faults = served
+    with pytest.raises(FileNotFoundError, match=f"There is no index of {address}/train; make it once with: terramind-jax data index"):
+        open_index(address, "train")
+    assert cli.main(["data", "index", address]) == 0
+    assert f"train: {N} locations" in capsys.readouterr().out
+    before = next(faults.requests)
+    index = open_index(address, "train")
+    assert next(faults.requests) - before <= 3, "opening lists no shards"
+    same_as_local(index, local)
+    same_as_local(pickle.loads(pickle.dumps(index)), local)
+    index.read_nearby(1 << 20)
+    before = next(faults.requests)
+    same_as_local(index, local, threads=1)
+    assert next(faults.requests) - before <= 8, "neighbours share a request"
+
+
+def test_an_index_beside_the_shards_is_taken(served, local):
+    address, _ = served
+    scan.open_table(local, "train")
+    same_as_local(open_index(address, "train"), local)
+
+
+def test_errors_and_stalls_lose_nothing(served, local, monkeypatch):
+    address, faults = served
+    monkeypatch.setattr(storage, "TIMEOUT", 0.5)
+    faults.errors, faults.stalls = 0.1, 0.02
+    scan.open_table(address, "train", rebuild=True)
+    same_as_local(open_index(address, "train"), local)
+    assert next(faults.failed) > 3
+
+
+def test_threads_read_at_the_same_time(served, local):
+    address, faults = served
+    scan.open_table(address, "train", rebuild=True)
+    index, faults.latency = open_index(address, "train"), 0.05
+    same_as_local(index, local, threads=16)
+    assert faults.most_at_once >= 8
+
+
+def test_what_a_store_refuses_for_good_is_not_tried_again(served, local):
+    address, faults = served
+    scan.open_table(address, "train", rebuild=True)
+    index, faults.forbidden = open_index(address, "train"), True
+    before = next(faults.requests)
+    with pytest.raises(DataError, match="may not be read with the credentials at hand"):
+        index.read(0, "LULC")
+    assert next(faults.requests) - before == 2
+    with pytest.raises(PermissionError, match="may not be read"):
+        scan.open_table(address, "train", rebuild=True)
+
+
+def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch):
+    address, faults = served
+    scan.open_table(address, "train", rebuild=True)
+    index, faults.errors = open_index(address, "train"), 1.0
+    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    with pytest.raises(DataError, match="cannot be read .*3 attempts failed"):
+        index.read(0, "LULC")
+
+
+def test_an_interrupted_scan_goes_on(local, monkeypatch):
+    scan_shard, scanned = scan.scan_shard, []
+
+    def failing(path, *arguments, **options):
+        if path.endswith("LULC/x_shard_000001.tar") and not scanned.count("stopped"):
+            scanned.append("stopped")
+            raise KeyboardInterrupt
+        scanned.append(path)
+        return scan_shard(path, *arguments, **options)
+
+    monkeypatch.setattr(scan, "scan_shard", failing)
+    monkeypatch.setattr(scan, "_THREADS", {True: 1, False: 1})
+    with pytest.raises(KeyboardInterrupt):
+        open_index(local, "train")
+    first = [p for p in scanned if p != "stopped"]
+    scanned[:] = ["stopped"]
+    assert len(open_index(local, "train")) == N
+    assert len(first) >= 3 and not set(first) & set(scanned) and len(first) + len(scanned) - 1 == 6
