@@ -107,7 +107,7 @@ def pretraining() -> ConfigDict:
 
 
 def tokenizer_training() -> ConfigDict:
-    """Defaults of ``train-tokenizer``: networks and optimiser of the released tokenizers, with a ViT as decoder."""
+    """Defaults of ``train-tokenizer``: networks and optimiser of the released tokenizers, with a ViT as decoder and fixed crops."""
     config = ConfigDict()
 
     config.model = ConfigDict()
@@ -118,7 +118,11 @@ def tokenizer_training() -> ConfigDict:
     config.model.depth = 12  # of the encoder and of the decoder
     config.model.num_heads = 12
     config.model.mlp_ratio = 4.0
-    config.model.decoder = "vit"
+    config.model.decoder = "vit"  # vit: one pass; unet: diffusion, as all released ones but LULC's
+    config.model.decoder_patch_size = 4  # this and the next three are the U-Net's
+    config.model.model_channels = 256  # width at its finest level
+    config.model.channel_mult = (1, 2, 2, 2)  # width of each level, in model_channels
+    config.model.num_res_blocks = 3  # a level
     config.model.image_size = 256  # grid of the stored positions
     config.model.dtype = "auto"  # auto is bfloat16 on accelerators, float32 on CPU
     config.model.unroll = 1  # layers per iteration of the scan over layers
@@ -127,7 +131,10 @@ def tokenizer_training() -> ConfigDict:
     config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar
     config.data.train_split = "train"
     config.data.val_split = "val"
-    config.data.image_size = 224  # side of the training crops, in pixels
+    config.data.image_size = 224  # side of the fixed crops, in pixels; of those of the evaluations in any case
+    config.data.sizes = ()  # sides of images made of random crops, one a step, instead of training on fixed crops: 224,256
+    config.data.tile_size = 0  # side of the tiles of which random crops are taken; 0: of the first tile
+    config.data.min_crop_scale = 0.8  # least area of a random crop, as part of its tile
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1.41421e-4  # peak
@@ -148,6 +155,8 @@ def tokenizer_training() -> ConfigDict:
 
     config.mesh = _mesh()
     config.run = _run()
+    config.run.timesteps = 50  # of diffusion, in the evaluations
+    config.run.pictures_every = 1  # evaluations between pictures of reconstructions in {workdir}/pictures; 0: none
     return config.lock()
 
 
@@ -314,12 +323,14 @@ _AT_LEAST = {
     **dict.fromkeys(("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples"), 1),
     **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds"), 1),
     **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds", "run.probe_scenes"), 0),
-    **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds"), 0),
+    **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds", "run.pictures_every", "data.tile_size"), 0),
+    **dict.fromkeys(("run.timesteps", "model.num_codebooks", "model.model_channels", "model.num_res_blocks"), 1),
 }
 _ONE_OF = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.attention": ("xla", "cudnn"),
     "model.remat": ("none", "dots", "full"),
+    "model.decoder": ("vit", "unet"),
     "train.loss": ("mod", "token"),
 }
 

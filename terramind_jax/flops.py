@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from terramind_jax.model import TransformerConfig
 from terramind_jax.tokenizer import TokenizerConfig
+from terramind_jax.tokenizer.unet import has_attention
 
 # Dense bfloat16 peak of one device as JAX counts devices, in FLOP/s; the first name found in `device_kind` decides.
 PEAK = {
@@ -98,11 +99,50 @@ def transformer_recomputed(config: TransformerConfig, inputs: float, targets: fl
 
 
 def tokenizer_forward(config: TokenizerConfig, image_size: int) -> float:
-    """Operations of one image through a ViT encoder and a ViT decoder; each ends in one more MLP (spec 6.2)."""
+    """Operations of one image through a ViT encoder, which ends in one more MLP (spec 6.2), and a ViT decoder or one pass of a U-Net."""
     c, tokens = config, (image_size // config.patch_size) ** 2
     patch = 2 * tokens * c.patch_size**2 * c.channels * c.dim
     latent = 2 * tokens * c.dim * c.latent_dim
-    return 2 * (patch + latent + c.depth * encoder_block(tokens, c.dim, c.mlp_ratio) + _mlp(tokens, c.dim, c.mlp_ratio, False))
+    vit = patch + latent + c.depth * encoder_block(tokens, c.dim, c.mlp_ratio) + _mlp(tokens, c.dim, c.mlp_ratio, False)
+    return vit + (unet_forward(c, image_size) if c.decoder == "unet" else vit)
+
+
+def unet_forward(config: TokenizerConfig, image_size: int) -> float:
+    """Operations of one pass through the diffusion decoder (spec 6.5), but for those of the timestep, which are few."""
+    c, last = config, len(config.channel_mult) - 1
+    widths = [c.model_channels * m for m in c.channel_mult]
+
+    def places(level: int) -> int:
+        return (image_size // c.decoder_patch_size >> level) ** 2
+
+    def conv(level: int, inputs: int, outputs: int) -> float:
+        return 18 * places(level) * inputs * outputs
+
+    def residual(level: int, inputs: int) -> float:
+        skip = 2 * places(level) * inputs * widths[level] if inputs != widths[level] else 0
+        return conv(level, inputs, widths[level]) + conv(level, widths[level], widths[level]) + skip
+
+    def attention(level: int) -> float:
+        n, width = places(level), widths[level]
+        return 8 * n * width**2 + 4 * n**2 * width if has_attention(c, level) else 0
+
+    pixels = c.channels * c.decoder_patch_size**2
+    total, skips = conv(0, pixels + c.latent_dim, widths[0]) + conv(0, widths[0], pixels), [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(c.num_res_blocks):
+            total += residual(level, skips[-1]) + attention(level)
+            skips.append(width)
+        if level < last:
+            total += conv(level + 1, width, width)
+            skips.append(width)
+    total += 2 * residual(last, widths[last]) + attention(last)
+    width = widths[last]
+    for level in range(last, -1, -1):
+        for _ in range(c.num_res_blocks + 1):
+            total += residual(level, width + skips.pop()) + attention(level)
+            width = widths[level]
+        total += conv(level - 1, width, width) if level else 0
+    return total
 
 
 def tokenizer_step(config: TokenizerConfig, batch_size: int, image_size: int) -> float:

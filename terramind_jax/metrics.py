@@ -14,6 +14,7 @@ import numpy as np
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+DATA_RANGE = {"S2L2A": 10_000.0, "S1GRD": 40.0, "S1RTC": 40.0, "DEM": 4000.0, "NDVI": 2.0}  # full scale as used here, in the unit
 
 
 @dataclasses.dataclass
@@ -108,10 +109,15 @@ def ssim(prediction: np.ndarray, truth: np.ndarray, *, data_range: float, valid:
     return float(similarity[whole].mean()) if whole.any() else math.nan
 
 
-def _blur(x: np.ndarray) -> np.ndarray:
+def gaussian() -> np.ndarray:
+    """Weights ``[11]`` of a window of SSIM along one axis."""
     offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     weights = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
-    return _windows(x, weights / weights.sum())
+    return weights / weights.sum()
+
+
+def _blur(x: np.ndarray) -> np.ndarray:
+    return _windows(x, gaussian())
 
 
 def _windows(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

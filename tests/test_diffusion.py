@@ -45,6 +45,22 @@ def test_schedule_is_the_references():
     assert got[999] == 0 and (np.diff(got) < 0).all()
 
 
+def test_noise_leaves_the_first_image_and_hides_the_last():
+    image, noise = normal(0, (3, 8, 8, 1)), normal(1, (3, 8, 8, 1))
+    made = np.asarray(diffusion.add_noise(image, noise, jnp.array([0, 500, 999])))
+    np.testing.assert_allclose(made[0], image[0], atol=0.05)
+    np.testing.assert_allclose(made[1], 0.0752462**0.5 * image[1] + (1 - 0.0752462) ** 0.5 * noise[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(made[2], noise[2])
+
+
+def test_noise_in_training_is_normal_and_at_every_timestep():
+    x, t = diffusion.noised(jax.random.split(jax.random.key(0), 4000), jnp.zeros((4000, 8, 8, 1)))
+    assert t.min() < 5 and t.max() > 994 and abs(float(t.mean()) - 499.5) < 20
+    late = np.asarray(x)[np.asarray(t) > 900]
+    assert abs(late.std() - 1) < 0.02 and abs(late.mean()) < 0.02
+    assert len(np.unique(late[:, 0, 0, 0])) == len(late)
+
+
 @pytest.mark.parametrize(
     ("timesteps", "spacing", "expected"),
     [

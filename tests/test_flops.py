@@ -77,11 +77,15 @@ def test_what_a_remat_policy_repeats(gated):
     assert 0 == formula["none"] < formula["dots"] < formula["full"]
 
 
-def test_tokenizer_agrees_with_xla():
-    config = tokenizers.TokenizerConfig("DEM", 1, dim=256, depth=2, num_heads=4, unroll=2)
+@pytest.mark.parametrize("decoder", ["vit", "unet"])
+def test_tokenizer_agrees_with_xla(decoder):
+    sizes = dict(decoder=decoder, model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=2)
+    config = tokenizers.TokenizerConfig("DEM", 1, dim=256, depth=2, num_heads=4, unroll=2, **sizes)
     module = tokenizers.Tokenizer(config)
     variables = jax.eval_shape(lambda key: meta.unbox(tokenizers.init(module, key)), jax.random.key(0))
-    counted = xla_flops(module.apply, variables, jax.ShapeDtypeStruct((1, 224, 224, 1), jnp.float32))
+    image = jax.ShapeDtypeStruct((1, 224, 224, 1), jnp.float32)
+    noised = (image, jax.ShapeDtypeStruct((1,), jnp.int32)) if decoder == "unet" else ()
+    counted = xla_flops(module.apply, variables, image, *noised)
     assert flops.tokenizer_forward(config, 224) == pytest.approx(counted, rel=0.05)
 
 

@@ -193,7 +193,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, inputs)
 
 
 def test_training_reaches_every_parameter(variables, inputs):
-    """The forward pass that predicts an image from itself under noise; the loop that trains it is not there yet."""
+    """The forward pass that predicts an image from itself under noise."""
     _, x, t = inputs
 
     def loss(params):

@@ -2,11 +2,13 @@
 
     terramind-jax train-tokenizer --config=configs/tokenizer/lulc.py --workdir=TOKENIZERS/LULC --config.data.root=SHARDS
 
-Hardware: accelerators; about 180 M parameters. Hours and errors to expect: not measured yet.
+Hardware: accelerators; about 184 M parameters. Hours and errors to expect: not measured yet. The same at a small size, in minutes
+on a CPU, and what differs from the original: configs/tokenizer/README.md.
 
-Known of the original: 20 epochs of TerraMesh, batch 2048 on 16 GPUs, AdamW (0.9, 0.99), peak learning rate 3.53553e-5, weight
-decay 0.05, gradients clipped at 1, EMA 0.99, one epoch of warm-up. Original crops were 0.8 to 1 of a tile, resized; these are the
-fixed crops that tokens are stored for. Unknown: whether the released weights are the averaged ones.
+Known of the original, and so here: crops of 0.8 to 1 of a tile, mirrored in half of the cases and resized to 224, 240 or 256
+pixels, AdamW (0.9, 0.99), the peak learning rate, weight decay 0.05, gradients clipped at 1, the averages' decay, one epoch of
+warm-up. It was trained for 20 epochs of TerraMesh, batch 2048 on 16 GPUs, resumed at epoch 14, bfloat16. Unknown: whether the
+released weights are the averaged ones.
 
 Every other field, with its meaning: `tokenizer_training` in terramind_jax/config.py.
 """
@@ -20,9 +22,13 @@ def get_config() -> ConfigDict:
     config = tokenizer_training()
     config.model.modality = "LULC"
     config.model.levels = (7, 5, 5, 5, 5)  # of the codebook
+
+    config.data.sizes = (224, 240, 256)  # of random crops, one a step
+
     config.optimizer.learning_rate = 3.53553e-5  # peak
     config.optimizer.warmup_samples = 9e6  # an epoch of TerraMesh; at most a tenth of the run
-    config.train.total_samples = 180e6  # or set train.steps
+
+    config.train.total_samples = 180e6  # 20 epochs of TerraMesh; or set train.steps
     config.train.batch_size = 2048
     config.train.ema_decay = 0.99
     return config

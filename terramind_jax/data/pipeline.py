@@ -199,7 +199,7 @@ def image_batches(
     Only samples that have the modality are visited. Order, position, crops (any of the ten, one a sample and epoch) and ``train=False``
     are as in `batches`; unreadable images are zeros, marked bad.
     """
-    check_sizes(DataConfig(image_size=image_size), batch_size, consumed, host, hosts, train)
+    check_sizes(DataConfig(), batch_size, consumed, host, hosts, train)  # whole crops may have any side
     images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train)
     positions = grain.MapDataset.range(consumed, consumed + _length(len(images.samples), batch_size, consumed, train))
     return _iterate(positions[host::hosts].map(images).batch(batch_size // hosts), workers, threads)

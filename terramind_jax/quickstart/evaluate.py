@@ -13,7 +13,6 @@ from terramind_jax.data import crops
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.train import pretrain, tokenizer
 
-DATA_RANGE = {"S2L2A": 10_000.0, "S1GRD": 40.0, "S1RTC": 40.0, "DEM": 4000.0, "NDVI": 2.0}  # full scale of PSNR and SSIM, in the unit
 CLASSES = len(modalities.LULC_CLASSES)
 PICTURED = 4  # scenes in the picture
 FIT_SCENES = 96  # training scenes that the baselines are fitted on
@@ -121,7 +120,7 @@ def fit(train: Index, source: str, modality: str) -> dict[str, object]:
 def _empty(modality: str) -> Scores:
     if modality == "LULC":
         return Scores(confusion=np.zeros((CLASSES, CLASSES), np.int64))
-    return Scores(errors=metrics.Errors(DATA_RANGE[modality]))
+    return Scores(errors=metrics.Errors(metrics.DATA_RANGE[modality]))
 
 
 def record(scores: dict[str, Scores], modality: str, made, truth, image, fitted: dict[str, object], clean: np.ndarray | None) -> None:
@@ -165,7 +164,7 @@ def report(scores, source: str, folder: Path, model: str, trained: int, held_out
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_table_row(m, method, s) for m, by_method in scores.items() for method, s in by_method.items() if _filled(s)]
-    ranges = ", ".join(f"{m} {DATA_RANGE[m]:g} {modalities.get(m).unit}" for m in scores if m in DATA_RANGE)
+    ranges = ", ".join(f"{m} {metrics.DATA_RANGE[m]:g} {modalities.get(m).unit}" for m in scores if m in metrics.DATA_RANGE)
     lines += ["", f"MAE and RMSE are in the modality's unit. PSNR and SSIM take as full scale: {ranges}.", ""]
     lines += [sentence for m, by_method in scores.items() if (sentence := _verdict(m, by_method))]
     if not is_embedded:

@@ -1,7 +1,19 @@
 """Image tokenizers: ViT encoder, finite scalar quantization, ViT or diffusion decoder (spec 6)."""
 
 from terramind_jax.tokenizer.config import TokenizerConfig
-from terramind_jax.tokenizer.diffusion import decode
-from terramind_jax.tokenizer.vqvae import Tokenizer, apply, init, reconstruction_loss
+from terramind_jax.tokenizer.diffusion import TRAIN_STEPS, decode, denoise, noised, plan
+from terramind_jax.tokenizer.vqvae import Tokenizer, apply, init, prepare, reconstruction_loss
 
-__all__ = ["Tokenizer", "TokenizerConfig", "apply", "decode", "init", "reconstruction_loss"]
+__all__ = [
+    "TRAIN_STEPS",
+    "Tokenizer",
+    "TokenizerConfig",
+    "apply",
+    "decode",
+    "denoise",
+    "init",
+    "noised",
+    "plan",
+    "prepare",
+    "reconstruction_loss",
+]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+GROUPS = 32  # of channels that the U-Net normalises together
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -41,6 +43,8 @@ class TokenizerConfig:
             raise ValueError(f"Tokenizer dim {self.dim} must be a multiple of 4 and of num_heads {self.num_heads}.")
         if self.image_size % self.patch_size:
             raise ValueError(f"Tokenizer image_size {self.image_size} must be a multiple of patch_size {self.patch_size}.")
+        if self.decoder == "unet" and any(self.model_channels * m % GROUPS for m in self.channel_mult):
+            raise ValueError(f"Tokenizer model_channels {self.model_channels} must be a multiple of {GROUPS}, its groups of channels.")
 
     @property
     def codebook_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Tokens to images by diffusion: noise schedule, DDIM and DDPM, and one scan over their steps (spec 6.6, 6.7).
+"""Tokens to images by diffusion: noise schedule, DDIM and DDPM, and one scan over their steps (spec 6.6, 6.7); noise in training (9.4).
 
 A step is ``x <- a * clip(x0) + b * x + c * x0 + d * noise``, x0 being the network's prediction from x, so a scheduler is a table of a, b,
 c and d.
@@ -83,13 +83,28 @@ def _denoise(variables, tokens, words, noise, steps, *, module, clip, noisy) -> 
         return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(sampling.step_keys(keys, t))
 
     codes = module.apply(variables, tokens, method="codes")
+    start = draw(TRAIN_STEPS) if noise is None else noise
+    return denoise(module, variables, codes, start, steps, clip=clip, draw=draw if noisy else None)
+
+
+def denoise(
+    module: Tokenizer,
+    variables: Mapping[str, Any],
+    codes: jax.Array,
+    noise: jax.Array,
+    steps: tuple[jax.Array, jax.Array],
+    *,
+    clip: bool = True,
+    draw: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Codes ``[B, h, w, latent_dim]`` and the noise to start from ``[B, H, W, C]`` -> image: `sample` with a tokenizer's U-Net."""
     # Made here, not in the loop, from which XLA would not take them.
     kernels = {conv.COLLECTION: conv.transform_kernels(variables["params"])}
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
         return module.apply({**variables, **kernels}, codes, x, t, method="predict")
 
-    return sample(predict, draw(TRAIN_STEPS) if noise is None else noise, steps, clip=clip, draw=draw if noisy else None)
+    return sample(predict, noise, steps, clip=clip, draw=draw)
 
 
 def sample(
@@ -109,6 +124,23 @@ def sample(
         return new if draw is None else new + random * draw(t), None
 
     return jax.lax.scan(body, x.astype(jnp.float32), steps)[0]
+
+
+def noised(keys: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the decoder sees in training (spec 9.4): images ``[B, H, W, C]`` under noise, each at a timestep of its own, ``[B]`` int32.
+
+    `keys` ``[B]`` are one a sample, which then does not depend on the batch around it.
+    """
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, TRAIN_STEPS))(sampling.step_keys(keys, 0))
+    noise = jax.vmap(lambda key: jax.random.normal(key, image.shape[1:]))(sampling.step_keys(keys, 1))
+    return add_noise(image, noise, t), t
+
+
+def add_noise(image: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """``sqrt(a) image + sqrt(1 - a) noise`` at timesteps `t` ``[B]``; at the last one nothing is left of the image."""
+    a = alphas_cumprod()
+    kept, added = (jnp.asarray(x, jnp.float32)[t][:, None, None, None] for x in (np.sqrt(a), np.sqrt(1 - a)))
+    return kept * image + added * noise
 
 
 # ---- schedule ----

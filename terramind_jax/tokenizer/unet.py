@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terramind_jax.tokenizer.config import TokenizerConfig
+from terramind_jax.tokenizer.config import GROUPS, TokenizerConfig
 from terramind_jax.tokenizer.conv import Conv
 from terramind_jax.tokenizer.vit import pointwise
 
-GROUPS = 32
 ATTENTION_LEVELS = 2  # the lowest ones
 
 

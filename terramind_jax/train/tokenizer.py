@@ -1,29 +1,36 @@
-"""Training of one modality's tokenizer: one straight loop over one pure step (spec 9.4, 9.5)."""
+"""Training of one modality's tokenizer: one straight loop over one pure step (spec 9.4, 9.5).
+
+A ViT decoder is trained to reconstruct, by squared error or for LULC cross-entropy; a U-Net to tell the image from the image under noise.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, flops, modalities, sharding
+from terramind_jax import checkpoint, files, flops, modalities, sampling, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
 from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import image_batches
+from terramind_jax.data.shards import DataError
 from terramind_jax.data.views import read_variants
-from terramind_jax.tokenizer import fsq
-from terramind_jax.train import loop, optimizer, state
+from terramind_jax.train import loop, optimizer, reconstruction, state
+from terramind_jax.train.random_crops import random_crops
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -34,10 +41,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Data ----
     configuration.check(config, "train-tokenizer")
     module = networks.Tokenizer(tokenizer_config(config))
-    if module.config.decoder != "vit":
-        raise ValueError(f"model.decoder is {module.config.decoder!r}; only tokenizers with the decoder 'vit' can be trained here.")
-    modality, size = config.model.modality, config.data.image_size
-    index = open_images(config, config.data.train_split)
+    check_sizes(config, module.config)
+    modality, index = config.model.modality, open_images(config, config.data.train_split)
+    size = side_read(config, index)
     validation = (
         open_images(config, config.data.val_split) if (Path(config.data.root) / config.data.val_split / modality).is_dir() else None
     )
@@ -71,22 +77,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         warmup=warmup,
         ema_decay=config.train.ema_decay,
     )
-    step_fn = jax.jit(partial(train_step, module, update), donate_argnums=0, out_shardings=(layout, replicated))
-    errors_fn = jax.jit(partial(errors, module), out_shardings=replicated)
+    draws = Draws(config.train.seed, tuple(config.data.sizes), config.data.min_crop_scale)
+    step_fn = jax.jit(partial(train_step, module, draws, update), donate_argnums=0, out_shardings=(layout, replicated))
+    measure_fn = jax.jit(partial(measure, module, draws, config.run.timesteps), out_shardings=replicated)
 
     def validated(train_state: state.State, buffers: Any) -> dict[str, float]:
-        fixed = device_batches(config, validation, mesh, train=False)
-        return validate(partial(errors_fn, train_state.ema, buffers), fixed, config.run.eval_batches, module.config)
+        step, run = int(train_state.step), config.run
+        batches = itertools.islice(device_batches(config, validation, mesh, train=False), run.eval_batches)
+        measured = (measure_fn(train_state.ema, buffers, batch) for batch in batches)
+        first = next(measured)
+        number = math.ceil(step / run.eval_every) if run.eval_every else 1
+        if run.pictures_every and number % run.pictures_every == 0 and jax.process_index() == 0:
+            path = files.folder(workdir) / "pictures" / f"step_{step:09d}.png"
+            reconstruction.draw(path, modality, *jax.device_get(first[1]), title=f"{modality} at step {step}")
+        return reconstruction.summarize(module.config, (sums for sums, _ in itertools.chain([first], measured)))
 
     # ---- Loop ----
     faults = Faults(index, lambda i: read_variants(index, i, modality, size))
+    sides = draws.sizes or (size,)
     training = loop.Training(
         title=f"{modality} tokenizer: {state.size(train_state.params)} parameters, {len(index)} samples",
         total=total,
         work={
             "images": batch_size,
             "samples": batch_size,
-            "flops": flops.tokenizer_step(module.config, batch_size, size),
+            "flops": sum(flops.tokenizer_step(module.config, batch_size, side) for side in sides) / len(sides),
             "peak": flops.peak() * jax.device_count(),
         },
         summed=("bad",),
@@ -101,77 +116,73 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
 # ---- one step, as a pure function ----
 
 
-def _prepare(config: networks.TokenizerConfig, image: jax.Array) -> jax.Array:
-    """Stored values -> what the tokenizer reads: standardised floats, or class maps as they are."""
-    return image if config.is_class_map else modalities.standardize(config.modality, image)
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What a step draws, all of it from `seed` and the samples' positions in the data.
+
+    `sizes` are the sides of images made of random crops of at least `min_crop_scale` of a tile's area; without any, crops are fixed.
+    """
+
+    seed: int = 0
+    sizes: Sequence[int] = ()
+    min_crop_scale: float = 0.8
+
+    def keys(self, position: jax.Array, what: str) -> jax.Array:
+        """A key a sample ``[B]`` from positions, two words each, ``[B, 2]`` uint32."""
+        return sampling.step_keys(sampling.sample_keys(position, f"tokenizer {what}"), self.seed)
 
 
-def loss(module: networks.Tokenizer, params: Any, buffers: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Mean reconstruction loss of the readable images ``[]`` and their tokens ``[B, h, w, K]``."""
-    image = _prepare(module.config, batch["image"])
-    reconstruction, codes = module.apply({"params": params, "buffers": buffers}, image)
-    weight = ~batch["bad"]
-    each = networks.reconstruction_loss(module.config, reconstruction, image)
-    return (each * weight).sum() / jnp.maximum(weight.sum(), 1), _tokens(module.config, codes)
+def loss(
+    module: networks.Tokenizer, params: Any, buffers: Any, image: jax.Array, weight: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss over the images ``[B, H, W, C]`` of weight 1, ``[]``, and counts of tokens (`reconstruction.usage`).
+
+    `image` is what `reconstruction.prepare` gives. `keys` ``[B]`` draw noise and timesteps for a diffusion decoder.
+    """
+    noised = networks.noised(keys, image) if module.config.decoder == "unet" else ()
+    made, codes = module.apply({"params": params, "buffers": buffers}, image, *noised)
+    each = networks.reconstruction_loss(module.config, made, image)
+    return (each * weight).sum() / jnp.maximum(weight.sum(), 1), reconstruction.usage(module.config, codes, weight)
 
 
-def _tokens(config: networks.TokenizerConfig, codes: jax.Array) -> jax.Array:
-    grouped = codes.reshape(*codes.shape[:-1], config.num_codebooks, len(config.levels))
-    return fsq.codes_to_tokens(grouped, config.levels)
+def value_and_grad(
+    module: networks.Tokenizer, draws: Draws, params: Any, buffers: Any, batch: Mapping[str, jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """((loss, counts of tokens), gradients) of a batch, at the one of `draws.sizes` that falls to it.
+
+    Each side has a branch of its own in one program, so shapes are static and a step takes the time of its own side.
+    """
+    image = reconstruction.prepare(module.config, batch["image"])
+    keys, crop_keys = draws.keys(batch["position"], "noise"), draws.keys(batch["position"], "crops")
+
+    def at(side: int | None):
+        def branch(params: Any, image: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            if side is not None:
+                image = random_crops(crop_keys, image, side, draws.min_crop_scale, nearest=module.config.is_class_map)
+            return jax.value_and_grad(partial(loss, module), has_aux=True)(params, buffers, image, ~batch["bad"], keys)
+
+        return branch
+
+    if not draws.sizes:
+        return at(None)(params, image)
+    drawn = jax.random.randint(draws.keys(batch["position"][:1], "size")[0], (), 0, len(draws.sizes))
+    return jax.lax.switch(drawn, [at(side) for side in draws.sizes], params, image)
 
 
 def train_step(
-    module, update, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]
+    module: networks.Tokenizer, draws: Draws, update, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[state.State, dict[str, jax.Array]]:
     """(state, batch) -> (state, metrics): one step of AdamW and of the average."""
-    (value, tokens), grads = jax.value_and_grad(partial(loss, module), has_aux=True)(train_state.params, buffers, batch)
+    (value, counts), grads = value_and_grad(module, draws, train_state.params, buffers, batch)
     train_state, metrics = update(train_state, loss=value, grads=grads)
-    metrics["codes_in_batch"] = (usage(module.config, tokens, ~batch["bad"]) > 0).mean()
+    metrics["codes_in_batch"] = (counts > 0).mean()
     metrics["bad"] = batch["bad"].sum()
     return train_state, metrics
 
 
-def usage(config: networks.TokenizerConfig, tokens: jax.Array, weight: jax.Array) -> jax.Array:
-    """How often each code occurs in tokens ``[B, h, w, K]`` of the images with weight 1: ``[codebook_size]`` float32."""
-    weight = jnp.broadcast_to(weight[:, None, None, None], tokens.shape).astype(jnp.float32)
-    return jnp.zeros(config.codebook_size).at[tokens.reshape(-1)].add(weight.reshape(-1))
-
-
-def errors(module: networks.Tokenizer, params: Any, buffers: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums over the readable images: pixels, squared error in the modality's unit (LULC: wrong pixels), loss, code counts."""
-    config, weight = module.config, ~batch["bad"]
-    image = _prepare(config, batch["image"])
-    reconstruction, codes = module.apply({"params": params, "buffers": buffers}, image)
-    if config.is_class_map:
-        wrong = (reconstruction.argmax(-1) != image[..., 0]).mean((1, 2))
-    else:
-        _, std = modalities.statistics(config.modality)
-        wrong = jnp.square((reconstruction - image) * std).mean((1, 2, 3))
-    return {
-        "images": weight.sum(),
-        "error": (wrong * weight).sum(),
-        "loss": (networks.reconstruction_loss(config, reconstruction, image) * weight).sum(),
-        "codes": usage(config, _tokens(config, codes), weight),
-    }
-
-
-def validate(errors_fn, data: Iterator[Mapping[str, jax.Array]], n: int, config: networks.TokenizerConfig) -> dict[str, float]:
-    """Loss, error and use of the codebook over the first `n` batches of centre crops.
-
-    The error is the RMSE in the modality's unit, for LULC the share of right pixels. `codes` is the share of the codebook that
-    occurs, `perplexity` how many equally frequent codes would carry as much.
-    """
-    sums: dict[str, Any] = {}
-    for batch in itertools.islice(data, n):
-        one = errors_fn(batch)
-        sums = one if not sums else jax.tree.map(jnp.add, sums, one)
-    images = float(jnp.maximum(sums["images"], 1))
-    share = sums["codes"] / jnp.maximum(sums["codes"].sum(), 1)
-    entropy = -(share * jnp.log(jnp.where(share > 0, share, 1))).sum()
-    error = float(sums["error"]) / images
-    quality = {"val/accuracy": 1 - error} if config.is_class_map else {"val/rmse": math.sqrt(error)}
-    codes = {"val/codes": float((sums["codes"] > 0).mean()), "val/perplexity": float(jnp.exp(entropy))}
-    return {"val/loss": float(sums["loss"]) / images, **quality, **codes}
+def measure(module: networks.Tokenizer, draws: Draws, timesteps: int, params: Any, buffers: Any, batch: Mapping[str, jax.Array]):
+    """`reconstruction.measure` with noise that is the same in every evaluation."""
+    return reconstruction.measure(module, timesteps, params, buffers, batch, draws.keys(batch["position"], "noise"))
 
 
 # ---- from a configuration ----
@@ -186,6 +197,31 @@ def tokenizer_config(config: ConfigDict) -> networks.TokenizerConfig:
     return networks.TokenizerConfig(
         channels=modality.channels, **{**config.model.to_dict(), "dtype": state.compute_dtype(config.model.dtype)}
     )
+
+
+def side_read(config: ConfigDict, index: Index, train: bool = True) -> int:
+    """Side of what is read of a tile: all of it where random crops are made of it, else a fixed crop."""
+    if not (train and config.data.sizes):
+        return config.data.image_size
+    return config.data.tile_size or first_side(index, config.model.modality)
+
+
+def first_side(index: Index, modality: str) -> int:
+    """The side of the first tile of a modality that can be read, the shorter one; a ValueError if none of the first hundred can."""
+    for i in np.flatnonzero(index.available[:, index.modalities.index(modality)])[:100]:
+        with contextlib.suppress(DataError, OSError):
+            return min(index.read(int(i), modality).shape[:2])
+    raise ValueError(f"None of the first tiles of {modality} can be read; look at them with `terramind-jax data check`.")
+
+
+def check_sizes(config: ConfigDict, network: networks.TokenizerConfig) -> None:
+    """A ValueError for sides that the network cannot halve often enough, and for crops that are none."""
+    multiple, data = network.decoder_multiple, config.data
+    for field, side in (("image_size", data.image_size), *(("sizes", side) for side in data.sizes)):
+        if side < multiple or side % multiple:
+            raise ValueError(f"data.{field} has {side}; a tokenizer with the decoder {network.decoder!r} needs multiples of {multiple}.")
+    if not 0 < data.min_crop_scale <= 1:
+        raise ValueError(f"data.min_crop_scale={data.min_crop_scale}; expected a part of the tile's area, above 0 and at most 1.")
 
 
 def open_images(config: ConfigDict, split: str) -> Index:
@@ -207,23 +243,31 @@ def device_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
 
-    Checks configuration and data at once and reads when the first batch is asked for. `faults` are told of bad samples.
+    ``{"image": [B, S, S, C] as stored, "bad": [B], "position": [B, 2] uint32}``; a position is the sample's place in the whole run, in
+    two words, high and low. Checks configuration and data at once and reads when the first batch is asked for. `faults` are told of
+    bad samples.
     """
     host, hosts = sharding.host_share(mesh)
+    batch_size = config.train.batch_size
     share = image_batches(
         index,
         config.model.modality,
-        batch_size=config.train.batch_size,
+        batch_size=batch_size,
         seed=config.train.seed,
         consumed=consumed,
         host=host,
         hosts=hosts,
         workers=workers,
-        image_size=config.data.image_size,
+        image_size=side_read(config, index, train),
         train=train,
     )
     share = faults.following(share) if faults else share
-    return (sharding.to_global({"image": batch["image"], "bad": batch["bad"]}, mesh) for batch in share)
+
+    def placed(step: int, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        position = sampling.seed_words(consumed + step * batch_size + np.arange(host, batch_size, hosts), batch_size // hosts)
+        return {"image": batch["image"], "bad": batch["bad"], "position": position}
+
+    return (sharding.to_global(placed(step, batch), mesh) for step, batch in enumerate(share))
 
 
 def load(workdir: str | os.PathLike) -> tuple[networks.Tokenizer, dict[str, Any]]:
