@@ -54,6 +54,8 @@ verdict() {
         echo error # of use, as `pretrain` tells by this code; later it may also be a storage that fails
       elif grep -qx unreachable <<<"$1"; then
         echo unreachable
+      elif ! grep -qvx 'running\|exited-0' <<<"$1"; then
+        echo running # its last seconds
       elif grep -qx exited-143 <<<"$1"; then
         echo terminated # by SIGTERM, and saved
       elif grep -q 'exited\|died' <<<"$1"; then

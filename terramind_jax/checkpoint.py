@@ -9,6 +9,7 @@ file are right is left to the storage.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from terramind_jax import files
 FOLDER = "checkpoints"
 COUNTERS = "counters"
 
+RETRY_SECONDS = 1.0
 TREES = ("params", "buffers", "opt_state", "ema")
 
 
@@ -69,16 +71,23 @@ class Checkpoints:
         self._manager.wait_until_finished()
         failed: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored, error = self._read(step, abstract), None
-            except Exception as damage:  # whatever it leads to
-                restored, error = None, damage
+            restored, error = self._try(step, abstract)
             if _everywhere(error is None):
                 for damaged, why in failed.items():
                     self._give_up(damaged, why, step)
                 return restored
             failed[step] = error or ValueError("another process cannot read it")
         raise failed[max(failed)]
+
+    def _try(self, step: int, abstract: Mapping[str, Any]) -> tuple[Any, Exception | None]:
+        """What `_read` gives, or the error; a second time before that, as a storage may fail for a moment."""
+        for attempt in (1, 2):
+            try:
+                return self._read(step, abstract), None
+            except Exception as damage:  # whatever it leads to
+                error = damage
+            time.sleep(RETRY_SECONDS if attempt == 1 else 0)
+        return None, error
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
         """By the handlers alone: the manager would leave the other processes waiting for one that fails."""

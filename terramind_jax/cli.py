@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.command(parsed) or 0
     except Exception as error:
-        if os.environ.get(DEBUG) == "1" or not _is_users(error):
+        if not _told(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _told(error: Exception) -> bool:
+    """Whether an error was told in one sentence, as those of use are; the others need their traceback."""
+    if os.environ.get(DEBUG) == "1" or not _is_users(error):
+        return False
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return True
 
 
 def _is_users(error: Exception) -> bool:
@@ -105,6 +113,12 @@ def _train(train, parsed: argparse.Namespace) -> int:
     except checkpoint.Terminated as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if not processes.several():
+            raise
+        if not _told(error):
+            traceback.print_exc()
+        processes.abandon(2 if _is_users(error) else 1)
     print("  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if value == value))  # a modality without targets has no loss
     return 0
 

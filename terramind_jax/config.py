@@ -179,7 +179,7 @@ def _run() -> ConfigDict:
     run.workers = 0  # processes that read data; 0: this one
     run.max_bad_fraction = 0.1  # of the samples of about the last 100 steps that cannot be read; past it the run stops
     run.patience = 100  # steps skipped in a row, after which the run goes back to its last checkpoint, with other data
-    run.rewinds = 3  # how often it does so before it stops
+    run.rewinds = 3  # how often it does so, without a checkpoint in between, before it stops
     run.stall_seconds = 300.0  # a step that takes longer is reported, with the process that it waits for; 0: never
     run.heartbeat_seconds = 100  # a process of several that is silent for so long counts as dead, and all others end
     run.profile = ""  # START:STOP, steps whose trace goes to {workdir}/profile, to be read with XProf
@@ -327,7 +327,7 @@ _AT_LEAST = {
     **dict.fromkeys(("run.timesteps", "model.num_codebooks", "model.model_channels", "model.num_res_blocks"), 1),
 }
 _ONE_OF = {
-    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.dtype": ("auto", "float32", "bfloat16"),  # float16 would need its loss scaled
     "model.attention": ("xla", "cudnn"),
     "model.remat": ("none", "dots", "full"),
     "model.decoder": ("vit", "unet"),

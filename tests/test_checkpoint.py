@@ -27,6 +27,11 @@ def abstract(tree, mesh):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), tree)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0)
+
+
 def test_save_and_restore_on_another_mesh(tmp_path):
     one, other = sharding.make_mesh(data=1, fsdp=8), sharding.make_mesh(data=8)
     kept = checkpoint.Checkpoints(tmp_path, keep=2)

@@ -118,7 +118,7 @@ def test_documented_workers_find_later_views_in_memory(name):
         ("run.checkpoint_every", 0, "run.checkpoint_every=0; expected at least 1."),
         ("train.batch_size", 0, "train.batch_size=0; expected at least 1."),
         ("model.remat", "foo", "model.remat='foo'; expected one of none, dots, full."),
-        ("model.dtype", "float17", "model.dtype='float17'; expected one of auto, float32, bfloat16, float16."),
+        ("model.dtype", "float17", "model.dtype='float17'; expected one of auto, float32, bfloat16."),
         ("model.num_heads", 0, "model.num_heads=0; expected at least 1."),
         ("model.num_heads", 5, "model.dim=192 must be a multiple of 4, for the positions, and of model.num_heads=5."),
         ("model.dim", 66, "model.dim=66 must be a multiple of 4"),

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from launching import GROUPS, LAUNCH, REPOSITORY, call, executable, flags_of, with_python
 
+from terramind_jax import cli
+
 # ---- jobset.yaml ----
 
 
@@ -36,7 +38,10 @@ def test_jobset_is_one_pod_a_host_and_all_restart_together():
     assert policy["maxRestarts"] > 0
     [rule] = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
-    assert job["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]}]
+    assert job["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [cli.INTERRUPTED]}},
+    ]
     assert pod["terminationGracePeriodSeconds"] >= 300
 
     # The coordinator is process 0, and every pod is told where it is.

@@ -275,6 +275,8 @@ GIVE_BACK = ["stop", "delete"]
         # two looks in a row without an answer
         (("silent", "running", "silent", "silent", "exited-0"), ("--patience=2",), 0, [*GIVE_BACK, *BEGIN, *GIVE_BACK], "did not answer 2"),
         (("running", "exited-1 running", "running", "died", "exited-9"), (), 1, [*RESTART, *RESTART, "log", *GIVE_BACK], "failed 3 times"),
+        # some workers end before the others
+        (("running exited-0", "exited-0 exited-0"), (), 0, GIVE_BACK, "has ended"),
         # an error of use
         (("exited-2 died",), (), 2, ["log", *GIVE_BACK], "refuses its arguments"),
     ],

@@ -96,6 +96,14 @@ def test_a_step_that_is_not_finite_or_a_spike_is_skipped_and_counted(tmp_path, w
     np.testing.assert_array_equal(saved(tmp_path)[0], after)  # those of the step before
 
 
+def test_a_lasting_spike_leads_back_and_is_never_applied(tmp_path):
+    config = settings(checkpoint_every=4)
+    config.optimizer.spike_factor = 10.0
+    config.run.patience = 3
+    last = train(tmp_path, lambda step: 30.0 if 6 <= step <= 8 else 1.0, config=config)
+    assert (last["skipped"], last["rewinds"]) == (3, 1)
+
+
 def test_no_checkpoint_is_written_of_a_state_that_was_not_just_improved(tmp_path):
     train(tmp_path, lambda step: np.nan if step in (8, 15) else 1.0)
     assert tiny_run.checkpoints(tmp_path) == [12, 16, 20]

@@ -160,7 +160,7 @@ def test_a_plan_adds_up(eight):
     assert facts["tokens_per_second"] == pytest.approx(88 / seconds["predicted"])
     assert run["steps"] == 32
     assert run["money"] == pytest.approx(run["chip_hours"] * 1.2) == pytest.approx(32 * seconds["predicted"] * 8 / 3600 * 1.2)
-    assert facts["input"]["views"] == pytest.approx(8 / 2 / seconds["predicted"])  # two hosts
+    assert facts["input"]["views"] == pytest.approx(8 / seconds["predicted"])  # these devices are one host
     assert "advice" not in facts
     assert json.loads(json.dumps(facts))["chips"] == 8
 

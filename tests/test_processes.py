@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from terramind_jax import processes
+from terramind_jax import cli, processes
 from terramind_jax.data import pipeline
 from terramind_jax.train import logging, pretrain
 
@@ -212,3 +212,27 @@ def test_two_processes_are_killed_and_terminated_and_end_as_one_that_was_not(tmp
     assert tiny_run.samples(broken) == tiny_run.samples(whole)
     assert max(tiny_run.differences(*(pretrain.load(workdir)[1]["params"] for workdir in (broken, whole)))) < 1e-5
     assert list((broken / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"), [(ValueError("too large"), 2, "error: too large\n"), (OSError("gone"), 1, "OSError: gone\n")]
+)
+def test_one_of_several_processes_that_fails_ends_at_once(tmp_path, monkeypatch, capsys, error, code, told):
+    """Else it would wait five minutes for the others, and these for it."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "abandon", end)
+    monkeypatch.setattr(pretrain, "train", fail)
+    config = tiny_run.write_config(tmp_path / "config.py", tiny_run.pretraining(tmp_path))
+    with pytest.raises(Ended, match=str(code)):
+        cli.main(["pretrain", f"--config={config}", f"--workdir={tmp_path}"])
+    assert capsys.readouterr().err.endswith(told)

@@ -128,7 +128,7 @@ def test_fsdp_wider_than_pays_is_warned_of(root):
     [
         ("cpu", {}, "an NVIDIA GPU, not a cpu"),
         ("tpu", {}, "an NVIDIA GPU, not a tpu"),
-        ("gpu", {"model.dtype": "float32"}, "model.dtype bfloat16 or float16, not float32"),
+        ("gpu", {"model.dtype": "float32"}, "model.dtype bfloat16, not float32"),
         ("gpu", {"model.num_heads": 16}, "a multiple of 8 up to 128, not 4"),
         ("gpu", {"mask.input_tokens": 7}, "even budgets, not mask.input_tokens=7 and mask.target_tokens=128"),
     ],

@@ -7,6 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from terramind_jax import sharding
 from terramind_jax.data.index import Index
 from terramind_jax.plan.step import Step, bytes_of
 
@@ -49,7 +50,8 @@ def times_read(config: ConfigDict, hosts: int) -> int:
 
 def feed(step: Step, seconds: float, index: Index | None = None) -> Feed:
     """For steps of `seconds`. Sizes of samples are the index's, without one TerraMesh's."""
-    views = step.config.train.batch_size / step.topology.hosts
+    shares = len(set(sharding.shares(step.mesh.devices).values()))  # fewer than hosts where a tensor axis spans some
+    views = step.config.train.batch_size / shares
     view_bytes = bytes_of(step.batch) * step.topology.chips / step.config.train.batch_size  # more than once along a tensor axis
     sample_bytes = SAMPLE_BYTES if index is None else index.stored_bytes() / max(len(index), 1)
-    return rate(views / seconds, step.config.data.views_per_sample, sample_bytes, view_bytes, times_read(step.config, step.topology.hosts))
+    return rate(views / seconds, step.config.data.views_per_sample, sample_bytes, view_bytes, times_read(step.config, shares))

@@ -129,6 +129,8 @@ def run(
 
         # ---- End ----
         meter.flush()
+        if meter.streak:
+            writer.say(f"The last {meter.streak} steps were skipped: their loss or gradient was not finite, or far above its mean.")
         if step < steps:
             save()
     if step < steps:
@@ -138,9 +140,9 @@ def run(
 
 def check_rewind(meter: Meter, run: ConfigDict, step: int, latest: int | None) -> None:
     """A ValueError if going back has not helped or there is nothing to go back to."""
-    if latest is not None and meter.rewinds < run.rewinds:
+    if latest is not None and meter.tries < run.rewinds:
         return
-    tried = f", also after going back {meter.rewinds} times" if meter.rewinds else ""
+    tried = f", also after going back {meter.tries} times" if meter.tries else ""
     raise ValueError(
         f"The loss or its gradient was not finite, or far above its mean, in the last {run.patience} steps, to step {step}{tried}, and "
         "nothing was learned; lower optimizer.learning_rate, set optimizer.clip_norm, or look for wrong values with "

@@ -47,6 +47,7 @@ class Meter:
         self.last: dict[str, float] = {}
         self.streak = 0  # steps in a row that were skipped
         self.rewinds = int(kept.get("rewinds", 0))
+        self.tries = 0  # rewinds since the last checkpoint
         self._totals = {name: int(kept.get(name, 0)) for name in summed}
         self._began = kept.get("began", time.time())
         self._productive = self._productive_saved = kept.get("productive_seconds", 0.0)
@@ -97,11 +98,12 @@ class Meter:
     def counters(self) -> dict[str, float]:
         """What a checkpoint written now keeps for the next start."""
         self._productive_saved = self._productive
+        self.tries = 0 if not self.streak else self.tries
         return {**self._totals, "rewinds": self.rewinds, "began": self._began, "productive_seconds": self._productive}
 
     def rewound(self) -> None:
         """The run went back to its last checkpoint: what it learned since no longer counts."""
-        self.streak, self.rewinds, self._productive = 0, self.rewinds + 1, self._productive_saved
+        self.streak, self.rewinds, self.tries, self._productive = 0, self.rewinds + 1, self.tries + 1, self._productive_saved
 
     def _time(self, useful: bool) -> None:
         now = time.perf_counter()

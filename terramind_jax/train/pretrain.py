@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -233,8 +232,8 @@ def with_codebooks(config: ConfigDict) -> ConfigDict:
     """The configuration with the vocabularies of the tokenizers that made the token shards, as recorded beside these."""
     codebooks = config.model.codebooks.to_dict()
     for name in sorted({*config.data.inputs, *config.data.targets}):
-        path = Path(config.data.tokens or config.data.root) / config.data.train_split / f"{name}_tokens" / "tokenizer.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
+        path = files.folder(config.data.tokens or config.data.root) / config.data.train_split / f"{name}_tokens" / "tokenizer.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
         size = record.get("codebook_size", codebooks.get(name))
         if codebooks.get(name, size) != size:
             raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path.parent} come from a codebook of {size}.")
@@ -258,7 +257,7 @@ def open_tokenized(config: ConfigDict, split: str) -> Index:
     index = open_index(root, split, [*config.data.inputs, *config.data.targets], tokens_root=tokens)
     if not index.has_tokens.any():
         raise ValueError(
-            f"There are no token shards under {Path(tokens) / split}; make them with "
+            f"There are no token shards under {files.folder(tokens) / split}; make them with "
             f"terramind-jax tokenize --data={root} --weights=DIR --out={tokens}."
         )
     return index
@@ -266,7 +265,7 @@ def open_tokenized(config: ConfigDict, split: str) -> Index:
 
 def open_validation(config: ConfigDict) -> Index | None:
     """The samples of the validation split, None if there is no such folder."""
-    return open_tokenized(config, config.data.val_split) if (Path(config.data.root) / config.data.val_split).is_dir() else None
+    return open_tokenized(config, config.data.val_split) if (files.folder(config.data.root) / config.data.val_split).is_dir() else None
 
 
 def device_batches(
@@ -339,7 +338,7 @@ def check_attention(config: ConfigDict, platform: str) -> None:
     if platform != "gpu":
         need = f"an NVIDIA GPU, not a {platform}"
     elif (dtype := state.compute_dtype(config.model.dtype, platform)) == "float32":
-        need = f"model.dtype bfloat16 or float16, not {dtype}"
+        need = f"model.dtype bfloat16, not {dtype}"
     elif head > 128 or head % 8:
         need = f"heads whose channels, model.dim over model.num_heads, are a multiple of 8 up to 128, not {head}"
     elif config.mask.input_tokens % 2 or config.mask.target_tokens % 2:

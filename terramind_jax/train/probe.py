@@ -42,7 +42,8 @@ class Probe:
         have the same land cover, beside ``val/knn_majority``, that of always the most common one.
         """
         seen = [jax.device_get(look(batch)) for batch in batches(self, mesh)]
-        features, labels, right = (np.concatenate(parts)[: len(self.scenes)] for parts in zip(*seen, strict=True))
+        features, labels, right, first = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        features, labels, right = features[first], labels[first], right[first]
         known = right != NONE
         shares = {
             f"val/generated/{stream.modality}": float(right[known[:, t], t].mean())
@@ -70,7 +71,7 @@ def choose(
 
 
 def look_at(module: TerraMind, source: str, targets: Sequence[str], variables: Any, batch: Mapping[str, jax.Array]) -> tuple:
-    """Mean features ``[B, D]``, labels ``[B]``, and for each of `targets` the share of right tokens ``[B, T]``."""
+    """Mean features ``[B, D]``, labels ``[B]``, shares of right tokens of `targets` ``[B, T]``, and what is no repetition ``[B]``."""
 
     def look(bound: TerraMind) -> tuple[jax.Array, list[jax.Array]]:
         content, emb = bound.embed(source, batch["pixels"])
@@ -85,7 +86,7 @@ def look_at(module: TerraMind, source: str, targets: Sequence[str], variables: A
         return jnp.where(truth[:, 0] == NONE, NONE, (made == truth).mean(1))
 
     features, shares = module.apply(variables, method=look)
-    return features.astype(jnp.float32), batch["label"], jnp.stack(shares, 1)
+    return features.astype(jnp.float32), batch["label"], jnp.stack(shares, 1), batch["first"]
 
 
 # ---- scenes ----
@@ -97,8 +98,8 @@ def batches(probe: Probe, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Arr
     host, hosts = sharding.host_share(mesh)
     padded = np.resize(probe.scenes, -(-len(probe.scenes) // rows) * rows)
     for start in range(0, len(padded), rows):
-        mine = padded[start : start + rows].reshape(hosts, -1)[host]
-        scenes = [read(probe, int(i)) for i in mine]
+        mine = np.arange(start, start + rows).reshape(hosts, -1)[host]
+        scenes = [{**read(probe, int(padded[n])), "first": n < len(probe.scenes)} for n in mine]
         yield sharding.to_global({name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}, mesh)
 
 

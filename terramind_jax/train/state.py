@@ -112,7 +112,7 @@ def apply(
     if ema is not None:
         ema = jax.tree.map(lambda e, p: jnp.where(ok, ema_decay * e + (1 - ema_decay) * p, e), ema, params)
     skipped = state.skipped + ~ok
-    norm = running(state.norm, jnp.where(spike, limit, grad_norm))
+    norm = jnp.where(spike, state.norm, running(state.norm, grad_norm))  # else a lasting spike would soon be none
     state = State(state.step + 1, advance(state.samples, batch_size), skipped, norm, params, opt_state, ema)
     metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "skipped": skipped}
     return state, {**metrics, **{f"grad_norm/{part}": value for part, value in norms.items()}}
