@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed, xla_bridge  # the store of keys and values has no public name, nor has whether devices are up
 from jax.experimental import multihost_utils
 
@@ -64,6 +66,19 @@ def _number(name: str) -> int | None:
     if text is not None and not text.isdigit():
         raise ValueError(f"{name} is {text!r}; expected a number.")
     return None if text is None else int(text)
+
+
+def check_agreement(what: Mapping[str, bytes]) -> None:
+    """Raises a ValueError, on all processes, for the first of `what`, by name, that is not the same on all of them."""
+    if jax.process_count() == 1:
+        return
+    digests = np.array([zlib.crc32(content) for content in what.values()], np.uint32)
+    everywhere = multihost_utils.process_allgather(digests)
+    for name, column in zip(what, everywhere.T, strict=True):
+        others = np.flatnonzero(column != column[0]).tolist()
+        if others:
+            who, verb = _names(others, len(column)), "has" if len(others) == 1 else "have"
+            raise ValueError(f"{who[0].upper()}{who[1:]} {verb} another {name} than process 0; all need the same.")
 
 
 @contextmanager

@@ -236,3 +236,14 @@ def test_one_of_several_processes_that_fails_ends_at_once(tmp_path, monkeypatch,
     with pytest.raises(Ended, match=str(code)):
         cli.main(["pretrain", f"--config={config}", f"--workdir={tmp_path}"])
     assert capsys.readouterr().err.endswith(told)
+
+
+def test_processes_that_differ_are_told_before_they_wait_for_each_other(monkeypatch):
+    same = {"configuration": b"a", "training index": b"b"}
+    processes.check_agreement(same)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.stack([x, x, x]))
+    processes.check_agreement(same)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.stack([x, x, x + np.array([0, 1], x.dtype)]))
+    with pytest.raises(ValueError, match=r"^Process 2 has another training index than process 0; all need the same\.$"):
+        processes.check_agreement(same)

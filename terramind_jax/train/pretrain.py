@@ -15,10 +15,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, files, flops, modalities, sharding
+from terramind_jax import checkpoint, files, flops, modalities, processes, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
 from terramind_jax.data.faults import Faults, read_streams
@@ -46,6 +47,8 @@ def train(
     config = with_codebooks(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
+    contents = {"configuration": _shared(config), "training index": _content(index), "validation index": _content(validation)}
+    processes.check_agreement(contents)
 
     # ---- Model, optimizer and state, laid out on the mesh ----
     mesh = sharding.make_mesh(**config.mesh)
@@ -247,6 +250,18 @@ def with_codebooks(config: ConfigDict) -> ConfigDict:
     with config.unlocked():
         config.model.codebooks = ConfigDict(codebooks)
     return config.lock()
+
+
+def _shared(config: ConfigDict) -> bytes:
+    """What of a configuration all processes must have; each may find the data elsewhere."""
+    config = config.copy_and_resolve_references().unlock()
+    del config.data.root, config.data.tokens
+    return configuration.to_json(config).encode()
+
+
+def _content(index: Index | None) -> bytes:
+    """What decides the order of samples and what is known of each."""
+    return b"" if index is None else np.concatenate([index.available, index.has_tokens], 1).tobytes()
 
 
 def open_tokenized(config: ConfigDict, split: str) -> Index:
