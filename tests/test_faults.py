@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_one_that_can_be_read_again_is_said(config):
 
 def test_a_token_shard_that_went_bad_is_found(config):
     faults = faults_of(config)
-    for path in (pretrain.Path(config.data.root) / "train" / "LULC_tokens").glob("*.tar"):
+    for path in (Path(config.data.root) / "train" / "LULC_tokens").glob("*.tar"):
         path.write_bytes(path.read_bytes().replace(b"NUMPY", b"numpy"))
     assert int(run(config, faults, 4)[0]["bad"].sum()) > 0
     assert "LULC" in faults.reasons() and "can be read now" not in faults.reasons()
