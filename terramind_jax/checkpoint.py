@@ -35,12 +35,6 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
     return {COUNTERS: ocp.JsonCheckpointHandler(), **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in TREES}}
 
 
-def exists(workdir: str | os.PathLike) -> bool:
-    """Whether a run has saved something in `workdir`."""
-    folder = files.folder(workdir) / FOLDER
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
 class Checkpoints:
     """The checkpoints of one work directory, on all processes together."""
 
@@ -123,13 +117,24 @@ def _everywhere(ok: bool) -> bool:
     return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
+def saved(workdir: str | os.PathLike) -> Checkpoints | None:
+    """The checkpoints of a work directory, opened for reading and to be closed; None if none is complete."""
+    if not (files.folder(workdir) / FOLDER).is_dir():
+        return None
+    checkpoints = Checkpoints(workdir)
+    if checkpoints.latest() is not None:
+        return checkpoints
+    checkpoints.close()
+    return None
+
+
 def load_variables(workdir: str | os.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Variables ``{"params", "buffers"}`` of a finished or running training, averaged weights if it keeps an average.
 
     `abstract` gives their shapes, as `jax.eval_shape` of the module's unboxed initialisation does.
     """
-    checkpoints = Checkpoints(workdir) if (files.folder(workdir) / FOLDER).is_dir() else None
-    if checkpoints is None or checkpoints.latest() is None:
+    checkpoints = saved(workdir)
+    if checkpoints is None:
         raise FileNotFoundError(f"{workdir} has no complete checkpoint.")
     try:
         weights = "ema" if "ema" in checkpoints.items() else "params"

@@ -36,7 +36,7 @@ def _told(error: Exception) -> bool:
 
 def _is_users(error: Exception) -> bool:
     """Errors that the input caused, told in one sentence; any other is a bug and keeps its traceback."""
-    from terramind_jax.data.shards import DataError
+    from terramind_jax.data.errors import DataError
 
     known = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError | ConnectionError | DataError
     return isinstance(error, known) or type(error) is ImportError  # an extra that is not installed

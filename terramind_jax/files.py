@@ -19,10 +19,18 @@ def folder(path: str | os.PathLike) -> epath.Path:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file of which no reader ever sees a part; its folder is made."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
-        path.write_text(text)  # an object is there once it is whole
+        path.write_bytes(content)  # an object is there once it is whole
         return
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

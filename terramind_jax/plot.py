@@ -8,6 +8,7 @@ their colour limits, which come from the truth; those of elevation span both, as
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from matplotlib.colors import LightSource, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from terramind_jax import modalities
+from terramind_jax import files, modalities
 
 INK, FAINT = "#222222", "#777777"
 PIXEL_METRES = 10.0
@@ -170,15 +171,10 @@ class Sheet:
         axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
 
     def save(self, path: str | os.PathLike, dpi: int) -> None:
-        """The file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        try:
-            self.figure.savefig(temporary, dpi=dpi)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """The file, of the kind that its suffix tells, appears whole or not at all."""
+        path, content = files.folder(path), io.BytesIO()
+        self.figure.savefig(content, format=path.suffix[1:], dpi=dpi)
+        files.write_bytes(path, content.getvalue())
 
 
 def _x(column: int, inputs: Sequence[str]) -> float:

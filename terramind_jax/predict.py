@@ -74,8 +74,7 @@ def run(
     make = functools.partial(make, timesteps=timesteps, **options)
     written = []
     for name, paths in scenes.items():
-        arrays, place = read_scene(paths, tile, lulc_codes)
-        whole = geo.place(next(iter(paths.values())))
+        arrays, place, whole = read_scene(paths, tile, lulc_codes)
         if (place.height, place.width) != (whole.height, whole.width):
             print(f"{name}: of {whole.height}x{whole.width} pixels only {place.height}x{place.width} in the middle", flush=True)
         made = _generate_scene(make, arrays, place, tile, seed)
@@ -130,8 +129,8 @@ def find_scenes(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, 
     return {scene: {name: found[scene] for name, found in files.items()} for scene in shared}
 
 
-def read_scene(paths: Mapping[str, Path], tile: int, lulc_codes: str | None = None) -> tuple[dict[str, np.ndarray], geo.Place]:
-    """Arrays ``[H, W, C]`` of one scene, cut to the part that tiles will cover, and the place of that part; ``coords`` is left empty.
+def read_scene(paths: Mapping[str, Path], tile: int, lulc_codes: str | None = None) -> tuple[dict[str, np.ndarray], geo.Place, geo.Place]:
+    """Arrays ``[H, W, C]`` of one scene, cut to the part that tiles will cover, its place and that of the whole; ``coords`` is left empty.
 
     Values are checked, and rounded, as `data.pack` does, so that a model sees what it was trained on.
     """
@@ -155,7 +154,7 @@ def read_scene(paths: Mapping[str, Path], tile: int, lulc_codes: str | None = No
             part, modality = array[top : top + height, left : left + width], modalities.input_stream(name).modality
             nodata = geo.read_header(paths[name], modality).nodata
             arrays[name] = to_stored(part, modality, str(paths[name]), nodata=nodata, lulc_codes=lulc_codes)
-    return arrays, place.window(top, left, height, width)
+    return arrays, place.window(top, left, height, width), place
 
 
 def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str], folder: Path) -> dict[str, tuple]:

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from terramind_jax import modalities as registry
 from terramind_jax import sources
-from terramind_jax.data.index import Index, open_index, scan_tar
+from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
+from terramind_jax.data.tars import scan_tar
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.tokenizer import Tokenizer
 from terramind_jax.weights import tokenizer as load
@@ -57,14 +58,13 @@ def tokenize(
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
     for modality in _with_tokenizer(weights, modalities):
-        if modalities is None and not any((Path(data) / split / modality).is_dir() for split in splits):
+        there = [split for split in splits if modalities is not None or (Path(data) / split / modality).is_dir()]
+        if not there:
             continue
         module, variables = load(modality, weights)
         record = describe(f"{Path(weights).name}/{modality}", module, variables, image_size)
         encode = encoder(module, variables, batch_size)
-        for split in splits:
-            if modalities is None and not (Path(data) / split / modality).is_dir():
-                continue
+        for split in there:
             index = open_index(data, split, [modality])
             claim(Path(out) / split / f"{modality}_tokens", record)
             tokenize_split(index, split, modality, Path(out), encode, _dtype(module), image_size)

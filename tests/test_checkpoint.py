@@ -207,3 +207,15 @@ def test_in_a_bucket_an_interrupted_write_is_ignored_and_made_again(tmp_path, bu
     again.close()
     restored, _ = checkpoint.Checkpoints(tmp_path).restore(shapes)
     jax.tree.map(np.testing.assert_array_equal, restored, noise(3, mesh))
+
+
+def test_a_checkpoint_that_is_not_complete_is_none(tmp_path):
+    assert checkpoint.saved(tmp_path) is None
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert checkpoint.saved(tmp_path) is None
+    kept = checkpoint.Checkpoints(tmp_path, keep=2)
+    kept.save(8, {"params": {"w": jnp.zeros(2)}}, {"samples": 8})
+    kept.close()
+    found = checkpoint.saved(tmp_path)
+    assert found.latest() == 8
+    found.close()

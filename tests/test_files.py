@@ -27,15 +27,15 @@ def test_no_reader_sees_a_part(tmp_path, monkeypatch):
     path = files.folder(tmp_path) / "new" / "config.json"
     files.write_text(path, "old")
 
-    def failing(self, text):
-        with open(self, "w") as f:
-            f.write(text[:2])
+    def failing(self, content):
+        with open(self, "wb") as f:
+            f.write(content[:2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(type(path), "write_text", failing)
+    monkeypatch.setattr(type(path), "write_bytes", failing)
     with pytest.raises(OSError):
         files.write_text(path, "something new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["config.json"]
 
 
 def test_in_an_object_store_nothing_is_renamed(tmp_path, monkeypatch):

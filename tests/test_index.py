@@ -13,8 +13,10 @@ import pytest
 
 from terramind_jax import cli
 from terramind_jax.data import scan
-from terramind_jax.data.index import open_index, scan_tar
-from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+from terramind_jax.data.errors import DataError
+from terramind_jax.data.index import open_index
+from terramind_jax.data.shards import ShardWriter, write_sample
+from terramind_jax.data.tars import scan_tar
 
 BANDS = {"S2L2A": 12, "LULC": 1, "S1GRD": 2}
 

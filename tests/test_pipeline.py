@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from terramind_jax import coordinates, modalities
 from terramind_jax.data import crops, masks, order, pipeline, views
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.pipeline import PADDING, DataConfig
-from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.modalities import DECODER_STREAMS, ENCODER_STREAMS
 
 SIZE, TILE, SIDE = 64, 80, 4

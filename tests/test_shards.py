@@ -10,7 +10,8 @@ import numcodecs
 import numpy as np
 import pytest
 
-from terramind_jax.data.shards import DataError, ShardWriter, new_folder, read_attributes, read_sample, write_sample
+from terramind_jax.data.errors import DataError
+from terramind_jax.data.shards import ShardWriter, new_folder, read_attributes, read_sample, write_sample
 
 ARRAYS = {
     "bands": np.arange(2 * 9 * 7, dtype=np.uint16).reshape(1, 2, 9, 7),

@@ -9,8 +9,9 @@ import pytest
 
 from terramind_jax import cli
 from terramind_jax.data import scan, storage
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
-from terramind_jax.data.shards import DataError, ShardWriter, write_sample
+from terramind_jax.data.shards import ShardWriter, write_sample
 
 pytest.importorskip("aiohttp")
 N = 24

@@ -8,30 +8,22 @@ size gain nothing from them. Every other field, with its meaning: `tokenizer_tra
 
 from ml_collections import ConfigDict
 
-from terramind_jax.config import tokenizer_training
+from terramind_jax.quickstart import tokenizer
 
 
 def get_config() -> ConfigDict:
-    config = tokenizer_training()
-    config.model.levels = (8, 5, 5, 5)  # 1,000 codes: a few hundred tiles cannot fill the released 15,360
-    config.model.dim = 96
-    config.model.depth = 0  # no attention: each token describes its own 16 x 16 pixels, which is learned soonest
-    config.model.num_heads = 3
+    config = tokenizer.get_config()  # the quickstart's network; trained longer, and with a U-Net where that is asked for
+
     config.model.model_channels = 32  # of the U-Net: --config.model.decoder=unet
     config.model.channel_mult = (1, 2, 2)
     config.model.num_res_blocks = 1
-    config.model.image_size = 224
 
-    config.optimizer.learning_rate = 2e-3  # peak
     config.optimizer.warmup_samples = 400
-    config.optimizer.weight_decay = 0.01
 
     config.train.batch_size = 8
     config.train.steps = 1500
     config.train.ema_decay = 0.99
 
-    config.run.eval_every = 0  # only at the end
     config.run.eval_batches = 8
     config.run.checkpoint_every = 1500
-    config.run.tensorboard = False
     return config

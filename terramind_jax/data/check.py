@@ -10,8 +10,8 @@ import numpy as np
 
 from terramind_jax import modalities as registry
 from terramind_jax.data import scan, storage
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
-from terramind_jax.data.shards import DataError
 from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from terramind_jax.data import views
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import Stream
 
 SHOWN = 4  # samples that are named

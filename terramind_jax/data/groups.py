@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from terramind_jax.data import crops, masks, order, views
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot

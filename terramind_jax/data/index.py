@@ -19,12 +19,9 @@ from terramind_jax.data import layout, scan, storage, table, zips
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
-from terramind_jax.data.tars import scan_tar
 
 if TYPE_CHECKING:
     from terramind_jax.geo import Place
-
-__all__ = ["Index", "Keys", "open_index", "scan_tar"]
 
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
 
@@ -307,12 +304,7 @@ def _rows_in(tokens: Table, pixels: Table, rows: np.ndarray | None) -> np.ndarra
     """The rows of another file's keys that the kept rows of `pixels` have there, -1 where they have none."""
     keys, known = pixels.arrays["keys"], tokens.arrays["keys"]
     keys = keys if rows is None else keys[rows]
-    if np.array_equal(keys, known):
-        return None
-    if not len(known):
-        return np.full(len(keys), -1)
-    found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return np.where(known[found] == keys, found, -1)
+    return None if np.array_equal(keys, known) else scan.places_in(keys, known)
 
 
 def open_index(

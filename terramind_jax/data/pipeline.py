@@ -19,9 +19,9 @@ from absl import flags
 
 from terramind_jax import modalities
 from terramind_jax.data import crops, masks, order, views
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.groups import PADDING, DataConfig, ViewGroups, variant_of
 from terramind_jax.data.index import Index
-from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
 __all__ = ["PADDING", "DataConfig", "batches", "image_batches", "make_dataset", "variant_images"]

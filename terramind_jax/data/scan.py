@@ -310,17 +310,13 @@ def _merge(parts: Sequence[Part], layouts: dict[str, int]) -> tuple[np.ndarray, 
         p.where = np.concatenate([p.where[:, :4], numbers[p.where[:, 4:]]], 1)
     if len(layouts) > np.iinfo(np.uint16).max:
         raise DataError("The samples have more than 65535 different array layouts; that is no data set of one kind.")
-    keys, where, places = (_concatenate([getattr(p, f) for p in parts], like) for f, like in _EMPTY.items())
+    keys, where, places = (np.concatenate([like, *(getattr(p, f) for p in parts)]) for f, like in _EMPTY.items())
     shard = np.repeat(np.arange(len(parts)), [len(p.keys) for p in parts])
     keys, first = np.unique(keys, return_index=True)
     return keys, shard[first], where[first], places[first]
 
 
 _EMPTY = {"keys": np.zeros(0, "S1"), "where": np.zeros((0, 5), np.int64), "places": np.zeros((0, 2))}
-
-
-def _concatenate(arrays: Sequence[np.ndarray], like: np.ndarray) -> np.ndarray:
-    return np.concatenate([like, *arrays])
 
 
 def subset_of(shard: str) -> str:
@@ -333,15 +329,16 @@ def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (a, b) if len(a) >= len(b) else (b, a)
     if np.array_equal(a, b):
         return a
-    new = b[~among(b, a)]
+    new = b[places_in(b, a) < 0]
     return np.sort(np.concatenate([a, new]), kind="stable") if len(new) else a
 
 
-def among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which `keys` are in the sorted array `known`."""
+def places_in(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where each of `keys` is in the sorted array `known`, -1 where it is not."""
     if not len(known):
-        return np.zeros(len(keys), bool)
-    return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
+        return np.full(len(keys), -1)
+    found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[found] == keys, found, -1)
 
 
 # ---- where it lies ----------------------------------------------------------------------------------------------------------

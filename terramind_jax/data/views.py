@@ -14,8 +14,8 @@ import numpy as np
 
 from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
 
 _NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea

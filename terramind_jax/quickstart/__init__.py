@@ -73,9 +73,11 @@ def _shards(data: str | None, shards: Path, lulc_codes: str) -> None:
 
 
 def _training(name: str, workdir: Path, folder: Path, scale: float, *fields: str) -> list[str]:
-    from terramind_jax import config
+    from terramind_jax.quickstart import pretrain, tokenizer
 
-    steps = max(2, round(config.read(HERE / f"{name}.py").train.steps * scale))
+    # Not from their configurations: these ask for the devices, which a TPU gives to one process, and the command needs them.
+    whole = {"pretrain": pretrain.STEPS, "tokenizer": tokenizer.STEPS}[name]
+    steps = max(2, round(whole * scale))
     given = [f"data.root={folder / 'shards'}", f"train.steps={steps}", *fields]
     return [f"--config={HERE / name}.py", f"--workdir={workdir}", *(f"--config.{field}" for field in given)]
 

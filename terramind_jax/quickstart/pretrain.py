@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from terramind_jax.config import pretraining
 
+STEPS = 3000
+
 
 def get_config() -> ConfigDict:
     config = pretraining()
@@ -34,7 +36,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.train.batch_size = 8 * jax.device_count()  # a group of samples a device
-    config.train.steps = 3000
+    config.train.steps = STEPS
     config.train.loss = "mod"
 
     config.run.eval_every = 0  # only at the end

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from terramind_jax.config import tokenizer_training
 
+STEPS = 600
+
 
 def get_config() -> ConfigDict:
     config = tokenizer_training()
@@ -25,7 +27,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.01
 
     config.train.batch_size = math.lcm(8, jax.device_count())
-    config.train.steps = 600
+    config.train.steps = STEPS
     config.train.ema_decay = 0.98
 
     config.run.eval_every = 0  # only at the end

@@ -19,11 +19,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
 from terramind_jax import files, processes, sharding
 from terramind_jax.checkpoint import Checkpoints, Terminated
+from terramind_jax.data.index import Index
 from terramind_jax.train import state
 from terramind_jax.train.logging import Writer
 from terramind_jax.train.meter import Meter
@@ -66,17 +68,7 @@ def run(
         writer = Writer(workdir, step=step, total=steps, tensorboard=run.tensorboard, wandb=wandb, progress=run.progress)
         stack.enter_context(contextlib.closing(writer))
         writer.say(f"{training.title}, step {step} of {steps}, {training.work['samples']} samples a step")
-        meter = Meter(
-            writer,
-            training.summed,
-            kept,
-            log_every=run.log_every,
-            work=training.work,
-            samples=samples,
-            skipped=int(train_state.skipped),
-            max_bad_fraction=run.max_bad_fraction,
-            reasons=training.reasons,
-        )
+        meter = follow(training, run, writer, train_state, kept)
         preempted = stack.enter_context(processes.preemption())
         watchdog = stack.enter_context(processes.Watchdog(run.stall_seconds, writer.say))
         trace = stack.enter_context(contextlib.closing(Trace(run.profile, workdir, meter.flush)))
@@ -110,10 +102,7 @@ def run(
 
             # ---- Steps in a row that came to nothing ----
             if meter.streak >= run.patience:
-                with meter.aside():
-                    check_rewind(meter, run, step, checkpoints.latest())
-                    train_state = state.rewind(checkpoints, train_state, buffers)
-                meter.rewound()
+                train_state = rewind(meter, run, step, checkpoints, train_state, buffers)
                 writer.say(f"{run.patience} steps in a row were skipped, to step {step}: back to the last checkpoint, with other data.")
 
             # ---- Checkpoint and validation ----
@@ -136,6 +125,49 @@ def run(
     if step < steps:
         raise Terminated(f"Stopped by SIGTERM at step {step} of {steps}; the checkpoint is saved and the same command goes on from it.")
     return {"step": step, **meter.last, **validated}
+
+
+def check_agreement(config: ConfigDict, index: Index, validation: Index | None) -> None:
+    """A ValueError unless all processes of a run have one configuration and one list of samples: else they would wait for each other."""
+    contents = {"configuration": _shared(config), "training index": _content(index), "validation index": _content(validation)}
+    processes.check_agreement(contents)
+
+
+def _shared(config: ConfigDict) -> bytes:
+    """What of a configuration all processes must have; each may find the data elsewhere."""
+    config = config.copy_and_resolve_references().unlock()
+    for field in {"root", "tokens"} & set(config.data):
+        del config.data[field]
+    return configuration.to_json(config).encode()
+
+
+def _content(index: Index | None) -> bytes:
+    """What decides the order of samples and what is known of each."""
+    return b"" if index is None else np.concatenate([index.available, index.has_tokens], 1).tobytes()
+
+
+def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:
+    """The meter of a run that goes on from `train_state`."""
+    return Meter(
+        writer,
+        training.summed,
+        kept,
+        log_every=run.log_every,
+        work=training.work,
+        samples=state.consumed(train_state.samples),
+        skipped=int(train_state.skipped),
+        max_bad_fraction=run.max_bad_fraction,
+        reasons=training.reasons,
+    )
+
+
+def rewind(meter: Meter, run: ConfigDict, step: int, checkpoints: Checkpoints, train_state: state.State, buffers: Any) -> state.State:
+    """The last checkpoint's parameters after too many skipped steps; a ValueError if that would not help."""
+    with meter.aside():
+        check_rewind(meter, run, step, checkpoints.latest())
+        train_state = state.rewind(checkpoints, train_state, buffers)
+    meter.rewound()
+    return train_state
 
 
 def check_rewind(meter: Meter, run: ConfigDict, step: int, latest: int | None) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, files, flops, modalities, processes, sharding
+from terramind_jax import checkpoint, files, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
 from terramind_jax.data.faults import Faults, read_streams
@@ -42,13 +41,10 @@ def train(
     """
     # ---- Data ----
     configuration.check(config, "pretrain")
-    if config.train.init and initial is None:
-        raise ValueError("train.init names weights to start from; give `train` the function that loads them, weights.initial.")
     config = with_codebooks(config)
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
-    contents = {"configuration": _shared(config), "training index": _content(index), "validation index": _content(validation)}
-    processes.check_agreement(contents)
+    loop.check_agreement(config, index, validation)
 
     # ---- Model, optimizer and state, laid out on the mesh ----
     mesh = sharding.make_mesh(**config.mesh)
@@ -58,7 +54,7 @@ def train(
         device_batches(config, validation, mesh, train=False)
     module = networks.TerraMind(transformer_config(config))
     tx = optimizer.adamw(config.optimizer)
-    given = initial(config.train.init, module) if config.train.init and not checkpoint.exists(workdir) else None
+    given = initial_variables(config, module, workdir, initial)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     init = partial(networks.init, module)
@@ -91,6 +87,18 @@ def train(
         reasons=faults.reasons,
     )
     return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
+
+
+def initial_variables(config: ConfigDict, module: networks.TerraMind, workdir: str | os.PathLike, initial: Any) -> Any:
+    """What ``train.init`` names, loaded by `initial` before anything is written; None without it, and for a run that goes on."""
+    if not config.train.init:
+        return None
+    if initial is None:
+        raise ValueError("train.init names weights to start from; give `train` the function that loads them, weights.initial.")
+    if (there := checkpoint.saved(workdir)) is None:
+        return initial(config.train.init, module)
+    there.close()
+    return None
 
 
 # ---- one step, as a pure function ----
@@ -250,18 +258,6 @@ def with_codebooks(config: ConfigDict) -> ConfigDict:
     with config.unlocked():
         config.model.codebooks = ConfigDict(codebooks)
     return config.lock()
-
-
-def _shared(config: ConfigDict) -> bytes:
-    """What of a configuration all processes must have; each may find the data elsewhere."""
-    config = config.copy_and_resolve_references().unlock()
-    del config.data.root, config.data.tokens
-    return configuration.to_json(config).encode()
-
-
-def _content(index: Index | None) -> bytes:
-    """What decides the order of samples and what is known of each."""
-    return b"" if index is None else np.concatenate([index.available, index.has_tokens], 1).tobytes()
 
 
 def open_tokenized(config: ConfigDict, split: str) -> Index:

@@ -16,8 +16,8 @@ import numpy as np
 
 from terramind_jax import metrics, modalities, sharding
 from terramind_jax.data import views
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.data.shards import DataError
 from terramind_jax.modalities import LULC_CLASSES, Stream
 from terramind_jax.model import TerraMind
 

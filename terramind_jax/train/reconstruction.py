@@ -6,7 +6,6 @@ mean, too (of classes, the most common one of the block): what one value a band 
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terramind_jax import files, metrics, modalities
+from terramind_jax import metrics, modalities
 from terramind_jax import tokenizer as networks
 from terramind_jax.modalities import LULC_CLASSES
 from terramind_jax.tokenizer import fsq
@@ -184,8 +183,4 @@ def draw(path: str | os.PathLike, modality: str, images: Sequence[np.ndarray], m
     for i, (truth, reconstruction) in enumerate(zip(images, made, strict=True)):
         for row, image in enumerate((truth, reconstruction)):
             sheet.image(plot.GAP + i * side, 0.3 + row * side, plot.render(modality, image, plot.limits(modality, truth)))
-    buffer = io.BytesIO()
-    sheet.figure.savefig(buffer, format="png", dpi=120)
-    path = files.folder(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    sheet.save(path, dpi=120)

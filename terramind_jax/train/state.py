@@ -183,14 +183,9 @@ def start(
     """
     shapes = abstract(init, tx, mesh, ema)
     layout, places = jax.tree.map(lambda x: x.sharding, shapes)
-    if checkpoints.latest() is None and initial is not None:
-        return *_placed(initial, tx, ema, layout, places), layout, {}
     if checkpoints.latest() is None:
-        # Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
-        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        fresh = jax.jit(partial(_fresh, init, tx, ema), out_shardings=(layout, places), compiler_options=options)
-        state, buffers = fresh(jax.random.key(seed))
-        return state, buffers, layout, {}
+        placed = _drawn(init, tx, seed, ema, layout, places) if initial is None else _placed(initial, tx, ema, layout, places)
+        return *placed, layout, {}
     trees, counters = checkpoints.restore(_trees(*shapes))
     buffers = trees.pop("buffers")
     place = partial(jax.device_put, device=sharding.replicated(mesh))
@@ -206,6 +201,13 @@ def start(
         layout,
         counters,
     )
+
+
+def _drawn(init, tx: optax.GradientTransformation, seed: int, ema: bool, layout: State, places: Params) -> tuple[State, Params]:
+    """A fresh state and its buffers. Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole."""
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    fresh = jax.jit(partial(_fresh, init, tx, ema), out_shardings=(layout, places), compiler_options=options)
+    return fresh(jax.random.key(seed))
 
 
 def _placed(variables: Params, tx: optax.GradientTransformation, ema: bool, layout: State, places: Params) -> tuple[State, Params]:

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +23,10 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, files, flops, modalities, sampling, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import image_batches
-from terramind_jax.data.shards import DataError
 from terramind_jax.data.views import read_variants
 from terramind_jax.train import loop, optimizer, reconstruction, state
 from terramind_jax.train.random_crops import random_crops
@@ -44,9 +43,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     check_sizes(config, module.config)
     modality, index = config.model.modality, open_images(config, config.data.train_split)
     size = side_read(config, index)
-    validation = (
-        open_images(config, config.data.val_split) if (Path(config.data.root) / config.data.val_split / modality).is_dir() else None
-    )
+    there = (files.folder(config.data.root) / config.data.val_split / modality).is_dir()
+    validation = open_images(config, config.data.val_split) if there else None
+    loop.check_agreement(config, index, validation)
 
     # ---- Length of the run, counted in samples ----
     batch_size = config.train.batch_size
