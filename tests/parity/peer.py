@@ -266,4 +266,13 @@ def relative_error(ours: Any, theirs: Any) -> float:
     """Largest absolute difference over the standard deviation of `theirs`; shapes must agree. NaN anywhere gives NaN."""
     ours, theirs = array(ours).astype(np.float64), array(theirs).astype(np.float64)
     assert ours.shape == theirs.shape, f"ours {ours.shape}, theirs {theirs.shape}"
-    return float(np.abs(ours - theirs).max() / theirs.std())
+    error = float(np.abs(ours - theirs).max() / theirs.std())
+    print(f"error {error:.1e} of std")  # pytest -s
+    return error
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest relative difference of numbers, such as losses."""
+    worst = float(np.abs(np.asarray(ours, np.float64) / np.asarray(theirs, np.float64) - 1).max())
+    print(f"relative difference {worst:.1e}")
+    return worst

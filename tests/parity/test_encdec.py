@@ -57,9 +57,10 @@ def test_losses(tiny, seed, budgets, empty):
         with torch.no_grad():
             total, each = reference_loss(model, batch, kind)
         ours = loss.combine(sums, counts, [s.vocab_size for s in module.config.decoder], kind)
-        assert float(ours) == pytest.approx(float(total), rel=1e-5), kind
+        assert peer.difference(ours, total) <= 1e-5, kind
         for stream, mean in zip(module.config.decoder, sums / jnp.maximum(counts, 1), strict=True):
-            assert float(mean) == pytest.approx(float(each[stream.key]), rel=1e-5), stream.key
+            # A modality without targets has the loss 0 on both sides.
+            assert peer.difference(mean, each[stream.key]) <= 1e-5 if each[stream.key] else mean == 0, stream.key
 
 
 def test_logits_of_every_target(tiny):
@@ -107,6 +108,7 @@ def worst_gradient(grads, model, table) -> tuple[float, str]:
     for name, ours, theirs in pairs(grads, model, table):
         norm = np.linalg.norm(theirs)
         errors.append((np.linalg.norm(ours - theirs.reshape(ours.shape)) / norm if norm else np.abs(ours).max(), name))
+    print(f"largest gradient error {max(errors)[0]:.1e} (relative L2 a leaf)")
     return max(errors)
 
 
@@ -127,7 +129,7 @@ def loss_and_gradients(module, buffers, params, batch):
 def test_every_gradient_of_tiny(tiny):
     model, module, variables, table = tiny
     ours, theirs, grads = both_gradients(model, module, variables, {})
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert peer.difference(ours, theirs) <= 1e-5
     error, name = worst_gradient(grads, model, table)
     assert error < 1e-4, name
 
@@ -136,7 +138,7 @@ def test_every_gradient_of_two_layers_of_base():
     model = peer.encdec("base", **FEW, **TWO_LAYERS, seed=4)
     module, variables, table = peer.converted(model, "base", **FEW, **TWO_LAYERS)
     ours, theirs, grads = both_gradients(model, module, variables, FEW)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert peer.difference(ours, theirs) <= 1e-5
     error, name = worst_gradient(grads, model, table)
     assert error < 1e-4, name
 
@@ -156,7 +158,7 @@ def test_two_layers_in_float64(size, monkeypatch):
         module = module.clone(config=module.config.__class__(**{**vars(module.config), "dtype": "float64"}))
         variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
         ours, theirs, grads = both_gradients(model, module, variables, FEW, dtype=torch.float64, batch=batch)
-    assert ours == pytest.approx(theirs, rel=1e-9)
+    assert peer.difference(ours, theirs) <= 1e-9
     error, name = worst_gradient(grads, model, table)
     assert error < 1e-9, name
 
@@ -191,7 +193,7 @@ def test_twenty_steps_of_adamw():
     for batch in drawn:
         params, state, value = step(params, state, batch)
         ours.append(float(value))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert peer.difference(ours, theirs) <= 1e-4
     assert theirs[-1] < 0.8 * theirs[0]
 
 

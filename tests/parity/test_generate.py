@@ -146,7 +146,9 @@ def written(module, variables, known, targets) -> dict[str, np.ndarray]:
 
 def equal(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of equal tokens; the reference's sequences end with the longest of the batch."""
-    return float((ours[:, : theirs.shape[1]] == theirs).mean())
+    share = float((ours[:, : theirs.shape[1]] == theirs).mean())
+    print(f"{share:.2%} of tokens equal")
+    return share
 
 
 @torch.no_grad()
