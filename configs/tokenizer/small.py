@@ -1,4 +1,4 @@
-"""Any modality's tokenizer at a size that learns in minutes on a CPU: what benchmarks/tokenizers.py trains on the embedded world.
+"""Any modality's tokenizer at a size that learns in minutes on a CPU: what benchmarks/reconstruction.py trains on the embedded world.
 
     terramind-jax train-tokenizer --config=configs/tokenizer/small.py --workdir=DIR --config.data.root=SHARDS --config.model.modality=DEM
 

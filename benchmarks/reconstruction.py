@@ -1,6 +1,6 @@
 """Trains small tokenizers on the embedded world and compares their reconstructions with the block mean, in minutes a modality on a CPU.
 
-    python benchmarks/tokenizers.py --out=DIR [--only=DEM,LULC] [--decoder=unet] [--steps=1500] [--config.FIELD=VALUE ...]
+    python benchmarks/reconstruction.py --out=DIR [--only=DEM,LULC] [--decoder=unet] [--steps=1500] [--config.FIELD=VALUE ...]
 
 The block mean fills each token's 16 x 16 pixels with their mean, one unquantized number a band, or for classes with the most common
 one. Prints one row a modality, the table of configs/tokenizer/README.md; work directories in DIR hold pictures and all figures.
