@@ -6,12 +6,16 @@ and may lack, such as the embedding of a user's own modality, is fresh; anything
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +225,34 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
         raise ValueError(f"{source} and {target} are both directories; copy it, or give {target} a suffix such as {files.SAFETENSORS}.")
     start = time.monotonic()
     print(f"Reading {source}", flush=True)
-    state = _directory_to_torch(source) if source.is_dir() else files.read(source)
+    with _without_pytorch_or_orbax(source, target) as readable:
+        _convert(_directory_to_torch(source) if readable.is_dir() else files.read(readable), source, target, name)
+    print(f"Done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _without_pytorch_or_orbax(source: Path, target: Path) -> Iterator[Path]:
+    """`source`, or between PyTorch and Orbax a copy of it as .safetensors, so that the two are never in memory together.
+
+    Another process makes the copy; its error is a ValueError here.
+    """
+    if not (source.is_dir() and target.suffix in files.TORCH_SUFFIXES or source.suffix in files.TORCH_SUFFIXES and not target.suffix):
+        yield source
+        return
+    copy = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{files.SAFETENSORS}")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "terramind_jax", "convert", source, copy], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        if done.returncode:
+            raise ValueError((done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _convert(state: Mapping[str, Any], source: Path, target: Path, name: str | None) -> None:
+    """`convert` of a state dict that is read when it is used."""
     if target.suffix:
         print(f"Writing {target}: {len(state)} tensors", flush=True)
         files.write(target, state)
@@ -233,7 +264,6 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, name: str | No
         parts = {prefix: (module, _one_by_one(where.take(prefix, module))) for prefix, (module, _) in held.items()}
         print(f"Writing {target}", flush=True)
         save(with_networks(model, parts), target)
-    print(f"Done in {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:

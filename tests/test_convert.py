@@ -9,10 +9,12 @@ import zipfile
 
 import jax
 import ml_dtypes
+import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import build, weights
+import terramind_jax as tm
+from terramind_jax import build, cli, weights
 from terramind_jax.convert import files, rules
 from terramind_jax.convert.rules import Rule
 from terramind_jax.modalities import STREAMS
@@ -249,11 +251,11 @@ def test_convert_takes_little_more_memory_than_the_weights(tmp_path):
         code = (
             f"import resource; from terramind_jax import cli; assert cli.main(['convert', *{[str(tmp_path / a) for a in arguments]}]) == 0"
         )
-        code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code += "; print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
         return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1]) * 1024
 
     base = peak("small.pt", "small.safetensors")
-    routes = [("large_dem.pt", "dem.safetensors"), ("dem.safetensors", "dem.pt"), ("dem.safetensors", "dem")]
+    routes = [("large_dem.pt", "dem.safetensors"), ("dem.safetensors", "dem.pt"), ("dem.safetensors", "dem"), ("large_dem.pt", "dem_again")]
     routes += [("dem", "back.pt"), ("dem", "back.safetensors")]
     ratios = {route: (peak(*route) - base) / size for route in routes}
     assert max(ratios.values()) <= 1.3, ratios
@@ -264,3 +266,19 @@ def test_without_pytorch(tmp_path, monkeypatch):
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(ImportError, match=r"pip install 'terramind-jax\[torch\]', or use .safetensors"):
         files.read(tmp_path / "x.pt")
+
+
+def test_between_pytorch_and_orbax(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    nano_models.shrink(monkeypatch)
+    model = tm.load("terramind_v1_tokenizer_dem", "random")
+    tm.save(model, tmp_path / "dem.pt")
+    assert cli.main(["convert", str(tmp_path / "dem.pt"), str(tmp_path / "dem"), "--model=terramind_v1_tokenizer_dem"]) == 0
+    assert cli.main(["convert", str(tmp_path / "dem"), str(tmp_path / "again.pt")]) == 0
+    first, second = (files.read(tmp_path / name) for name in ("dem.pt", "again.pt"))
+    assert list(first) == list(second) and all(np.array_equal(x, second[name]) for name, x in first.items())
+    (tmp_path / "short.pt").write_bytes((tmp_path / "dem.pt").read_bytes()[:-1000])
+    capsys.readouterr()
+    assert cli.main(["convert", str(tmp_path / "short.pt"), str(tmp_path / "short")]) == 2
+    assert "short.pt is truncated or no PyTorch file" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.pt", "dem", "dem.pt", "short.pt"]
