@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terramind_jax import coordinates, modalities
-from terramind_jax.data import crops, masks, order, pipeline, views
+from terramind_jax.data import crops, groups, masks, order, pipeline, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.pipeline import PADDING, DataConfig
@@ -189,6 +189,17 @@ def test_default_capacity_follows_availability_and_rarely_overflows():
     assert dropped <= 0.01 * used
     capacity = {k: v.shape[1] for k, v in batch[0]["patches"].items()}
     assert capacity["untok_sen2rgb@224"] == 8 and 16 <= capacity["untok_sen1grd@224"] <= capacity["untok_sen2l2a@224"] < 8 * 16
+
+
+def test_stated_means_of_filled_slots_are_those_of_the_batches():
+    inputs, targets = groups.filled_slots(ENCODER_STREAMS, DECODER_STREAMS, CONFIG, MASKS, MemoryIndex())
+    drawn = take(60, batch_size=12)
+    for name, streams, stated in (("input", ENCODER_STREAMS, inputs), ("target", DECODER_STREAMS, targets)):
+        slots = np.concatenate([batch[f"{name}_modality"] for batch in drawn])
+        counted = np.bincount(slots[slots != PADDING], minlength=len(streams)) / len(slots)
+        np.testing.assert_allclose(list(stated.values()), counted, atol=0.6)  # each mean is of 256 to 720 views
+        assert sum(stated.values()) == pytest.approx(counted.sum(), rel=0.02)
+        assert sum(stated.values()) < 0.98 * slots.shape[1]  # coordinates leave most of their share empty
 
 
 def test_a_bad_sample_keeps_its_slot_and_stops_nothing(caplog):

@@ -78,6 +78,7 @@ GIGABYTE = 10**9
         ("v5e:16x16", "all-gather", range(16), 15 / 16 * GIGABYTE / (2 * 4.5e10)),
         ("v5e:16x16", "all-gather", range(4), 3 / 4 * GIGABYTE / 4.5e10),  # a part of an axis is no ring
         ("v5p:4x4x4", "reduce-scatter", range(64), 63 / 64 * GIGABYTE / (6 * 9e10)),
+        ("v5p:2x2x4", "all-gather", (0, 1, 2, 3), 3 / 4 * GIGABYTE / 9e10),  # less than a cube is joined nowhere
         ("v5p:2x2x2", "all-reduce", range(8), 2 * 7 / 8 * GIGABYTE / (3 * 9e10)),
         ("v5e:16x16", "all-to-all", range(16), 15 / 16 * GIGABYTE * 16 / 4 / (2 * 4.5e10)),
         ("v5e:16x16", "collective-permute", (0, 1), GIGABYTE / 4.5e10),

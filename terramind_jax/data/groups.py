@@ -151,12 +151,30 @@ def template(
     encoder: Sequence[Stream], decoder: Sequence[Stream], config: DataConfig, mask_config: masks.MaskConfig, index: Index | None = None
 ) -> dict[str, Any]:
     """An empty group of the batches that these settings give; without an `index`, as if every sample had every stream."""
+    plan, patterns = _plan_and_patterns(encoder, decoder, config, mask_config, index)
+    return empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+
+
+def filled_slots(
+    encoder: Sequence[Stream], decoder: Sequence[Stream], config: DataConfig, mask_config: masks.MaskConfig, index: Index | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean number of a view's slots that hold a token, by stream: ``(inputs, targets)``. Arguments as `template`."""
+    plan, patterns = _plan_and_patterns(encoder, decoder, config, mask_config, index)
+    counts = [masks.mean_counts(plan, inputs, targets) for inputs, targets, _ in patterns]
+    weights = [samples for *_, samples in patterns]
+    inputs, targets = (np.average([pair[j] for pair in counts], axis=0, weights=weights).tolist() for j in (0, 1))
+    return {s.key: n for s, n in zip(encoder, inputs, strict=True)}, {s.key: n for s, n in zip(decoder, targets, strict=True)}
+
+
+def _plan_and_patterns(
+    encoder: Sequence[Stream], decoder: Sequence[Stream], config: DataConfig, mask_config: masks.MaskConfig, index: Index | None
+) -> tuple[masks.Plan, list]:
+    """How views are masked, and the patterns of availability as `usable_samples` gives them; without an `index`, all of everything."""
     encoder, decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
     plan = masks.plan_masks(encoder, decoder, mask_config)
-    patterns = [(np.ones(len(encoder), bool), np.ones(len(decoder), bool), 1)]
-    if index is not None:
-        _, patterns = usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder)
-    return empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+    if index is None:
+        return plan, [(np.ones(len(encoder), bool), np.ones(len(decoder), bool), 1)]
+    return plan, usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder)[1]
 
 
 class _Memo:

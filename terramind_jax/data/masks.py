@@ -211,6 +211,17 @@ def budget_moments(plan: Plan, available_inputs: np.ndarray, available_targets: 
     return chance @ mean, chance @ square
 
 
+def mean_counts(plan: Plan, available_inputs: np.ndarray, available_targets: np.ndarray, draws: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Mean number of inputs [E] and of targets [T] that a view of such a sample really has, over `draws` of them.
+
+    Fewer than the budgets: a short sequence seldom uses up its share, and inputs and targets of one stream exclude each other.
+    """
+    rng = np.random.default_rng(0)
+    views = [draw(plan, available_inputs, available_targets, rng) for _ in range(draws)]
+    inputs, targets = (np.concatenate([getattr(view, name) for view in views]) for name in ("input_stream", "target_stream"))
+    return np.bincount(inputs, minlength=len(available_inputs)) / draws, np.bincount(targets, minlength=len(available_targets)) / draws
+
+
 def _budget(alphas: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
     """`total` tokens over the streams with a positive alpha: floor of one Dirichlet draw, the rest by argmax of fresh ones (9.2.3)."""
     budget = np.zeros(len(alphas), int)

@@ -28,7 +28,7 @@ ASSUMPTION = (
 
 def plan(step: Step, text: str | None, memory: Memory, price: float | None = None, index: Index | None = None) -> dict[str, Any]:
     """Everything that can be said of a step before it runs. `text` is the compiled program's, None if it does not fit."""
-    work = _work(step)
+    work = _work(step, index)
     facts = {
         "topology": str(step.topology),
         "slices": step.topology.slices,
@@ -50,11 +50,13 @@ def plan(step: Step, text: str | None, memory: Memory, price: float | None = Non
     return facts
 
 
-def _work(step: Step) -> dict[str, float]:
-    """Floating-point operations of a step: the model's, and those that rematerialisation repeats."""
+def _work(step: Step, index: Index | None) -> dict[str, float]:
+    """Floating-point operations of a step: the model's, those for slots that stay empty, and those that rematerialisation repeats."""
     mask, batch = step.config.mask, step.config.train.batch_size
+    model = pretrain.step_flops(step.config, step.module.config, index)
     return {
-        "model": flops.transformer_step(step.module.config, batch, mask.input_tokens, mask.target_tokens),
+        "model": model,
+        "empty_slots": flops.transformer_step(step.module.config, batch, mask.input_tokens, mask.target_tokens) - model,
         "recomputed": batch * flops.transformer_recomputed(step.module.config, mask.input_tokens, mask.target_tokens),
     }
 
@@ -136,13 +138,14 @@ def render(facts: Mapping[str, Any]) -> str:
 def _head(f: Mapping[str, Any]) -> str:
     slices = f"{f['slices']} slices of " if f["slices"] > 1 else ""
     mesh = ", ".join(f"{name} {n}" for name, n in f["mesh"].items())
-    work, share = f["flops"], f["flops"]["recomputed"] / f["flops"]["model"]
+    work = f["flops"]
+    empty, again = (work[name] / work["model"] for name in ("empty_slots", "recomputed"))
     return "\n".join(
         (
             f"{slices}{f['topology']}: {f['chips']} chips, {f['hosts']} hosts; mesh {mesh}; remat {f['remat']}",
             f"{f['parameters']:,} parameters; {f['tokens_per_step']:,} tokens a step: {f['batch_size']} samples, {f['rows_per_chip']} at a "
             f"time on a chip",
-            f"{work['model']:.3g} model FLOPs a step, and {share:.1%} more recomputed",
+            f"{work['model']:.3g} model FLOPs a step; {empty:.1%} more for slots that stay empty, and {again:.1%} recomputed",
         )
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from terramind_jax.plan import hlo
 from terramind_jax.plan.collectives import KINDS, Collective
-from terramind_jax.plan.topology import Chip, Topology
+from terramind_jax.plan.topology import Topology
 
 # What stands in the names of instructions; the first that does decides.
 PARTS = {"encoder": "TerraMind.encode", "decoder": "TerraMind.decode", "embedding": "_slots", "loss": "TerraMind.losses"}
@@ -120,17 +120,13 @@ def links(places: Sequence[tuple[int, ...]], where: Topology) -> int:
     extents = [len(set(axis)) for axis in zip(*places, strict=True)]
     if math.prod(extents) != len(places):
         return 1  # no box of chips
-    return sum(2 if _ring(extent, size, where.chip) else 1 for extent, size in zip(extents, where.shape, strict=True) if extent > 1)
-
-
-def _ring(extent: int, size: int, chip: Chip) -> bool:
-    return extent == size and chip.wraps(size)
+    return sum(2 if extent == size and where.wraps(size) else 1 for extent, size in zip(extents, where.shape, strict=True) if extent > 1)
 
 
 def distance(a: tuple[int, ...], b: tuple[int, ...], where: Topology) -> int:
     """Links between two chips."""
     steps = np.abs(np.subtract(a, b))
-    around = [min(d, n - d) if where.chip.wraps(n) else d for d, n in zip(steps.tolist(), where.shape, strict=True)]
+    around = [min(d, n - d) if where.wraps(n) else d for d, n in zip(steps.tolist(), where.shape, strict=True)]
     return max(1, sum(around))
 
 

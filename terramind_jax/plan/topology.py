@@ -40,10 +40,6 @@ class Chip:
         """Dense bfloat16 FLOP/s."""
         return flops.PEAK[self.name]
 
-    def wraps(self, extent: int) -> bool:
-        """Whether an axis of a slice is a ring."""
-        return extent == 16 if len(self.shapes[-1].split("x")) == 2 else extent % 4 == 0
-
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
@@ -75,6 +71,10 @@ class Topology:
     def hosts(self) -> int:
         """Machines: of four chips each, as Cloud TPU makes them for slices of more than one host."""
         return max(1, math.prod(self.shape) // 4) * self.slices
+
+    def wraps(self, extent: int) -> bool:
+        """Whether an axis of `extent` chips is a ring. With three axes, whole cubes of 4 x 4 x 4 alone are joined around."""
+        return extent == 16 if len(self.shape) == 2 else all(n % 4 == 0 for n in self.shape)
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"

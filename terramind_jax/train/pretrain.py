@@ -22,7 +22,7 @@ from terramind_jax import checkpoint, files, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
 from terramind_jax.data.faults import Faults, read_streams
-from terramind_jax.data.groups import template
+from terramind_jax.data.groups import filled_slots, template
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.masks import MaskConfig
 from terramind_jax.data.pipeline import DataConfig, batches
@@ -69,14 +69,14 @@ def train(
 
     # ---- Loop ----
     faults = Faults(index, partial(read_streams, index, sum(streams(config), ()), config.model.image_size))
-    budgets, batch_size = (config.mask.input_tokens, config.mask.target_tokens), config.train.batch_size
+    tokens, batch_size = config.mask.input_tokens + config.mask.target_tokens, config.train.batch_size
     training = loop.Training(
         title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
         total=total_samples(config),
         work={
-            "tokens": sum(budgets) * batch_size,
+            "tokens": tokens * batch_size,
             "samples": batch_size,
-            "flops": flops.transformer_step(module.config, batch_size, *budgets),
+            "flops": step_flops(config, module.config, index),
             "peak": flops.peak() * jax.device_count(),
         },
         summed=("bad", "overflow"),
@@ -326,6 +326,14 @@ def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream,
     fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
     data = DataConfig(image_size=config.model.image_size, **{name: config.data[name] for name in fields})
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
+
+
+def step_flops(config: ConfigDict, network: networks.TransformerConfig, index: Index | None = None) -> float:
+    """Floating-point operations of a step for the slots that hold a token; empty ones are no work of the model."""
+    inputs, targets = filled_slots(*data_settings(config), index)
+    patches = {s.key: inputs[s.key] for s in network.encoder if s.kind == "pixels"}
+    counts = sum(inputs.values()), sum(targets.values())
+    return flops.transformer_step(network, config.train.batch_size, *counts, patches=patches, heads=targets)
 
 
 def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
