@@ -113,21 +113,31 @@ class Events:
             self.flush()
 
     def flush(self) -> None:
+        """What the writer's thread has put down by now; the rest follows with the next flush, at the latest when closing."""
         self._events.flush()
         self._written = time.monotonic()
-        for path in Path(self._local.name).iterdir() if self._local else ():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / path.name).write_bytes(data := path.read_bytes())
-            if len(data) > PIECE:
-                self._events.close()
-                path.unlink()
-                self._open()
+        if self._local and self._copy() > PIECE:
+            self._finish()
+            self._open()
 
     def close(self) -> None:
-        self.flush()
-        self._events.close()
+        self._finish()
         if self._local:
             self._local.cleanup()
+
+    def _finish(self) -> None:
+        """Closing alone waits for the writer's thread, so what is copied is copied after it."""
+        self._events.close()
+        if self._local:
+            self._copy()
+            next(Path(self._local.name).iterdir()).unlink()
+
+    def _copy(self) -> int:
+        """Copies the local event file and returns its size."""
+        (path,) = Path(self._local.name).iterdir()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / path.name).write_bytes(data := path.read_bytes())
+        return len(data)
 
 
 class WandB:
