@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from terramind_jax import flops
+from terramind_jax.data.groups import filled_slots
 from terramind_jax.data.index import Index
 from terramind_jax.model.loss import BLOCK
 from terramind_jax.plan import roofline
@@ -40,6 +41,7 @@ def plan(step: Step, text: str | None, memory: Memory, price: float | None = Non
         "batch_size": step.config.train.batch_size,
         "rows_per_chip": step.rows,
         "tokens_per_step": step.tokens,
+        "filled": _filled(step, index),
         "parameters": sum(x.size for x in jax.tree.leaves(step.state.params)),
         "replicated": _replicated(step),
         "memory": {**dataclasses.asdict(memory), "total": memory.total, "fits": memory.fits},
@@ -48,6 +50,12 @@ def plan(step: Step, text: str | None, memory: Memory, price: float | None = Non
     if text is not None:
         facts |= _timed(step, text, work, price, index)
     return facts
+
+
+def _filled(step: Step, index: Index | None) -> dict[str, float]:
+    """Mean inputs and targets of a sample; the other slots stay empty."""
+    counts = filled_slots(*pretrain.data_settings(step.config), index)
+    return dict(zip(("inputs", "targets"), (sum(by_stream.values()) for by_stream in counts), strict=True))
 
 
 def _work(step: Step, index: Index | None) -> dict[str, float]:
@@ -138,14 +146,15 @@ def render(facts: Mapping[str, Any]) -> str:
 def _head(f: Mapping[str, Any]) -> str:
     slices = f"{f['slices']} slices of " if f["slices"] > 1 else ""
     mesh = ", ".join(f"{name} {n}" for name, n in f["mesh"].items())
-    work = f["flops"]
+    work, filled = f["flops"], f["filled"]
     empty, again = (work[name] / work["model"] for name in ("empty_slots", "recomputed"))
     return "\n".join(
         (
             f"{slices}{f['topology']}: {f['chips']} chips, {f['hosts']} hosts; mesh {mesh}; remat {f['remat']}",
             f"{f['parameters']:,} parameters; {f['tokens_per_step']:,} tokens a step: {f['batch_size']} samples, {f['rows_per_chip']} at a "
             f"time on a chip",
-            f"{work['model']:.3g} model FLOPs a step; {empty:.1%} more for slots that stay empty, and {again:.1%} recomputed",
+            f"{work['model']:.3g} model FLOPs a step, for the {filled['inputs']:.1f} inputs and {filled['targets']:.1f} targets of a sample; "
+            f"{empty:.1%} more for empty slots, and {again:.1%} recomputed",
         )
     )
 
