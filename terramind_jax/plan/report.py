@@ -146,15 +146,15 @@ def render(facts: Mapping[str, Any]) -> str:
 def _head(f: Mapping[str, Any]) -> str:
     slices = f"{f['slices']} slices of " if f["slices"] > 1 else ""
     mesh = ", ".join(f"{name} {n}" for name, n in f["mesh"].items())
-    work, filled = f["flops"], f["filled"]
+    work = f["flops"]
     empty, again = (work[name] / work["model"] for name in ("empty_slots", "recomputed"))
+    filled = f"{f['filled']['inputs']:.1f} inputs and {f['filled']['targets']:.1f} targets"
     return "\n".join(
         (
             f"{slices}{f['topology']}: {f['chips']} chips, {f['hosts']} hosts; mesh {mesh}; remat {f['remat']}",
             f"{f['parameters']:,} parameters; {f['tokens_per_step']:,} tokens a step: {f['batch_size']} samples, {f['rows_per_chip']} at a "
             f"time on a chip",
-            f"{work['model']:.3g} model FLOPs a step, for the {filled['inputs']:.1f} inputs and {filled['targets']:.1f} targets of a sample; "
-            f"{empty:.1%} more for empty slots, and {again:.1%} recomputed",
+            f"{work['model']:.3g} model FLOPs a step, for {filled} of a sample; {empty:.1%} more for empty slots, {again:.1%} recomputed",
         )
     )
 
