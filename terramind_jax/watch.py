@@ -163,6 +163,7 @@ def table(now: Snapshot, before: Mapping[str, float | None]) -> str:
         ("gradient", _gradient(now.metrics)),
         ("skipped", _skipped(now.metrics)),
         ("memory", _memory(now.metrics)),
+        ("held out", _probed(now.metrics)),
         ("checkpoint", "none yet" if now.checkpoint is None else f"step {now.checkpoint[0]:,}   {duration(now.checkpoint[1])} ago"),
     ]
     head = f"{now.workdir}   {_freshness(now)}"
@@ -222,6 +223,16 @@ def _memory(metrics: Mapping[str, float | None]) -> str:
     """The most that a device has held; a CPU does not tell."""
     held = metrics.get("memory_bytes")
     return "-" if held is None else f"{held / 2**30:.2f} GiB a device"
+
+
+def _probed(metrics: Mapping[str, float | None]) -> str:
+    """What `train.probe` found: tokens generated right, and scenes whose land cover their nearest neighbours tell."""
+    begin = "val/generated/"
+    parts = [f"{name.removeprefix(begin)} {_percent(value)}" for name, value in sorted(metrics.items()) if name.startswith(begin)]
+    parts = [f"generated right: {', '.join(parts)}"] if parts else []
+    if "val/knn" in metrics:
+        parts.append(f"k-NN {_percent(metrics['val/knn'])}, the most common class {_percent(metrics.get('val/knn_majority'))}")
+    return "   ".join(parts) or "-"
 
 
 def _losses(metrics: Mapping[str, float | None], before: Mapping[str, float | None]) -> list[str]:

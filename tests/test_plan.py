@@ -19,6 +19,7 @@ from terramind_jax import config as configuration
 from terramind_jax.plan import feed, roofline, search, step, topology
 from terramind_jax.plan.collectives import Collective
 from terramind_jax.plan.topology import GIB
+from terramind_jax.train import pretrain
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -157,6 +158,12 @@ def test_a_plan_adds_up(eight):
     memory, run, seconds = facts["memory"], facts["run"], facts["seconds"]
     assert facts["parameters"] == memory["parts"]["parameters"] / 4
     assert facts["tokens_per_step"] == 8 * 11
+    work, network = facts["flops"], pretrain.transformer_config(config)
+    slots = config.mask.input_tokens, config.mask.target_tokens
+    assert sum(facts["filled"].values()) < 11
+    assert work["model"] + work["empty_slots"] == pytest.approx(flops.transformer_step(network, 8, *slots))
+    assert work["empty_slots"] > 0
+    assert facts["mfu"] * seconds["predicted"] == pytest.approx(work["model"] / (8 * eight.chip.peak))
     assert memory["total"] == sum(memory["parts"].values()) < memory["available"]
     assert facts["tokens_per_second"] == pytest.approx(88 / seconds["predicted"])
     assert run["steps"] == 32

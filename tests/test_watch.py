@@ -53,6 +53,7 @@ def run(tmp_path) -> Path:
         line(10, loss=9.0, loss__DEM=3.0, loss__LULC=None, bad=1, overflow=0, skipped=0, **rates),
         line(20, loss=8.0, loss__DEM=2.5, loss__LULC=1.0, bad=1, overflow=0, skipped=0, **rates),
         line(20, val__loss=8.5, val__loss__DEM=2.75),
+        line(20, val__generated__LULC=0.5, val__generated__DEM=0.25, val__knn=0.75, val__knn_majority=0.4),
         line(30, loss=7.5, loss__DEM=2.75, loss__LULC=1.5, bad=1234, overflow=5, skipped=2, samples=240, **rates, **state),
     ]
     return write(tmp_path / "run", "".join(lines))
@@ -67,6 +68,7 @@ def test_the_table_tells_everything(run):
     assert row(text, "skipped") == ["1,234 samples", "5 patches", "2 steps", "back to a checkpoint: 1"]
     assert row(text, "gradient") == ["norm 0.5", "embeddings 0.25", "encoder -", "learning rate 0.0002"]
     assert row(text, "memory") == ["3.00 GiB a device"]
+    assert row(text, "held out") == ["generated right: DEM 25 %, LULC 50 %", "k-NN 75 %, the most common class 40 %"]
     assert row(text, "checkpoint") == ["none yet"]
     assert row(text, "all") == ["7.5000", "-0.5000", "8.5000"]
     assert row(text, "DEM") == ["2.7500", "+0.2500", "2.7500"]
@@ -79,7 +81,7 @@ def test_what_a_run_does_not_tell_is_left_open(tmp_path):
     assert row(text, "time left") == ["-"]
     assert row(text, "speed") == ["MFU -", "goodput -"]
     assert row(text, "gradient") == ["norm -", "learning rate -"]
-    assert row(text, "memory") == ["-"]
+    assert row(text, "memory") == row(text, "held out") == ["-"]
     assert row(text, "all") == ["-", "-", "-"]
     assert row(text, "DEM") == ["2.0000", "-", "-"]
 
