@@ -150,6 +150,7 @@ def tokenizer_training() -> ConfigDict:
     config.train.total_samples = 180e6  # samples of the whole run: 20 epochs of TerraMesh
     config.train.steps = 0  # length of the run in steps; 0: from total_samples
     config.train.batch_size = 2048  # samples a step, over all hosts
+    config.train.data_init = True  # spread embeddings and latents over a first batch, so that tokens use many codes from the start
     config.train.ema_decay = 0.9999  # of the averaged weights, which are the ones used afterwards
     config.train.seed = 0
 

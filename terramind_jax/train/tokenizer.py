@@ -29,6 +29,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import image_batches
 from terramind_jax.data.views import read_variants
 from terramind_jax.train import loop, optimizer, reconstruction, state
+from terramind_jax.train.data_init import data_init
 from terramind_jax.train.random_crops import random_crops
 
 
@@ -64,6 +65,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     init = partial(networks.init, module)
     train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
+
+    if config.train.data_init and not int(train_state.step):
+        first = next(device_batches(config, index, mesh))
+        train_state = jax.jit(partial(begin, module), donate_argnums=0, out_shardings=layout)(train_state, buffers, first)
 
     # ---- The compiled steps ----
     replicated = sharding.replicated(mesh)
@@ -166,6 +171,13 @@ def value_and_grad(
         return at(None)(params, image)
     drawn = jax.random.randint(draws.keys(batch["position"][:1], "size")[0], (), 0, len(draws.sizes))
     return jax.lax.switch(drawn, [at(side) for side in draws.sizes], params, image)
+
+
+def begin(module: networks.Tokenizer, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]) -> state.State:
+    """A fresh state, its parameters spread over a first batch."""
+    image = reconstruction.prepare(module.config, batch["image"])
+    params = data_init(module, train_state.params, buffers, image, ~batch["bad"])
+    return train_state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
 def train_step(

@@ -1,0 +1,58 @@
+"""The start of a tokenizer's training that depends on the data."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from terramind_jax import tokenizer as networks
+from terramind_jax.train.data_init import UNIFORM_CODES, data_init
+from terramind_jax.train.reconstruction import usage
+
+
+@pytest.fixture(scope="module")
+def network():
+    config = networks.TokenizerConfig("DEM", 1, levels=(8, 5, 5, 5), dim=32, depth=1, num_heads=2, image_size=64)
+    module = networks.Tokenizer(config)
+    variables = meta.unbox(jax.jit(partial(networks.init, module))(jax.random.key(0)))
+    return module, variables["params"], variables["buffers"]
+
+
+def plain() -> jax.Array:
+    """Standardised heights of a plain: far from the mean, hardly varying."""
+    rng = np.random.default_rng(0)
+    return jnp.asarray(-0.7 + 0.05 * rng.normal(size=(16, 4, 4, 1)).repeat(16, 1).repeat(16, 2) + 0.01 * rng.normal(size=(16, 64, 64, 1)))
+
+
+def used(network, params, image) -> int:
+    module, _, buffers = network
+    codes = module.apply({"params": params, "buffers": buffers}, image, method="quantize")
+    return int((usage(module.config, codes, jnp.ones(len(image))) > 0).sum())
+
+
+def test_a_plain_has_many_tokens_from_the_start(network):
+    module, params, buffers = network
+    spread = data_init(module, params, buffers, plain(), jnp.ones(16))
+    assert used(network, spread, plain()) > 5 * used(network, params, plain())
+    latent = module.apply({"params": spread, "buffers": buffers}, plain(), method="latent")
+    np.testing.assert_allclose(latent.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(latent.std((0, 1, 2)), UNIFORM_CODES, rtol=1e-3)
+
+
+def test_images_that_could_not_be_read_do_not_count(network):
+    module, params, buffers = network
+    image = plain()
+    weight = jnp.arange(16) < 12
+    spoiled = jnp.where(weight[:, None, None, None], image, 100.0)
+    one, other = (data_init(module, params, buffers, x, weight) for x in (image, spoiled))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, other)
+
+
+def test_what_does_not_vary_stays(network):
+    module, params, buffers = network
+    same = data_init(module, params, buffers, jnp.zeros((2, 64, 64, 1)), jnp.zeros(2))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), same)))
+    np.testing.assert_array_equal(same["encoder"]["proj"]["kernel"], params["encoder"]["proj"]["kernel"])
