@@ -143,7 +143,7 @@ def _shared(config: ConfigDict) -> bytes:
 
 def _content(index: Index | None) -> bytes:
     """What decides the order of samples and what is known of each."""
-    return b"" if index is None else np.concatenate([index.available, index.has_tokens], 1).tobytes()
+    return b"" if index is None else np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()
 
 
 def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:

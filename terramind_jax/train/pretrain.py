@@ -324,7 +324,8 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
 def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
     """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
     fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
-    data = DataConfig(image_size=config.model.image_size, **{name: config.data[name] for name in fields})
+    weights = config.data.subset_weights.to_dict()
+    data = DataConfig(image_size=config.model.image_size, subset_weights=weights, **{name: config.data[name] for name in fields})
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
 
 
