@@ -19,6 +19,7 @@ from terramind_jax.data.index import Index
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot
+FAULT = "S32"  # holds any modality and reason
 _BLOCK = 8 << 20  # bytes that a remote store sends at once where neighbours are read together
 _INPUTS = ("input_modality", "input_position", "input_id")
 _TARGETS = ("target_modality", "target_position", "target_input", "target_id")
@@ -187,6 +188,7 @@ def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[s
         "sample": np.full(size, -1, np.int64),
         "overflow": np.zeros(size, np.int32),
         "bad": np.ones(size, bool),
+        "fault": np.zeros(size, FAULT),
     }
 
 
@@ -290,7 +292,7 @@ class ViewGroups:
             return views.fill(sample, mask, self.encoder, self.decoder)
         except (DataError, OSError) as error:
             views.warn_once(f"Skipped: {error}")
-            return views.BAD
+            return views.bad(error)
 
     def _put(self, group: dict[str, Any], g: int, view: views.View, used: collections.Counter) -> None:
         """Writes one view into row `g`. Patches go behind those of earlier rows; what no longer fits, the last ones, is dropped."""
@@ -305,7 +307,7 @@ class ViewGroups:
             inputs[2, at[: end - begin]] = np.arange(begin, end)
             keep[at[end - begin :]] = False
             used[stream.key] = end
-        group["bad"][g], group["overflow"][g] = view.bad, np.count_nonzero(~keep)
+        group["bad"][g], group["fault"][g], group["overflow"][g] = bool(view.fault), view.fault, np.count_nonzero(~keep)
         for names, columns in ((_INPUTS, inputs[:, keep]), (_TARGETS, view.targets)):
             for name, column in zip(names, columns, strict=True):
                 group[name][g, : len(column)] = column
