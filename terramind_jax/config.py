@@ -27,6 +27,10 @@ FREE = (
 )
 
 
+# Groups whose names are free.
+OPEN = ("model.codebooks", "data.subset_weights", "optimizer.rates")
+
+
 def pretraining() -> ConfigDict:
     """Defaults of ``pretrain``: the released tiny model."""
     config = ConfigDict()
@@ -52,6 +56,7 @@ def pretraining() -> ConfigDict:
     config.data.tokens = ""  # folder of token shards; empty: beside the pixels
     config.data.train_split = "train"
     config.data.val_split = "val"
+    config.data.subset_weights = ConfigDict()  # {"majortom": 4, "ssl4eos12": 1}: turns of the subsets; empty: each sample once an epoch
     config.data.inputs = (
         "S2L2A",
         "S2L1C",
@@ -229,14 +234,15 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets the existing `field` (``"model.dim"``) from text, read as the type that it has."""
+    """Sets `field` (``"model.dim"``) from text, read as the type that it has. It exists, or is a number in one of the groups `OPEN`."""
     *groups, name = field.split(".")
     node = config
     for depth, group in enumerate(groups):
         node = _child(node, group, groups[:depth])
         if not isinstance(node, ConfigDict):
             raise ValueError(f"Config field {'.'.join(groups[: depth + 1])!r} is a value, not a group of fields.")
-    value = parse(field, text, _child(node, name, groups))
+    is_new = ".".join(groups) in OPEN and name not in node
+    value = _number(field, text) if is_new else parse(field, text, _child(node, name, groups))
     with node.unlocked():
         node[name] = ConfigDict(value) if isinstance(value, dict) else value
 
@@ -273,6 +279,13 @@ def parse(field: str, text: str, like: Any) -> Any:
 
 def _example(like: Any) -> str:
     return repr({"NAME": 1} if isinstance(like, ConfigDict) else like)
+
+
+def _number(field: str, text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"Config field {field!r} takes a number, not {text!r}.") from None
 
 
 def _integer(text: str) -> int:
@@ -356,6 +369,9 @@ def check(config: ConfigDict, command: str) -> None:
     for field, known in _ONE_OF.items():
         if field in values and values[field] not in known:
             raise ValueError(f"{field}={values[field]!r}; expected one of {', '.join(known)}.")
+    for name, weight in config.data.get("subset_weights", {}).items():
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"data.subset_weights.{name}={weight!r}; expected a number above 0, or no entry at all.")
     interval(config.run.profile)
     dim, heads = config.model.dim, config.model.num_heads
     if dim % heads or dim % 4:

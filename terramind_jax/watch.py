@@ -17,6 +17,7 @@ from etils import epath
 from terramind_jax import config as configuration
 from terramind_jax import files
 from terramind_jax.checkpoint import FOLDER
+from terramind_jax.data import faults
 from terramind_jax.train import pretrain
 from terramind_jax.train.logging import METRICS, count, pieces
 
@@ -40,6 +41,7 @@ class Snapshot:
     interval: int  # steps between the newest lines
     age: float  # seconds since the log was written
     checkpoint: tuple[int, float] | None  # step of the newest one, and seconds since it was complete
+    bad: Mapping[str, int]  # samples listed as bad, by reason
 
 
 def watch(workdir: str | os.PathLike, *, every: float = 10.0, once: bool = False) -> int:
@@ -85,6 +87,7 @@ def read(workdir: str | os.PathLike, now: float | None = None) -> Snapshot | Non
         interval=steps[-1] - steps[-2] if len(steps) > 1 else 0,
         age=now - max(file.stat().mtime for file in log),
         checkpoint=checkpoint and (checkpoint[0], now - checkpoint[1]),
+        bad=faults.counts(workdir),
     )
 
 
@@ -162,6 +165,7 @@ def table(now: Snapshot, before: Mapping[str, float | None]) -> str:
         ("step time", _step_time(now.metrics)),
         ("gradient", _gradient(now.metrics)),
         ("skipped", _skipped(now.metrics)),
+        ("bad samples", "   ".join(f"{n:,} {reason}" for reason, n in now.bad.items()) or "none listed"),
         ("memory", _memory(now.metrics)),
         ("held out", _probed(now.metrics)),
         ("checkpoint", "none yet" if now.checkpoint is None else f"step {now.checkpoint[0]:,}   {duration(now.checkpoint[1])} ago"),

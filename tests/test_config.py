@@ -58,6 +58,14 @@ def test_an_open_dict_is_replaced(config):
     assert configuration.from_json(configuration.to_json(config)) == config
 
 
+def test_an_open_dict_takes_names_one_by_one(config):
+    configuration.override(config, "data.subset_weights.majortom", "0.8")
+    configuration.override(config, "data.subset_weights.ssl4eos12", "1")
+    configuration.override(config, "data.subset_weights.majortom", "2.5")
+    assert config.data.subset_weights.to_dict() == {"majortom": 2.5, "ssl4eos12": 1}
+    assert configuration.from_json(configuration.to_json(config)) == config
+
+
 @pytest.mark.parametrize("text", ["8", "8,", "(8,)"])
 def test_a_tuple_of_one(config, text):
     configuration.override(config, "mask.target_alphas", text)
@@ -75,6 +83,7 @@ def test_a_tuple_of_one(config, text):
         ("optimizer.betas", "(a", "takes a value of type tuple"),
         ("data.inputs", "(1, 2)", "takes a value of type tuple"),
         ("model.codebooks", "[1]", "takes a value of type dict"),
+        ("data.subset_weights.majortom", "much", "'data.subset_weights.majortom' takes a number, not 'much'"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(config, field, text, message):
@@ -123,6 +132,8 @@ def test_documented_workers_find_later_views_in_memory(name):
         ("model.num_heads", 5, "model.dim=192 must be a multiple of 4, for the positions, and of model.num_heads=5."),
         ("model.dim", 66, "model.dim=66 must be a multiple of 4"),
         ("train.loss", "sum", "train.loss='sum'; expected one of mod, token."),
+        ("data.subset_weights.majortom", 0, "data.subset_weights.majortom=0; expected a number above 0"),
+        ("data.subset_weights", {"majortom": "a"}, "data.subset_weights.majortom='a'; expected a number above 0"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_sentence(config, field, value, message):

@@ -63,6 +63,53 @@ def test_a_shuffle_window_keeps_neighbours_together(n, seed, window):
     assert sorted(order.permutation(n, seed, 0, window)) == list(range(n))
 
 
+# ---- subsets that take turns ----
+
+mixtures = st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 100)), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(mixtures, seeds, st.integers(0, 2**40), st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=4))
+def test_each_subset_goes_through_epochs_of_its_own_wherever_a_run_is_resumed(mixture, seed, start, views, window, stretches):
+    """Stretches are batches on so many hosts, each resumed where the one before it stopped."""
+    sizes, given = zip(*mixture, strict=True)
+    weights, ends = order.whole_weights(given), np.cumsum(sizes)
+    consumed, found = start * views * window, []
+    for hosts in stretches:
+        shares = [range(consumed + host, consumed + views * window * hosts, hosts) for host in range(hosts)]
+        found += [order.place(p, sizes, seed, views, window, 0, weights) for p in sorted(p for share in shares for p in share)]
+        consumed += views * window * hosts
+    seen = collections.defaultdict(list)
+    for place in sorted(p for p in found if p.view == 0):
+        subset = int(np.searchsorted(ends, place.rank, "right"))
+        assert order.turn(place.slot, weights)[0] == subset
+        seen[subset].append((place.epoch, place.rank - (ends[subset] - sizes[subset])))
+    for subset, visits in seen.items():
+        epochs = {epoch: order.permutation(sizes[subset], seed, epoch, 0, subset).tolist() for epoch, _ in visits}
+        assert all(sorted(one) == list(range(sizes[subset])) for one in epochs.values())
+        numbers = [epoch * sizes[subset] + epochs[epoch].index(rank) for epoch, rank in visits]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert collections.Counter((p.slot, p.rank) for p in found) == {(p.slot, p.rank): views for p in found}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=4))
+def test_any_first_slots_hold_the_shares_of_the_weights(given):
+    weights = order.whole_weights(given)
+    np.testing.assert_allclose(np.array(weights, float) / sum(weights), np.array(given) / sum(given), rtol=1e-12)
+    turns = [order.turn(slot, weights) for slot in range(200)]
+    counts = collections.Counter()
+    for slot, (subset, before) in enumerate(turns):
+        assert before == counts[subset]
+        counts[subset] += 1
+        for s, w in enumerate(weights):
+            assert abs(counts[s] - (slot + 1) * w / sum(weights)) <= 1 + 1e-9
+
+
+def test_weights_are_the_smallest_integers():
+    assert order.whole_weights([0.8, 0.2]) == (4, 1) and order.whole_weights([3, 1e-05]) == (300000, 1)
+
+
 def test_a_window_shuffles_windows_and_within_them():
     found = order.permutation(1000, 0, 0, 100)
     assert (found[:100] // 100 == found[0] // 100).all() and (np.diff(found[:100].astype(int)) < 0).any()

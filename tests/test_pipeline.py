@@ -348,6 +348,70 @@ def test_validation_is_one_pass_in_order_with_the_centre_crop_and_padded_shapes(
         assert found[0]["target_id"][0, slot] == index.tokens(0, "S2L2A")[0].flat[found[0]["target_position"][0, slot]]
 
 
+# ---- subsets ----
+
+
+class TwoSubsets(MemoryIndex):
+    """Every fourth sample is of the subset b, and there is an empty one."""
+
+    def __init__(self, n=12):
+        super().__init__(n)
+        self.subsets, self.subset = ("a", "b", "none"), (np.arange(n) % 4 == 3).astype(np.uint8)
+
+
+def weighted(**weights):
+    return dataclasses.replace(CONFIG, subset_weights=weights)
+
+
+@pytest.mark.parametrize(("weights", "share"), [({"a": 1, "b": 1}, 1 / 2), ({"b": 0.2, "a": 0.8}, 1 / 5)])
+def test_subsets_take_turns_by_their_weights_and_miss_nothing(weights, share):
+    """Two hosts for a while, then three: 120 samples in all."""
+    whole = take(30, TwoSubsets(), weighted(**weights))
+    samples = np.concatenate([b["sample"] for b in whole])
+    of_b = samples % 4 == 3
+    assert all(abs(of_b[: i + 1].sum() - (i + 1) * share) <= 1 for i in range(len(samples)))
+    for subset, part in (({0, 1, 2, 4, 5, 6, 8, 9, 10}, samples[~of_b]), ({3, 7, 11}, samples[of_b])):
+        cycles = [part[i : i + len(subset)].tolist() for i in range(0, len(part) - len(subset), len(subset))]
+        assert all(sorted(cycle) == sorted(subset) for cycle in cycles) and len(set(map(tuple, cycles))) > 1
+    for hosts, first in ((2, 0), (3, 48)):
+        options = {"batch_size": 12, "hosts": hosts, "consumed": first}
+        shares = [take(4, TwoSubsets(), weighted(**weights), host=h, **options) for h in range(hosts)]
+        found = np.concatenate([np.stack([b["sample"] for b in batch], 1).reshape(-1) for batch in zip(*shares, strict=True)])
+        np.testing.assert_array_equal(found, samples[first : first + 48])
+
+
+def test_a_subset_without_a_weight_is_left_out_and_said(caplog):
+    found = take(4, TwoSubsets(), weighted(b=3))
+    assert set(np.concatenate([b["sample"] for b in found])) == {3, 7, 11}
+    assert "Not visited, as subset_weights does not name them: a, none." in caplog.text
+    everything = take(9, TwoSubsets(), weighted(b=3), train=False)
+    assert sorted(np.concatenate([b["sample"] for b in everything])) == list(range(12))
+
+
+def test_buffers_have_room_for_the_weights_not_for_the_natural_shares():
+    """Here b has all the S1RTC of the index."""
+    index = TwoSubsets()
+    index.available[:, 2] = index.subset == 1
+    index.available[:, 1] = index.subset == 0
+    rows = {}
+    for b in (0.01, 100):
+        data = dataclasses.replace(weighted(a=1, b=b), patch_group=8)
+        rows[b] = take(1, index, data, batch_size=8)[0]["patches"]["untok_sen1rtc@224"].shape[1]
+    assert rows[0.01] < rows[100]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1, "c": 1}, "subset_weights names 'c', which is no subset of the shards; expected some of a, b, none."),
+        ({"none": 1}, "subset_weights names 'none', but none of its samples has both an input and a target"),
+    ],
+)
+def test_weights_of_no_use_are_one_sentence(weights, message):
+    with pytest.raises(ValueError, match=message):
+        take(1, TwoSubsets(), weighted(**weights))
+
+
 # ---- whole crops ------------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,10 @@ def run(tmp_path) -> Path:
         line(20, val__generated__LULC=0.5, val__generated__DEM=0.25, val__knn=0.75, val__knn_majority=0.4),
         line(30, loss=7.5, loss__DEM=2.75, loss__LULC=1.5, bad=1234, overflow=5, skipped=2, samples=240, **rates, **state),
     ]
+    for host, bad in (("00000", [("a", "corrupt"), ("b", "corrupt")]), ("00001", [("b", "corrupt"), ("c", "constant")])):
+        found = "".join(json.dumps({"key": key, "modality": "S1GRD", "reason": reason}) + "\n" for key, reason in bad)
+        (tmp_path / "run" / "bad_samples").mkdir(exist_ok=True)
+        (tmp_path / "run" / "bad_samples" / f"{host}.jsonl").write_text(found)
     return write(tmp_path / "run", "".join(lines))
 
 
@@ -66,6 +70,7 @@ def test_the_table_tells_everything(run):
     assert row(text, "speed") == ["2.05k tokens/s", "MFU 40 %", "goodput 90 %"]
     assert row(text, "step time") == ["0.5 s", "compute 70 %", "data wait 25 %", "checkpoint 5 %"]
     assert row(text, "skipped") == ["1,234 samples", "5 patches", "2 steps", "back to a checkpoint: 1"]
+    assert row(text, "bad samples") == ["2 corrupt", "1 constant"]
     assert row(text, "gradient") == ["norm 0.5", "embeddings 0.25", "encoder -", "learning rate 0.0002"]
     assert row(text, "memory") == ["3.00 GiB a device"]
     assert row(text, "held out") == ["generated right: DEM 25 %, LULC 50 %", "k-NN 75 %, the most common class 40 %"]

@@ -19,6 +19,7 @@ from terramind_jax.data.index import Index
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot
+FAULT = "S32"  # holds any modality and reason
 _BLOCK = 8 << 20  # bytes that a remote store sends at once where neighbours are read together
 _INPUTS = ("input_modality", "input_position", "input_id")
 _TARGETS = ("target_modality", "target_position", "target_input", "target_id")
@@ -38,6 +39,9 @@ class DataConfig:
     and the index's availability, and at least one sample's budget: groups of one never overflow. Patches without room become padding.
     With 128 tokens of 12 streams and alpha 0.5, a view uses 58 rows; groups of 8 declare 136 and drop 0.2 % of the patches, groups of 32
     declare 98 and drop almost none.
+
+    Without `subset_weights` an epoch visits every sample once, so subsets have their natural shares. With them only the subsets named are
+    visited: each in epochs of its own, every sample once in each, taking turns in proportion to the weights.
     """
 
     image_size: int = IMAGE_SIZE
@@ -48,6 +52,7 @@ class DataConfig:
     capacity_sigmas: float = 3.0
     threads: int = 2  # reading at once, in each process
     shuffle_window: int = 0  # 0: any order; else neighbours in the shards are visited together, so many at a time, for remote stores
+    subset_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 # ---- what the samples have --------------------------------------------------------------------------------------------------
@@ -87,10 +92,27 @@ def availability_of(index: Index, encoder: Sequence[Stream], decoder: Sequence[S
     return Availability(index, np.array([column(s) for s in encoder], int), np.array([column(s) for s in decoder], int))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Usable:
+    """The `samples` [n] that have an input and a target, those of the first subset first; without weights there is one subset, of all.
+
+    `patterns` are (available inputs, available targets, how often they are met), for each pattern of availability.
+    """
+
+    samples: np.ndarray
+    sizes: tuple[int, ...]
+    weights: tuple[int, ...]
+    patterns: list
+
+
 def usable_samples(
-    availability: Availability, plan: masks.Plan, encoder: Sequence[Stream], decoder: Sequence[Stream]
-) -> tuple[np.ndarray, list]:
-    """The samples [n] that have an input and a target, and the patterns of availability among them with their number."""
+    availability: Availability,
+    plan: masks.Plan,
+    encoder: Sequence[Stream],
+    decoder: Sequence[Stream],
+    subset_weights: Mapping[str, float] | None = None,
+) -> Usable:
+    """What a run visits; a ValueError if that is nothing, or a weight is of no use."""
     first, pattern = availability.patterns()
     has = [availability(int(i)) for i in first]
     is_image = np.array([s.kind != "sequence" for s in (*encoder, *decoder)])
@@ -101,16 +123,38 @@ def usable_samples(
             f"None of the {len(pattern)} samples has both an input among {inputs} and a target among {targets}; token streams need token "
             "shards, made by `tokenize`."
         )
-    counts = np.bincount(pattern, minlength=len(first))
-    return np.flatnonzero(good[pattern]).astype(np.uint32), [(*has[p], int(counts[p])) for p in np.flatnonzero(good)]
+    samples, counts = np.flatnonzero(good[pattern]).astype(np.uint32), np.bincount(pattern, minlength=len(first))
+    sizes, weights = (len(samples),), (1,)
+    if subset_weights:
+        parts = _by_subset(availability.index, samples, subset_weights)
+        samples, sizes = np.concatenate(parts), tuple(map(len, parts))
+        weights = order.whole_weights([subset_weights[name] for name in sorted(subset_weights)])
+        counts = sum(w / len(part) * np.bincount(pattern[part], minlength=len(first)) for w, part in zip(weights, parts, strict=True))
+    return Usable(samples, sizes, weights, [(*has[p], counts[p]) for p in np.flatnonzero(good & (counts > 0))])
+
+
+def _by_subset(index: Index, samples: np.ndarray, weights: Mapping[str, float]) -> list[np.ndarray]:
+    """`samples` of each subset that has a weight, the subsets by name."""
+    for name in weights:
+        if name not in index.subsets:
+            raise ValueError(
+                f"subset_weights names {name!r}, which is no subset of the shards; expected some of {', '.join(index.subsets)}."
+            )
+    if left := [name for name in index.subsets if name not in weights]:
+        views.warn_once(f"Not visited, as subset_weights does not name them: {', '.join(left)}.")
+    parts = [samples[index.subset[samples] == index.subsets.index(name)] for name in sorted(weights)]
+    for name, part in zip(sorted(weights), parts, strict=True):
+        if not len(part):
+            raise ValueError(f"subset_weights names {name!r}, but none of its samples has both an input and a target; leave it out.")
+    return parts
 
 
 def patch_capacity(
-    encoder: Sequence[Stream], plan: masks.Plan, patterns: Sequence[tuple[np.ndarray, np.ndarray, int]], config: DataConfig
+    encoder: Sequence[Stream], plan: masks.Plan, patterns: Sequence[tuple[np.ndarray, np.ndarray, float]], config: DataConfig
 ) -> dict[str, int]:
     """Rows of each pixel stream's buffer for one group, by the rule that `DataConfig` states, rounded up to a multiple of 8.
 
-    `patterns` are (available inputs, available targets, number of samples).
+    `patterns` are those of `Usable`.
     """
     unknown = sorted(set(config.capacity) - {s.key for s in encoder if s.kind == "pixels"})
     if unknown:
@@ -144,6 +188,7 @@ def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[s
         "sample": np.full(size, -1, np.int64),
         "overflow": np.zeros(size, np.int32),
         "bad": np.ones(size, bool),
+        "fault": np.zeros(size, FAULT),
     }
 
 
@@ -174,7 +219,8 @@ def _plan_and_patterns(
     plan = masks.plan_masks(encoder, decoder, mask_config)
     if index is None:
         return plan, [(np.ones(len(encoder), bool), np.ones(len(decoder), bool), 1)]
-    return plan, usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder)[1]
+    usable = usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder, config.subset_weights)
+    return plan, usable.patterns
 
 
 class _Memo:
@@ -217,11 +263,13 @@ class ViewGroups:
         self.encoder, self.decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
         self.plan = masks.plan_masks(self.encoder, self.decoder, mask_config)
         self.available = availability_of(index, self.encoder, self.decoder)
-        self.samples, patterns = usable_samples(self.available, self.plan, self.encoder, self.decoder)
+        usable = usable_samples(self.available, self.plan, self.encoder, self.decoder, config.subset_weights if train else None)
+        self.samples, self.sizes, self.weights = usable.samples, usable.sizes, usable.weights
         if train and config.shuffle_window:
-            self.samples = index.in_storage_order(self.samples)
+            parts = np.split(self.samples, np.cumsum(self.sizes)[:-1])
+            self.samples = np.concatenate([index.in_storage_order(part) for part in parts])
             index.read_nearby(_BLOCK)
-        self.capacity = patch_capacity(self.encoder, self.plan, patterns, config)
+        self.capacity = patch_capacity(self.encoder, self.plan, usable.patterns, config)
         self.views = config.views_per_sample if train else 1
         self.memo = _Memo(-(-(self.views - 1) * config.view_window // readers))
 
@@ -237,7 +285,8 @@ class ViewGroups:
 
     def _place(self, position: int) -> order.Place | None:
         if self.train:
-            return order.place(position, len(self.samples), self.seed, self.views, self.config.view_window, self.config.shuffle_window)
+            window, near = self.config.view_window, self.config.shuffle_window
+            return order.place(position, self.sizes, self.seed, self.views, window, near, self.weights)
         return order.Place(position, 0, position, 0) if position < len(self.samples) else None
 
     def _view(self, place: order.Place) -> views.View:
@@ -262,7 +311,7 @@ class ViewGroups:
             return views.fill(sample, mask, self.encoder, self.decoder)
         except (DataError, OSError) as error:
             views.warn_once(f"Skipped: {error}")
-            return views.BAD
+            return views.bad(error)
 
     def _put(self, group: dict[str, Any], g: int, view: views.View, used: collections.Counter) -> None:
         """Writes one view into row `g`. Patches go behind those of earlier rows; what no longer fits, the last ones, is dropped."""
@@ -277,7 +326,7 @@ class ViewGroups:
             inputs[2, at[: end - begin]] = np.arange(begin, end)
             keep[at[end - begin :]] = False
             used[stream.key] = end
-        group["bad"][g], group["overflow"][g] = view.bad, np.count_nonzero(~keep)
+        group["bad"][g], group["fault"][g], group["overflow"][g] = bool(view.fault), view.fault, np.count_nonzero(~keep)
         for names, columns in ((_INPUTS, inputs[:, keep]), (_TARGETS, view.targets)):
             for name, column in zip(names, columns, strict=True):
                 group[name][g, : len(column)] = column

@@ -146,13 +146,15 @@ class Index:
         bands = self._bands(i, modality)
         expected = len(registry.get(modality).bands)
         if bands is None:
-            raise DataError(f"{self._where(self._pixels, i, modality)} has no array 'bands'.")
+            raise DataError(f"{self._where(self._pixels, i, modality)} has no array 'bands'.", "missing")
         while bands.ndim > 3 and len(bands):
             bands = bands[0]
         if bands.ndim != 3 or len(bands) != expected:
-            raise DataError(f"{self._where(self._pixels, i, modality)} has 'bands' of shape {bands.shape}, expected [{expected}, y, x].")
+            where = self._where(self._pixels, i, modality)
+            raise DataError(f"{where} has 'bands' of shape {bands.shape}, expected [{expected}, y, x].", "shape")
         if bands.dtype.kind not in "biuf":
-            raise DataError(f"{self._where(self._pixels, i, modality)} has 'bands' of type {bands.dtype}, expected real numbers.")
+            where = self._where(self._pixels, i, modality)
+            raise DataError(f"{where} has 'bands' of type {bands.dtype}, expected real numbers.", "value")
         return np.moveaxis(bands, 0, -1)
 
     def _bands(self, i: int, modality: str) -> np.ndarray | None:
@@ -190,7 +192,7 @@ class Index:
         except Exception as error:  # a damaged header raises SyntaxError, TypeError, MemoryError, ...
             raise DataError(f"{self._where(self._tokens, i, modality)} is no readable .npy file ({error}).") from error
         if ids.dtype.kind not in "iu":
-            raise DataError(f"{self._where(self._tokens, i, modality)} holds {ids.dtype} instead of integer token ids.")
+            raise DataError(f"{self._where(self._tokens, i, modality)} holds {ids.dtype} instead of integer token ids.", "value")
         return ids
 
     def shards(self, modality: str) -> dict[str, np.ndarray]:
@@ -255,7 +257,7 @@ class Index:
         column = columns.get(modality)
         if column is None or (row := column.row(i)) < 0 or not column.size[row]:
             what = "tokens of " if columns is self._tokens else ""
-            raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.")
+            raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.", "missing")
         return column
 
     def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> bytes:
@@ -269,7 +271,8 @@ class Index:
         try:
             payload = self._stores[columns is self._tokens].read(column.path(i), int(column.offset[column.row(i)]) + start, size)
         except OSError as error:
-            raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror or error}).") from error
+            reason = "missing" if isinstance(error, FileNotFoundError) else "unreachable"
+            raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror or error}).", reason) from error
         if len(payload) != size:
             raise DataError(f"{self._where(columns, i, modality)} ends early: {len(payload)} of {size} bytes; index it again.")
         return payload

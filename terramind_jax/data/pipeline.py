@@ -19,8 +19,8 @@ from absl import flags
 
 from terramind_jax import modalities
 from terramind_jax.data import crops, masks, order, views
-from terramind_jax.data.errors import DataError
-from terramind_jax.data.groups import PADDING, DataConfig, ViewGroups, variant_of
+from terramind_jax.data.errors import DataError, fault, reading
+from terramind_jax.data.groups import FAULT, PADDING, DataConfig, ViewGroups, variant_of
 from terramind_jax.data.index import Index
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
@@ -81,6 +81,7 @@ def batches(
     - ``patches`` {stream key: stored dtype [B / G, capacity, 16 * 16 * C]}, in (row, column, channel) order
     - ``target_modality``, ``target_position``, ``target_id`` [B, M] likewise for `decoder`; ``target_input`` the id before, sequences only
     - ``sample`` int64 [B] position in the index; ``overflow`` int32 [B] patches that found no room; ``bad`` bool [B] could not be read
+    - ``fault`` bytes [B] why: modality and reason, as `errors.fault` has them; empty where nothing is wrong
 
     ``train=False`` passes once over the samples in the index's order, with the centre crop and one fixed mask each; the last batch is
     filled up with slots of ``sample`` -1, ``bad``. Samples without any input or target are not visited. Raises ValueError for sizes that do
@@ -194,7 +195,7 @@ def image_batches(
     train: bool = True,
     threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's share of whole crops: ``{"image": [B, S, S, C] stored dtype, "bad": bool [B], "sample": int64 [B]}``.
+    """This host's share of whole crops: ``{"image": [B, S, S, C] stored dtype, "bad": bool [B], "fault": bytes [B], "sample": int64 [B]}``.
 
     Only samples that have the modality are visited. Order, position, crops (any of the ten, one a sample and epoch) and ``train=False``
     are as in `batches`; unreadable images are zeros, marked bad.
@@ -244,18 +245,21 @@ class _Images:
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         place = order.place(position, len(self.samples), self.seed) if self.train else order.Place(position, 0, position, 0)
         i = int(self.samples[place.rank]) if place.rank < len(self.samples) else -1
-        image = self._read(i, place.epoch) if i >= 0 else None
-        if image is None:
-            bands = len(modalities.get(self.modality).bands)
-            blank = np.zeros((self.image_size, self.image_size, bands), views.stored_dtype(self.modality))
-        return {"image": blank if image is None else image, "bad": np.bool_(image is None), "sample": np.int64(i)}
+        bands = len(modalities.get(self.modality).bands)
+        blank = np.zeros((self.image_size, self.image_size, bands), views.stored_dtype(self.modality))
+        image, wrong = self._read(i, place.epoch) if i >= 0 else (None, "")
+        bad = np.bool_(image is None)
+        return {"image": blank if bad else image, "bad": bad, "fault": np.array(wrong, FAULT), "sample": np.int64(i)}
 
-    def _read(self, i: int, epoch: int) -> np.ndarray | None:
+    def _read(self, i: int, epoch: int) -> tuple[np.ndarray | None, str]:
+        """The crop, or None and what is wrong."""
+        variant = variant_of(self.seed, epoch, i, self.train)
         try:
-            return views.read_variant(self.index, i, self.modality, variant_of(self.seed, epoch, i, self.train), self.image_size)
+            with reading(self.modality):
+                return views.read_variant(self.index, i, self.modality, variant, self.image_size), ""
         except (DataError, OSError) as error:
             views.warn_once(f"Skipped: {error}")
-            return None
+            return None, fault(error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
-from terramind_jax.data.errors import DataError
+from terramind_jax.data.errors import DataError, fault, reading
 from terramind_jax.data.index import Index
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
 
@@ -37,7 +37,7 @@ class Sample:
             self._images[name] = crops.crop(read_tile(self.index, self.i, name, self.image_size), self.variant, self.image_size)
         image = self._images[name]
         if image.shape[-1] != stream.channels:
-            raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.")
+            raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.", "shape")
         return _stored(crops.select_patches(image, positions, PATCH_SIZE), name, self._key)
 
     def ids(self, stream: Stream, source: np.ndarray) -> np.ndarray | None:
@@ -50,7 +50,8 @@ class Sample:
             if grid.shape != (crops.VARIANTS, self.side, self.side):
                 raise DataError(
                     f"Sample {self._key}: tokens of {name} have shape {grid.shape}, expected {(crops.VARIANTS, self.side, self.side)}; "
-                    f"tokenize for image size {self.image_size}."
+                    f"tokenize for image size {self.image_size}.",
+                    "shape",
                 )
             check_ids(grid, stream, f"Sample {self._key}")
             self._tokens[name] = grid[self.variant].reshape(-1)
@@ -62,7 +63,7 @@ class Sample:
         try:
             return None if place is None else coordinates.encode(*place)
         except ValueError as error:
-            raise DataError(f"Sample {self._key}: {error}") from error
+            raise DataError(f"Sample {self._key}: {error}", "value") from error
 
     @property
     def _key(self) -> str:
@@ -73,15 +74,16 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
     """One modality ``[H, W, C]`` of sample `i`; a tile smaller than the crop is a `DataError`."""
     tile = index.read(i, modality)
     if min(tile.shape[:2]) < image_size:
-        raise DataError(f"Sample {index.keys[i]!r}: {modality} is {tile.shape[0]}x{tile.shape[1]} pixels, smaller than {image_size}.")
+        size = f"{tile.shape[0]}x{tile.shape[1]} pixels"
+        raise DataError(f"Sample {index.keys[i]!r}: {modality} is {size}, smaller than {image_size}.", "shape")
     if modality.startswith(_NEVER_CONSTANT) and _is_constant(tile):
-        raise DataError(f"Sample {index.keys[i]!r}: {modality} has one value everywhere, as where nothing was measured.")
+        raise DataError(f"Sample {index.keys[i]!r}: {modality} has one value everywhere, as where nothing was measured.", "constant")
     return tile
 
 
 def _is_constant(tile: np.ndarray) -> bool:
-    """Looks at few pixels first: hardly any tile is."""
-    return bool((tile[::37, ::37] == tile[0, 0, 0]).all() and (tile == tile[0, 0, 0]).all())
+    """Whether each band has one value. Looks at few pixels first: hardly any tile is."""
+    return bool((tile[::37, ::37] == tile[0, 0]).all() and (tile == tile[0, 0]).all())
 
 
 def read_variant(index: Index, i: int, modality: str, variant: int, image_size: int) -> np.ndarray:
@@ -101,10 +103,10 @@ def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple
 def _stored(x: np.ndarray, modality: str, key: str) -> np.ndarray:
     """Pixels in the type that travels; a `DataError` for values that are not finite and for classes that do not exist."""
     if modality == "LULC" and not ((x >= 0) & (x < len(LULC_CLASSES))).all():
-        raise DataError(f"Sample {key}: LULC holds classes outside 0..{len(LULC_CLASSES) - 1}.")
+        raise DataError(f"Sample {key}: LULC holds classes outside 0..{len(LULC_CLASSES) - 1}.", "value")
     x = cast(x, stored_dtype(modality))
     if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise DataError(f"Sample {key}: {modality} has values that are not finite.")
+        raise DataError(f"Sample {key}: {modality} has values that are not finite.", "nan")
     return x
 
 
@@ -113,7 +115,8 @@ def check_ids(grid: np.ndarray, stream: Stream, what: str) -> None:
     if grid.size and not 0 <= grid.min() <= grid.max() < stream.vocab_size:
         raise DataError(
             f"{what}: tokens of {stream.modality} go from {grid.min()} to {grid.max()}, but its vocabulary has {stream.vocab_size}; "
-            "tokenize again, or correct tokenizer.json beside the tokens or model.codebooks."
+            "tokenize again, or correct tokenizer.json beside the tokens or model.codebooks.",
+            "value",
         )
 
 
@@ -136,15 +139,20 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One masked view: columns of its slots, and the patches that pixel slots point to, in the order of the slots."""
+    """One masked view: columns of its slots, and the patches that pixel slots point to, in the order of the slots.
+
+    `fault` tells why it could not be read: modality and reason (`errors.fault`).
+    """
 
     inputs: np.ndarray  # [3, <=N] stream, position, id
     targets: np.ndarray  # [4, <=M] stream, position, given id, id
     patches: dict[str, np.ndarray]
-    bad: bool = False
+    fault: str = ""
 
 
-BAD = View(np.zeros((3, 0), int), np.zeros((4, 0), int), {}, bad=True)
+def bad(error: DataError | OSError) -> View:
+    """The view of a sample that cannot be read: no slots."""
+    return View(np.zeros((3, 0), int), np.zeros((4, 0), int), {}, fault(error))
 
 
 def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: Sequence[Stream]) -> View:
@@ -154,18 +162,20 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
     patches = {}
     for e in np.unique(mask.input_stream):
         at = mask.input_stream == e
-        if encoder[e].kind == "pixels":
-            patches[encoder[e].key] = sample.patches(encoder[e], mask.input_position[at])
-        elif (found := sample.ids(encoder[e], mask.input_source[at])) is None:
-            inputs[0, at] = -1
-        else:
-            inputs[2, at] = found
+        with reading(encoder[e].modality):
+            if encoder[e].kind == "pixels":
+                patches[encoder[e].key] = sample.patches(encoder[e], mask.input_position[at])
+            elif (found := sample.ids(encoder[e], mask.input_source[at])) is None:
+                inputs[0, at] = -1
+            else:
+                inputs[2, at] = found
     for t in np.unique(mask.target_stream):
         at = mask.target_stream == t
-        if (found := sample.ids(decoder[t], mask.target_source[at])) is None:
-            targets[0, at] = -1
-            continue
-        targets[3, at] = found
-        if decoder[t].kind == "sequence":
-            targets[2, at] = sample.ids(decoder[t], mask.target_previous[at])
+        with reading(decoder[t].modality):
+            if (found := sample.ids(decoder[t], mask.target_source[at])) is None:
+                targets[0, at] = -1
+                continue
+            targets[3, at] = found
+            if decoder[t].kind == "sequence":
+                targets[2, at] = sample.ids(decoder[t], mask.target_previous[at])
     return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches)

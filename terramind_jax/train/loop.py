@@ -2,7 +2,8 @@
 
 A run killed at any moment goes on with the same data and the same numbers; SIGTERM at any process saves first. A step that would spoil
 the parameters is skipped (`state.apply`), and after `run.patience` in a row the run goes back to its last checkpoint and on with other
-data. Samples that cannot be read have weight zero, until they are too many. A stalled step is reported.
+data. Samples that cannot be read have weight zero and are listed in the work directory, until they are too many. A stalled step is
+reported.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ml_collections import ConfigDict
 from terramind_jax import config as configuration
 from terramind_jax import files, processes, sharding
 from terramind_jax.checkpoint import Checkpoints, Terminated
+from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index
 from terramind_jax.train import state
 from terramind_jax.train.logging import Writer
@@ -42,7 +44,7 @@ class Training:
     step: Callable[..., tuple[state.State, Mapping[str, jax.Array]]]  # jitted: state, buffers, batch -> state, metrics
     batches: Callable[[int], Iterator[Mapping[str, jax.Array]]]  # from a position in the data
     validate: Callable[[state.State, Any], dict[str, float]] | None
-    reasons: Callable[[], str]  # why samples could not be read
+    faults: Faults  # the samples that could not be read
     validate_first: bool = False  # also before the first step
 
 
@@ -67,6 +69,7 @@ def run(
         stack.enter_context(contextlib.closing(checkpoints))
         writer = Writer(workdir, step=step, total=steps, tensorboard=run.tensorboard, wandb=wandb, progress=run.progress)
         stack.enter_context(contextlib.closing(writer))
+        stack.callback(training.faults.flush)
         writer.say(f"{training.title}, step {step} of {steps}, {training.work['samples']} samples a step")
         meter = follow(training, run, writer, train_state, kept)
         preempted = stack.enter_context(processes.preemption())
@@ -79,6 +82,7 @@ def run(
             watchdog.at(step, "saves")
             with meter.aside(saving=True):
                 writer.flush()
+                training.faults.flush()
                 state.save(checkpoints, train_state, buffers, meter.counters())
 
         if training.validate_first and step == 0 and training.validate is not None:
@@ -143,7 +147,7 @@ def _shared(config: ConfigDict) -> bytes:
 
 def _content(index: Index | None) -> bytes:
     """What decides the order of samples and what is known of each."""
-    return b"" if index is None else np.concatenate([index.available, index.has_tokens], 1).tobytes()
+    return b"" if index is None else np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()
 
 
 def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:
@@ -157,7 +161,7 @@ def follow(training: Training, run: ConfigDict, writer: Writer, train_state: sta
         samples=state.consumed(train_state.samples),
         skipped=int(train_state.skipped),
         max_bad_fraction=run.max_bad_fraction,
-        reasons=training.reasons,
+        reasons=training.faults.reasons,
     )
 
 

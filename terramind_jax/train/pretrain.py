@@ -68,7 +68,8 @@ def train(
         validated = compared(validated, workdir)
 
     # ---- Loop ----
-    faults = Faults(index, partial(read_streams, index, sum(streams(config), ()), config.model.image_size))
+    read = partial(read_streams, index, sum(streams(config), ()), config.model.image_size)
+    faults = Faults(index, read, workdir, jax.process_index())
     tokens, batch_size = config.mask.input_tokens + config.mask.target_tokens, config.train.batch_size
     training = loop.Training(
         title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
@@ -84,7 +85,7 @@ def train(
         batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
         validate=validated,
         validate_first=bool(config.train.init),
-        reasons=faults.reasons,
+        faults=faults,
     )
     return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
 
@@ -318,13 +319,14 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh, index: Index | N
 
 def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of a host's batch travels."""
-    return {name: value for name, value in batch.items() if name != "sample"}
+    return {name: value for name, value in batch.items() if name not in ("sample", "fault")}
 
 
 def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
     """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
     fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
-    data = DataConfig(image_size=config.model.image_size, **{name: config.data[name] for name in fields})
+    weights = config.data.subset_weights.to_dict()
+    data = DataConfig(image_size=config.model.image_size, subset_weights=weights, **{name: config.data[name] for name in fields})
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
 
 

@@ -97,7 +97,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         return reconstruction.summarize(module.config, (sums for sums, _ in itertools.chain([first], measured)))
 
     # ---- Loop ----
-    faults = Faults(index, lambda i: read_variants(index, i, modality, size))
+    faults = Faults(index, lambda i: read_variants(index, i, modality, size), workdir, jax.process_index())
     sides = draws.sizes or (size,)
     training = loop.Training(
         title=f"{modality} tokenizer: {state.size(train_state.params)} parameters, {len(index)} samples",
@@ -112,7 +112,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         step=step_fn,
         batches=lambda consumed: device_batches(config, index, mesh, consumed=consumed, workers=config.run.workers, faults=faults),
         validate=None if validation is None else validated,
-        reasons=faults.reasons,
+        faults=faults,
     )
     return loop.run(training, config, workdir, mesh, checkpoints, train_state, buffers, kept)
 
