@@ -30,7 +30,7 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-tpu: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[test,tpu]"
+	$(BIN)/python -m pip install --quiet -e ".[test,tpu,beam]"
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 quickstart: $(VENV)/.installed

@@ -41,6 +41,7 @@ setup(
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
         "gcs": ["etils[epath-gcs]>=1.5", "gcsfs>=2024.6"],
+        "beam": ["apache-beam>=2.60"],
         "http": ["aiohttp>=3.9"],
         "s3": ["s3fs>=2024.6"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],

@@ -283,6 +283,13 @@ def _add_data(commands) -> None:
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
+    text = "join shards and token shards in a TFDS data set of ArrayRecord files"
+    parser = _add(actions, "prepare", text, _prepare)
+    parser.add_argument("root", metavar="ROOT", help="folder of shards")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for DIR/terramesh; then also a data.root to train on")
+    parser.add_argument("--tokens", metavar="DIR", help="folder of token shards; default: beside the pixels")
+    text = "make the records with Apache Beam; OPTIONS such as runner=DataflowRunner,project=NAME, default: runner=DirectRunner"
+    parser.add_argument("--beam", nargs="?", const="runner=DirectRunner", metavar="OPTIONS", help=text)
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
@@ -303,6 +310,13 @@ def _pack(parsed: argparse.Namespace) -> None:
 
     pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
     print(check.format_index(check.index(parsed.out)))
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    from terramind_jax.data.terramesh import prepare
+
+    options = None if parsed.beam is None else [f"--{option}" for option in parsed.beam.split(",")]
+    prepare(parsed.root, parsed.out, tokens=parsed.tokens, beam_options=options)
 
 
 def _index(parsed: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def pretraining() -> ConfigDict:
     config.model.codebooks = ConfigDict()  # {"DEM": 512}: vocabulary per modality; empty: as written beside the tokens, else as released
 
     config.data = ConfigDict()
-    config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar
+    config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar, or one that `data prepare` wrote
     config.data.tokens = ""  # folder of token shards; empty: beside the pixels
     config.data.train_split = "train"
     config.data.val_split = "val"

@@ -9,11 +9,12 @@ import collections.abc
 import hashlib
 import io
 import os
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from terramind_jax import files
 from terramind_jax import modalities as registry
 from terramind_jax.data import layout, scan, storage, table, zips
 from terramind_jax.data.errors import DataError
@@ -124,6 +125,20 @@ class Index:
         """Bytes of all samples in the shards, tokens included."""
         return sum(int(column.sizes().sum(dtype=np.int64)) for columns in (self._pixels, self._tokens) for column in columns.values())
 
+    @property
+    def version(self) -> str:
+        """Changes when the tars do, as far as their names, sizes and dates tell."""
+        return hashlib.sha256("".join(self._opened[-1]).encode()).hexdigest()
+
+    def check_tokens(self) -> None:
+        """A ValueError if the token shards of a modality are those of other samples altogether."""
+        for m, column in self._tokens.items():
+            if column.size.any() and not self.has_tokens[:, self.modalities.index(m)].any():
+                raise ValueError(
+                    f"None of the {np.count_nonzero(column.size)} tokens in {column.folder} has the key of a sample with pixels, such as "
+                    f"{self.keys[0]!r}; tokenize these shards, or point to the tokens that were made from them."
+                )
+
     def read_nearby(self, block: int) -> None:
         """From now on reads remote pixels in blocks of so many bytes, for an order that visits neighbours together; 0 undoes it."""
         self._block = block
@@ -143,7 +158,20 @@ class Index:
 
     def read(self, i: int, modality: str) -> np.ndarray:
         """[H, W, C] in the stored dtype: a read-only view, bands last, the first time step. `DataError` if it cannot be read."""
-        bands = self._bands(i, modality)
+        return self._tile(i, modality, self._bands(i, modality))
+
+    def describe(self, i: int, modality: str) -> tuple[np.ndarray, dict[str, Any], int]:
+        """The pixels as `read` gives them, the sample's attributes, and its time in ns since 1970, 0 if it has none; all in one read."""
+
+        def parse(payload: bytes, names: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            return read_sample(payload, names), read_attributes(payload)
+
+        arrays, attributes = self._parse(parse, i, modality, ("bands", "time"))
+        time = arrays.get("time")
+        known = time is not None and time.size and time.dtype.kind in "iu"
+        return self._tile(i, modality, arrays.get("bands")), attributes, int(time.flat[0]) if known else 0
+
+    def _tile(self, i: int, modality: str, bands: np.ndarray | None) -> np.ndarray:
         expected = len(registry.get(modality).bands)
         if bands is None:
             raise DataError(f"{self._where(self._pixels, i, modality)} has no array 'bands'.", "missing")
@@ -224,8 +252,7 @@ class Index:
         known = self._coordinates[i if self._rows is None else self._rows[i]]
         if not np.isnan(known[0]):
             return float(known[0]), float(known[1])
-        for modality in self._by_size(i):
-            found = self.read_all(i, modality, ("center_lon", "center_lat"))
+        for _, found in self._smallest_first(i, ("center_lon", "center_lat")):
             if len(found) == 2 and all(v.size and v.dtype.kind in "iuf" and np.isfinite(v.flat[0]) for v in found.values()):
                 return float(found["center_lon"].flat[0]), float(found["center_lat"].flat[0])
         return None
@@ -234,13 +261,25 @@ class Index:
         """Where sample `i` lies on Earth (CRS, transform, size), if its shards say so."""
         from terramind_jax import geo  # GDAL takes long to load, and data workers never ask
 
-        for modality in self._by_size(i):
-            grid = self.read_all(i, modality, ("bands", "x", "y"))
+        for modality, grid in self._smallest_first(i, ("bands", "x", "y")):
             size = grid["bands"].shape[-2:] if "bands" in grid else (0, 0)
             place = geo.place_from_attributes(self.attributes(i, modality, "spatial_ref"), size, grid.get("x"), grid.get("y"))
             if place is not None:
                 return place
         return None
+
+    def _smallest_first(self, i: int, names: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """Arrays of one modality after the other. What all have can be had of any: a damaged one only matters if all are."""
+        faults, modalities = [], self._by_size(i)
+        for modality in modalities:
+            try:
+                found = self.read_all(i, modality, names)
+            except DataError as error:
+                faults.append(error)
+                continue
+            yield modality, found
+        if modalities and len(faults) == len(modalities):
+            raise faults[0]
 
     def _by_size(self, i: int) -> list[str]:
         sizes = {m: int(c.size[c.row(i)]) for m, c in self._pixels.items()}
@@ -310,6 +349,13 @@ def _rows_in(tokens: Table, pixels: Table, rows: np.ndarray | None) -> np.ndarra
     return None if np.array_equal(keys, known) else scan.places_in(keys, known)
 
 
+def has_split(root: str | os.PathLike, split: str, modality: str) -> bool:
+    """Whether there is a folder of the modality, or prepared data."""
+    from terramind_jax.data import records
+
+    return (files.folder(root) / split / modality).is_dir() or records.is_prepared(root, split)
+
+
 def open_index(
     root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None, *, tokens_root: str | os.PathLike | None = None
 ) -> Index:
@@ -319,7 +365,12 @@ def open_index(
     Tokens are looked for in ``{modality}_tokens`` under `tokens_root`, by default beside the pixels. A modality without a
     folder, or a key that only some shards hold, is False in ``available``; other folders are ignored. Raises FileNotFoundError
     where no sample or no index is found, ValueError for an unknown modality and `DataError` for a truncated or damaged tar.
+    Of a folder that ``data prepare`` wrote it is a `records.Records`, which can be read in the same way.
     """
+    from terramind_jax.data import records  # which is made of this module's keys
+
+    if records.is_prepared(root, split):
+        return records.open_records(root, split, modalities, tokens_root=tokens_root)
     known = [m.name for m in registry.MODALITIES.values() if m.is_image]
     wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
     root, tokens_root = os.fspath(root), os.fspath(tokens_root or root)

@@ -267,6 +267,7 @@ def open_tokenized(config: ConfigDict, split: str) -> Index:
     if not root:
         raise ValueError("config.data.root is empty; set it to a folder of shards with --config.data.root=DIR.")
     index = open_index(root, split, [*config.data.inputs, *config.data.targets], tokens_root=tokens)
+    index.check_tokens()
     if not index.has_tokens.any():
         raise ValueError(
             f"There are no token shards under {files.folder(tokens) / split}; make them with "

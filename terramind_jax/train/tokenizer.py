@@ -25,7 +25,7 @@ from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.faults import Faults
-from terramind_jax.data.index import Index, open_index
+from terramind_jax.data.index import Index, has_split, open_index
 from terramind_jax.data.pipeline import image_batches
 from terramind_jax.data.views import read_variants
 from terramind_jax.train import loop, optimizer, reconstruction, state
@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     check_sizes(config, module.config)
     modality, index = config.model.modality, open_images(config, config.data.train_split)
     size = side_read(config, index)
-    there = (files.folder(config.data.root) / config.data.val_split / modality).is_dir()
+    there = has_split(config.data.root, config.data.val_split, modality)
     validation = open_images(config, config.data.val_split) if there else None
     loop.check_agreement(config, index, validation)
 
