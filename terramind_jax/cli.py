@@ -165,13 +165,16 @@ def _add_tokens(commands) -> None:
     parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer a modality; or hub, the released ones")
     parser.add_argument("--out", metavar="DIR", help="folder for the token shards; default: beside the pixels")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
-    parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once")
+    parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once, on all devices of this machine")
+    parser.add_argument("--host", type=int, default=0, metavar="K", help="do this share of the shards, from 0, of")
+    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="so many, the others being done by other machines")
 
 
 def _tokenize(parsed: argparse.Namespace) -> None:
     from terramind_jax.tokenize import tokenize
 
-    tokenize(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size)
+    share = {"host": parsed.host, "hosts": parsed.hosts}
+    tokenize(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size, **share)
 
 
 # ---- using a model ----

@@ -13,12 +13,14 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from terramind_jax import modalities as registry
@@ -46,13 +48,19 @@ def tokenize(
     modalities: Sequence[str] | None = None,
     batch_size: int = 16,
     image_size: int = IMAGE_SIZE,
+    host: int = 0,
+    hosts: int = 1,
 ) -> None:
     """Stores tokens of the shards under `data` for each modality with a tokenizer ``{weights}/{modality}``, or with ``hub`` a released one.
 
     `out` is where the token shards go, by default beside the pixels. `splits` are by default those of train and val that exist,
-    `modalities` those with a tokenizer; `image_size` is the side of the crops. Samples that cannot be read are left out. Raises
-    FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another tokenizer or image size lie already.
+    `modalities` those with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this host, which
+    does every shard whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files. Samples that
+    cannot be read are left out. Raises FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another tokenizer or
+    image size lie already.
     """
+    if not 0 <= host < hosts:
+        raise ValueError(f"host is {host} of {hosts}; hosts are numbered from 0 to one less than there are.")
     out = data if out is None else out
     splits = [s for s in ("train", "val") if (Path(data) / s).is_dir()] if splits is None else splits
     if not splits:
@@ -67,7 +75,8 @@ def tokenize(
         for split in there:
             index = open_index(data, split, [modality])
             claim(Path(out) / split / f"{modality}_tokens", record)
-            tokenize_split(index, split, modality, Path(out), encode, _dtype(module), image_size)
+            names = list(index.shards(modality))[host::hosts]
+            tokenize_split(index, split, modality, Path(out), encode, _dtype(module), image_size, names)
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
@@ -133,9 +142,16 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
-    """A function from a stream of images ``[S, S, C]``, as stored, to the stream of their tokens ``[h, w]``; one compiled shape."""
+    """A function from a stream of images ``[S, S, C]``, as stored, to the stream of their tokens ``[h, w]``; one compiled shape.
 
-    @jax.jit
+    A batch is spread over the devices of this process, and `batch_size` rounded up to a multiple of them.
+    """
+    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    variables = jax.device_put(variables, everywhere)
+
+    @partial(jax.jit, out_shardings=spread)
     def compiled(variables: Any, images: jax.Array) -> jax.Array:
         config = module.config
         images = images if config.is_class_map else registry.standardize(config.modality, images)
@@ -145,7 +161,7 @@ def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
         while some := list(itertools.islice(images, batch_size)):
             batch = np.zeros((batch_size, *some[0].shape), some[0].dtype)
             np.stack(some, out=batch[: len(some)])
-            yield from np.asarray(compiled(variables, batch))[: len(some)]
+            yield from np.asarray(compiled(variables, jax.device_put(batch, spread)))[: len(some)]
 
     return encode
 
@@ -169,10 +185,14 @@ def encode_variants(samples: Iterable[dict[str, Any]], encode: Encode) -> Iterat
 # ---- one split --------------------------------------------------------------------------------------------------------------
 
 
-def tokenize_split(index: Index, split: str, modality: str, out: Path, encode: Encode, dtype: type, image_size: int) -> None:
-    """Writes the token shards under `out` that are missing, or were made from other pixels, for every pixel shard of `modality`."""
+def tokenize_split(
+    index: Index, split: str, modality: str, out: Path, encode: Encode, dtype: type, image_size: int, names: Collection[str]
+) -> None:
+    """Writes the token shards under `out` that are missing, or were made from other pixels, for the pixel shards `names` of `modality`."""
     stale = {}
     for name, samples in index.shards(modality).items():
+        if name not in names:
+            continue
         source = index.fingerprint(modality, samples)
         if source != _source_of(out / split / f"{modality}_tokens" / name):
             stale[name] = source, samples.tolist()
@@ -187,6 +207,8 @@ def tokenize_split(index: Index, split: str, modality: str, out: Path, encode: E
                     writer.add(index.keys[i], _npy(tokens.astype(dtype)), TOKEN_SUFFIX)
                     wanted.remove(i)
                     bar.update()
+            for part in Path(writer.path).parent.glob(f"{name}.*.tmp"):
+                part.unlink()  # of a run that was killed
             left_out += len(wanted)
             bar.update(len(wanted))
     if left_out:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_run
 
 from terramind_jax import modalities, tokenize, tokenizer
 from terramind_jax.data import crops
@@ -36,18 +40,19 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
+def random_tokenizer(modality, folder):
+    """In the place of `tokenize.load`: other weights for each number in the file `seed`."""
+    channels, workdir = modalities.get(modality).channels, folder / modality
+    module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
+    shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
+    rng = np.random.default_rng(int((workdir / "seed").read_text()))
+    return module, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
+
+
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A folder of tokenizers DEM and LULC; `load` gives random weights, others for each number in the folder's `seed`."""
-
-    def load(modality, folder):
-        channels, workdir = modalities.get(modality).channels, folder / modality
-        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
-        shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
-        rng = np.random.default_rng(int((workdir / "seed").read_text()))
-        return module, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
-
-    monkeypatch.setattr(tokenize, "load", load)
+    """A folder of tokenizers DEM and LULC."""
+    monkeypatch.setattr(tokenize, "load", random_tokenizer)
     for name in ("DEM", "LULC"):
         (tmp_path / "tokenizers" / name).mkdir(parents=True)
         (tmp_path / "tokenizers" / name / "seed").write_text("0")
@@ -193,3 +198,49 @@ def test_large_codebooks_are_stored_in_32_bits_and_several_as_an_axis(root, weig
     run(root, weights, modalities=["DEM"])
     tokens = open_index(root, "train", ["DEM"]).tokens(0, "DEM")
     assert tokens.shape == (crops.VARIANTS, 2, 2, 2) and tokens.dtype == np.int32
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import test_tokenize as t
+
+add = t.ShardWriter.add
+t.ShardWriter.add = lambda *arguments: (time.sleep(0.3), add(*arguments))
+t.tokenize.load = t.random_tokenizer
+t.run(*map(Path, sys.argv[1:3]), out=sys.argv[3])
+"""
+
+
+def test_a_run_that_was_killed_writes_the_same_files(root, weights, tmp_path):
+    for number in range(8, 12):
+        write_shard(root, number, {f"{number}{k}": tile(100 * number + k) for k in range(3)})
+    run(root, weights, out=tmp_path / "whole")
+    out, paths = tmp_path / "killed", os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", KILLED, str(root), str(weights), str(out)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}) as process:
+        tiny_run.wait_for(lambda: len(list(out.rglob("*.tar"))) > 1 and list(out.rglob("*.tmp")), [process])
+        process.kill()
+    before = contents(out)
+    assert 0 < len([name for name in before if name.endswith(".tar")]) < 6
+    run(root, weights, out=out)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {name: before[name] for name in before if name.endswith(".tar")}.items() <= contents(out).items()
+
+
+def test_hosts_share_the_shards_and_each_is_done_once(root, weights, tmp_path):
+    write_shard(root, 8, {"e": tile(5)})
+    for hosts in (1, 2, 5):
+        seen = []
+        for host in reversed(range(hosts)):
+            before = set(contents(tmp_path / str(hosts)))
+            run(root, weights, out=tmp_path / str(hosts), host=host, hosts=hosts)
+            seen.append(len(set(contents(tmp_path / str(hosts))) - before - {"train/DEM_tokens/tokenizer.json"}))
+        assert sum(seen) == 3 and max(seen) == -(-3 // hosts)
+        assert contents(tmp_path / str(hosts)) == contents(tmp_path / "1")
+    with pytest.raises(ValueError, match="host is 2 of 2; hosts are numbered from 0"):
+        run(root, weights, host=2, hosts=2)
