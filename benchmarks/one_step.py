@@ -235,10 +235,13 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def set_environment(side: str, device: str | None) -> None:
-    """What has to be set before JAX starts. In the reference's process it must not take the GPU's memory; in ours it may take all."""
+    """What has to be set before JAX starts.
+
+    In the reference's process it must not take the GPU's memory, of which in ours it may take what CUDA's libraries leave.
+    """
     if side == "peer" or device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 
 def main() -> None:

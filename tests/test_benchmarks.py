@@ -94,7 +94,7 @@ def command(scripts, monkeypatch):
         batch, compiled = int(flag_of(flags, "batch")), flag_of(flags, "compile")
         asked.append((side, compiled, batch))
         if compiled == "model":
-            raise scripts("process").Failed("one_step.py failed:\nTraceback\nInductorError: no | compiler")
+            raise scripts("process").Failed("one_step.py failed:\nTraceback\nInductorError: no | compiler\n\nSet a variable for more.")
         if batch > 128:
             return {"failed": "out of memory"}
         one = {"tokens": 240 * batch, "seconds": 0.24 * batch / (3 if side == "ours" else 1), "flops": 9e12 * batch, "memory": 2**30}
@@ -139,6 +139,13 @@ def test_a_batch_that_does_not_fit_has_a_row_that_says_so(command, capsys):
     with pytest.raises(SystemExit, match="Not every row has a number"):
         run(["--sizes=base", "--batch=512"])
     assert [row[1:4] for row in rows_of(capsys.readouterr().out)] == [["ours", "512", "out of memory"]]
+
+
+def test_a_run_ends_in_its_time_with_what_is_there(command, capsys):
+    run, asked = command
+    with pytest.raises(SystemExit, match="Not every row has a number"):
+        run(["--peer", "--sizes=base", "--batch=best", "--minutes=1e-9"])
+    assert not asked and [row[3] for row in rows_of(capsys.readouterr().out)] == ["no time left"] * 3
 
 
 def test_both_sides_run_on_one_kind_of_device(scripts):
