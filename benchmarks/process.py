@@ -6,18 +6,33 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def measure(script: str, *flags: str) -> dict[str, Any]:
-    """Runs a benchmark with `flags` in a process of its own, so that no two sides share threads or memory; its last line is JSON."""
+class Failed(SystemExit):
+    """A measurement that ended with an error, which is the message."""
+
+
+def measure(script: str, *flags: str, timeout: float | None = None) -> dict[str, Any]:
+    """Runs a benchmark with `flags` in a process of its own, so that no two sides share threads or memory; its last line is JSON.
+
+    Raises Failed for a process that ends with an error, TimeoutError for one that takes longer than `timeout` seconds, MemoryError for
+    one that was killed, as Linux does where memory runs out.
+    """
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, env=environment)
+    name = f"{Path(script).name} {' '.join(flags)}"
+    try:
+        done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, env=environment, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{name} took longer than {timeout:.0f} s.") from None
+    if done.returncode == -signal.SIGKILL:
+        raise MemoryError(f"{name} was killed.")
     if done.returncode:
-        raise SystemExit(f"{Path(script).name} {' '.join(flags)} failed:\n{done.stderr[-3000:]}")
+        raise Failed(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -6,6 +6,7 @@ backward pass is two forward passes; rematerialisation is not counted, so that M
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -16,7 +17,9 @@ from terramind_jax.model import TransformerConfig
 from terramind_jax.tokenizer import TokenizerConfig
 from terramind_jax.tokenizer.unet import has_attention
 
-# Dense bfloat16 peak of one device as JAX counts devices, in FLOP/s; the first name found in `device_kind` decides.
+# Dense bfloat16 peak of one device as JAX counts devices, in FLOP/s; float16's where there is no bfloat16. The longest name that stands
+# as words of its own in `device_kind` decides. TPUs: Cloud TPU's documentation. GPUs: NVIDIA's data sheets, whose figures "with sparsity"
+# are twice these (B200: HGX and GB200 NVL72; A10G: the one for AWS); RTX: the white papers of GA102 and Ada, sums in float32.
 PEAK = {
     "v5 lite": 197e12,
     "v5e": 197e12,
@@ -26,10 +29,26 @@ PEAK = {
     "v5": 459e12,
     "v4": 275e12,
     "v3": 61.5e12,  # half a chip: JAX shows its two cores
-    "A100": 312e12,
-    "H100": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364.2e12,
     "T4": 65e12,
     "V100": 125e12,
 }
@@ -155,7 +174,13 @@ def peak(device: jax.Device | None = None) -> float:
     device = device or jax.devices()[0]
     if device.platform == "cpu":
         return measure_matmul() / jax.local_device_count()  # forced host devices share the machine
-    return next((rate for name, rate in PEAK.items() if name in device.device_kind), 0.0)
+    return known_peak(device.device_kind)
+
+
+def known_peak(device_kind: str) -> float:
+    """`PEAK` of a device by what JAX calls it, 0 if it is not in the table."""
+    named = [name for name in PEAK if re.search(rf"\b{name}\b", device_kind)]
+    return PEAK[max(named, key=len)] if named else 0.0
 
 
 def measure_matmul(size: int = 1024, repeats: int = 5) -> float:

@@ -1,13 +1,201 @@
 """The benchmarks are run as scripts, whose folder comes first where Python looks for modules."""
 
 import importlib.util
+import math
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_no_script_hides_a_module(script):
     assert importlib.util.find_spec(script.stem) is None
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Imports scripts by name, as they import one another."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    yield importlib.import_module
+    for script in SCRIPTS:
+        sys.modules.pop(script.stem, None)
+
+
+# ---- the best batch ----
+
+
+def measuring(rates, memory=math.inf):
+    """A fake measurement: tokens/s by batch size, the last one also beyond; nothing larger than `memory` fits."""
+
+    def measure(batch):
+        rate = rates.get(batch, list(rates.values())[-1])
+        return {"failed": "out of memory"} if batch > memory else {"tokens": batch * 10, "seconds": batch * 10 / rate}
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("rates", "memory", "largest", "tried", "best"),
+    [
+        ({8: 100, 16: 150, 32: 200}, math.inf, 32, [8, 16, 32], 32),  # rises to the end
+        ({8: 100, 16: 150, 32: 151, 64: 152, 128: 300}, math.inf, 512, [8, 16, 32, 64], 64),  # two steps of less than 2 %
+        ({8: 100, 16: 101, 32: 150, 64: 140, 128: 140}, math.inf, 512, [8, 16, 32, 64, 128], 32),  # one such step is no end
+        ({8: 100, 16: 150, 32: 200}, 16, 512, [8, 16, 32], 16),  # memory ends
+        ({2: 80, 4: 90, 8: 100}, 3, 512, [8, 4, 2], 2),  # the first does not fit, nor does its double
+        ({8: 100}, 0, 512, [8, 4, 2, 1], None),  # nothing fits
+    ],
+)
+def test_search_for_the_best_batch(scripts, rates, memory, largest, tried, best):
+    found = scripts("best_batch").search(measuring(rates, memory), 8, largest)
+    assert (list(found), scripts("best_batch").fastest(found)) == (tried, best)
+
+
+def test_a_search_ends_at_another_failure_with_what_it_has(scripts):
+    results = {8: {"tokens": 8, "seconds": 1.0}, 16: {"failed": "ValueError: no"}}
+    assert scripts("best_batch").search(results.__getitem__, 8, 512) == results
+
+
+def test_a_search_begins_no_measurement_that_would_end_too_late(scripts):
+    now = [0.0]
+
+    def measure(batch):
+        now[0] += batch
+        return {"tokens": batch**2, "seconds": 1.0}
+
+    found = scripts("best_batch").search(scripts("best_batch").until(30.0, measure, clock=lambda: now[0]), 8, 512)
+    assert list(found) == [8, 16, 32] and found[32] == {"failed": "no time left"} and now == [24.0]
+
+
+# ---- one training step, beside the reference's ----
+
+NANO = {"model.dim": 64, "model.num_heads": 1, "model.encoder_depth": 1, "model.decoder_depth": 1}
+FLAGS = [f"--config.{field}={value}" for field, value in NANO.items()]
+PROBES = {"ours": {"gpu": "NVIDIA H200", "cpu": "cpu"}, "peer": {"gpu": "NVIDIA H200", "cpu": "cpu"}}
+
+
+def flag_of(flags, name):
+    return next(flag.partition("=")[2] for flag in flags if flag.startswith(f"--{name}="))
+
+
+@pytest.fixture
+def command(scripts, monkeypatch):
+    """Runs train_step.py with fake measurements: ours 3 and the reference 1 token a millisecond; what is asked for is recorded."""
+    asked, script = [], scripts("train_step")
+
+    def measure(_, side, *flags, timeout=None):
+        if "--probe" in flags:
+            return PROBES[side]
+        batch, compiled = int(flag_of(flags, "batch")), flag_of(flags, "compile")
+        asked.append((side, compiled, batch))
+        if compiled == "model":
+            raise scripts("process").Failed("one_step.py failed:\nTraceback\nInductorError: no | compiler\n\nSet a variable for more.")
+        if batch > 128:
+            return {"failed": "out of memory"}
+        one = {"tokens": 240 * batch, "seconds": 0.24 * batch / (3 if side == "ours" else 1), "flops": 9e12 * batch, "memory": 2**30}
+        return one | {"inputs": 119.0, "targets": 110.0, "peak": 989e12, "bytes_per_s": 4e12, "parameters": 10**9}
+
+    monkeypatch.setattr(scripts("process"), "measure", measure)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(script, "version", lambda package: "1.0")
+    return script.main, asked
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| base")]
+
+
+def test_best_batch_of_each_side_with_ratio_and_utilisation(command, tmp_path, capsys):
+    run, asked = command
+    run(["--peer", "--sizes=base", "--dtype=bfloat16", "--batch=best", f"--out={tmp_path / 'table.md'}"])
+    ours, theirs, compiled = rows_of((tmp_path / "table.md").read_text())
+    assert ours[:6] == ["base", "ours", "64", "5.12", "3,000", f"{9e12 * 64 / 5.12 / 989e12:.1%}"]
+    assert theirs[:5] == ["base", "reference", "64", "15.4", "1,000"] and theirs[-1] == "3.00"
+    assert compiled[1] == "reference, torch.compile (blocks)" and compiled[-1] == "3.00"
+    assert [batch for side, compiled, batch in asked if (side, compiled) == ("ours", "no")] == [64, 128, 256]
+    assert (tmp_path / "table.md").read_text() == capsys.readouterr().out.removesuffix("\n")
+
+
+def test_rounds_alternate_the_sides(command):
+    run, asked = command
+    run(["--peer", "--sizes=base", "--batch=4", "--device=cpu", "--rounds=2"])
+    assert asked == [("ours", "no", 4), ("peer", "no", 4)] * 2
+
+
+def test_a_compiler_that_fails_has_a_row_that_says_so(command, capsys):
+    run, _ = command
+    run(["--peer", "--sizes=base", "--batch=4", "--compile=model"])
+    ours, theirs, compiled = rows_of(capsys.readouterr().out)
+    assert compiled[2:4] == ["4", "InductorError: no / compiler"] and theirs[-1] == "3.00"
+
+
+def test_a_batch_that_does_not_fit_has_a_row_that_says_so(command, capsys):
+    run, _ = command
+    with pytest.raises(SystemExit, match="Not every row has a number"):
+        run(["--sizes=base", "--batch=512"])
+    assert [row[1:4] for row in rows_of(capsys.readouterr().out)] == [["ours", "512", "out of memory"]]
+
+
+def test_a_run_ends_in_its_time_with_what_is_there(command, capsys):
+    run, asked = command
+    with pytest.raises(SystemExit, match="Not every row has a number"):
+        run(["--peer", "--sizes=base", "--batch=best", "--minutes=1e-9"])
+    assert not asked and [row[3] for row in rows_of(capsys.readouterr().out)] == ["no time left"] * 3
+
+
+def test_both_sides_run_on_one_kind_of_device(scripts):
+    agreed, cpu, both = scripts("train_step").agreed_device, {"cpu": "cpu"}, {"gpu": "NVIDIA H200", "cpu": "cpu"}
+    assert agreed(None, {"ours": both, "peer": both}) == "gpu"
+    assert agreed(None, {"ours": both, "peer": cpu}) == agreed("cpu", {"ours": both, "peer": both}) == "cpu"
+    with pytest.raises(SystemExit, match="--device=gpu: PyTorch sees only cpu; install its build for a gpu"):
+        agreed("gpu", {"ours": both, "peer": cpu})
+
+
+def test_what_counts_as_out_of_memory(scripts):
+    found = scripts("one_step").out_of_memory
+    for text in ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.", "CUDA out of memory. Tried to allocate 2 GiB"):
+        assert found(RuntimeError(text))
+    assert not found(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not found(ValueError("out of memory"))
+
+
+def test_our_step_counts_what_its_batch_holds(scripts, compile_fast, monkeypatch):
+    from terramind_jax import flops
+    from terramind_jax.train import pretrain
+
+    script = scripts("one_step")
+    monkeypatch.setattr(script, "machine", lambda dtype: {"peak": 1.0})
+    budgets = ["--config.mask.input_tokens=16", "--config.mask.target_tokens=80", "--config.model.dtype=float32"]
+    config = script.configured("tiny", 8, [*FLAGS, *budgets])
+    config.data.inputs, config.data.targets = ("DEM",), ("LULC",)  # few streams compile in seconds
+    model = pretrain.transformer_config(config)
+    slots = [np.concatenate([group[f"{side}_modality"] for group in script.draw_groups(config)]) for side in ("input", "target")]
+    inputs, targets = ((x != 255).sum() / 8 for x in slots)
+    assert inputs <= 16 and targets < 80  # a third of an image's positions at most
+    found = script.ours(config, steps=1)
+    assert found["tokens"] == 8 * (inputs + targets) and found["seconds"] > 0 and found["memory"] is None
+    assert found["loss"] == pytest.approx(np.log(4375), rel=0.2)
+    patches = (slots[0] == [s.kind for s in model.encoder].index("pixels")).sum() / 8
+    assert found["flops"] == flops.transformer_step(model, 8, inputs, targets, patches={"untok_dem@224": patches})
+
+
+@pytest.mark.slow
+def test_the_command_as_typed(tmp_path):
+    budgets = ["--inputs=16", "--targets=16", "--batch=best", "--first_batch=4", "--max_batch=8", "--steps=1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--sizes=tiny", "--device=cpu", *budgets, *FLAGS]
+    done = subprocess.run([*command, f"--out={tmp_path / 'table.md'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| tiny | ours |" in done.stdout and "- tiny, ours: 4: " in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
+@pytest.mark.parametrize("flags", [["--batch=0"], ["--batch=many"], ["--atention=cudnn"], ["--dtype=float16"]])
+def test_wrong_flags_are_named(scripts, flags, capsys):
+    with pytest.raises(SystemExit):
+        scripts("train_step").main(flags)
+    assert flags[0].partition("=")[0] in capsys.readouterr().err

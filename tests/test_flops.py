@@ -96,3 +96,39 @@ def test_a_step_is_three_forwards_of_the_batch():
 
 def test_peak_of_this_machine_is_measured():
     assert flops.peak() * jax.local_device_count() > 1e9
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5p", "v5p"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v4", "v4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+    ],
+)
+def test_a_device_has_its_own_peak(kind, name):
+    assert flops.known_peak(kind) == flops.PEAK[name]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4060", "NVIDIA T400", "TPU v50", ""])
+def test_the_peak_of_another_device_is_not_known(kind):
+    assert flops.known_peak(kind) == 0

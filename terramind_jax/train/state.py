@@ -79,6 +79,7 @@ def advance(samples: jax.Array, n: int) -> jax.Array:
 
 def progress(samples: jax.Array, total: float) -> jax.Array:
     """Fraction of `total` samples consumed, float32."""
+    total = float(total)  # more than 2**31 samples are no int32
     return samples[0].astype(jnp.float32) * (2**32 / total) + samples[1].astype(jnp.float32) / total
 
 
