@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, files, flops, modalities, sampling, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
+from terramind_jax.data import scan
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index, open_index
@@ -43,7 +44,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     check_sizes(config, module.config)
     modality, index = config.model.modality, open_images(config, config.data.train_split)
     size = side_read(config, index)
-    there = (files.folder(config.data.root) / config.data.val_split / modality).is_dir()
+    there = scan.is_there(config.data.root, config.data.val_split, modality)
     validation = open_images(config, config.data.val_split) if there else None
     loop.check_agreement(config, index, validation)
 
@@ -259,6 +260,7 @@ def device_batches(
         workers=workers,
         image_size=side_read(config, index, train),
         train=train,
+        threads=config.run.threads,
     )
     share = faults.following(share) if faults else share
 
