@@ -183,6 +183,7 @@ def _run() -> ConfigDict:
     run.checkpoint_every = 1000  # steps between checkpoints; one is also written at the end and at SIGTERM
     run.keep = 3  # newest checkpoints kept
     run.workers = 0  # processes that read data; 0: this one
+    run.threads = 2  # of each of them, so many reads at once; about 32 where the shards lie in a store that takes 20 ms to answer
     run.max_bad_fraction = 0.1  # of the samples of about the last 100 steps that cannot be read; past it the run stops
     run.patience = 100  # steps skipped in a row, after which the run goes back to its last checkpoint, with other data
     run.rewinds = 3  # how often it does so, without a checkpoint in between, before it stops
@@ -335,7 +336,9 @@ def _tuples(value: Any) -> Any:
 _AT_LEAST = {
     **dict.fromkeys(("model.dim", "model.num_heads", "model.encoder_depth", "model.decoder_depth", "model.unroll"), 1),
     **dict.fromkeys(("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples"), 1),
-    **dict.fromkeys(("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds"), 1),
+    **dict.fromkeys(
+        ("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds", "run.threads"), 1
+    ),
     **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds", "run.probe_scenes"), 0),
     **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds", "run.pictures_every", "data.tile_size"), 0),
     **dict.fromkeys(("run.timesteps", "model.num_codebooks", "model.model_channels", "model.num_res_blocks"), 1),

@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from terramind_jax import files, sources
 from terramind_jax import modalities as registry
-from terramind_jax import sources
+from terramind_jax.data import scan
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
@@ -53,20 +54,22 @@ def tokenize(
 ) -> None:
     """Stores tokens of the shards under `data` for each modality with a tokenizer ``{weights}/{modality}``, or with ``hub`` a released one.
 
-    `out` is where the token shards go, by default beside the pixels. `splits` are by default those of train and val that exist,
-    `modalities` those with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this host, which
-    does every shard whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files. Samples that
-    cannot be read are left out. Raises FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another tokenizer or
-    image size lie already.
+    `out` is where the token shards go, by default beside the pixels; always a local folder. `splits` are by default those of train and
+    val that exist, `modalities` those with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this
+    host, which does every shard whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files.
+    Samples that cannot be read are left out. Raises FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another
+    tokenizer or image size lie already.
     """
     if not 0 <= host < hosts:
         raise ValueError(f"host is {host} of {hosts}; hosts are numbered from 0 to one less than there are.")
     out = data if out is None else out
-    splits = [s for s in ("train", "val") if (Path(data) / s).is_dir()] if splits is None else splits
+    if files.is_remote(out):
+        raise ValueError(f"Tokens cannot be written to {out}; give a local folder with --out and copy it there.")
+    splits = [s for s in ("train", "val") if scan.is_there(data, s)] if splits is None else splits
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
     for modality in _with_tokenizer(weights, modalities):
-        there = [split for split in splits if modalities is not None or (Path(data) / split / modality).is_dir()]
+        there = [split for split in splits if modalities is not None or scan.is_there(data, split, modality)]
         if not there:
             continue
         module, variables = load(modality, weights)

@@ -5,7 +5,9 @@ import dataclasses
 import io
 import itertools
 import logging
+import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -525,6 +527,29 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     index, data = open_index(tmp_path, "train"), DataConfig(image_size=SIZE, patch_group=2, views_per_sample=2, view_window=4)
     for a, b in zip(take(5, index, data, batch_size=2, workers=2), take(5, index, data, batch_size=2), strict=True):
         assert_equal(a, b)
+
+
+def share(root, count, **options):
+    """The samples that one host, in a process of its own, is given; those of its first batches."""
+    return np.stack([b["sample"] for b in take(count, open_index(root, "train"), **options)])
+
+
+def test_two_processes_read_the_index_between_them_and_any_number_goes_on(tmp_path):
+    """The two find no index, so both build it."""
+    write_shards(tmp_path, n=18)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+
+        def together(count, hosts, consumed):
+            options = {"batch_size": 6, "hosts": hosts, "consumed": consumed}
+            futures = [pool.submit(share, tmp_path, count, host=host, **options) for host in range(hosts)]
+            return np.stack([f.result() for f in futures], -1).reshape(-1).tolist()
+
+        seen = together(2, 2, 0)
+        goes_on = {hosts: together(4, hosts, 12) for hosts in (1, 2, 3)}
+    assert all(found == goes_on[2] for found in goes_on.values())
+    seen += goes_on[2]
+    assert sorted(seen[:18]) == sorted(seen[18:]) == list(range(18)) and seen[:18] != seen[18:]
+    assert seen == np.concatenate([b["sample"] for b in take(6, open_index(tmp_path, "train"), batch_size=6)]).tolist()
 
 
 # ---- properties -------------------------------------------------------------------------------------------------------------

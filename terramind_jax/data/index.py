@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from terramind_jax import files
 from terramind_jax import modalities as registry
 from terramind_jax.data import layout, scan, storage, table, zips
 from terramind_jax.data.errors import DataError
@@ -353,7 +352,7 @@ def has_split(root: str | os.PathLike, split: str, modality: str) -> bool:
     """Whether there is a folder of the modality, or prepared data."""
     from terramind_jax.data import records
 
-    return (files.folder(root) / split / modality).is_dir() or records.is_prepared(root, split)
+    return scan.is_there(root, split, modality) or records.is_prepared(root, split)
 
 
 def open_index(

@@ -367,6 +367,18 @@ def open_table(root: str | os.PathLike, split: str, *, rebuild: bool = False) ->
     return path, found
 
 
+def is_there(root: str | os.PathLike, split: str, folder: str = "") -> bool:
+    """Whether a split, or a folder of it, is there: on a disk, or according to the index of a remote store."""
+    root = os.fspath(root)
+    if not is_remote(root):
+        return os.path.isdir(os.path.join(root, split, folder))
+    try:
+        _, found = _open_remote(storage.store(root), root, split)
+    except FileNotFoundError:
+        return False
+    return not folder or folder in found.meta["columns"]
+
+
 def _open_remote(store: RemoteStore, root: str, split: str) -> tuple[str, Table]:
     """From the cache, else from the store; the name in the cache changes when the one in the store does."""
     there = storage.join(root, split, NAME)

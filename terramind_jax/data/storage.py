@@ -55,6 +55,13 @@ class LocalStore:
         opened = self._open(path)  # held until the read is over: another thread may evict it meanwhile
         return os.pread(opened.number, size, offset)
 
+    def read_text(self, path: str) -> str | None:
+        """A small file, None if there is none."""
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+
     def list(self, folder: str) -> list[Object] | None:
         """The files of a folder by name, None if there is no such folder."""
         if not os.path.isdir(folder):
@@ -117,6 +124,13 @@ class RemoteStore:
             return None
         files = [f for f in found if f["type"] == "file" and f["name"].rstrip("/") != folder.rstrip("/")]
         return sorted(self._object(f) for f in files if f["name"].endswith(".tar"))
+
+    def read_text(self, path: str) -> str | None:
+        """A small object, None if there is none."""
+        try:
+            return self._call(path, "cat_file", path).decode()
+        except FileNotFoundError:
+            return None
 
     def _object(self, entry: dict[str, Any]) -> Object:
         if entry.get("size") is None:  # a listing of links tells no sizes

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, files, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
+from terramind_jax.data import scan, storage
 from terramind_jax.data.faults import Faults, read_streams
 from terramind_jax.data.groups import filled_slots, template
 from terramind_jax.data.index import Index, open_index
@@ -242,17 +243,16 @@ def validate(sums_fn, data: Iterator[Mapping[str, jax.Array]], n: int, decoder: 
 
 def with_codebooks(config: ConfigDict) -> ConfigDict:
     """The configuration with the vocabularies of the tokenizers that made the token shards, as recorded beside these."""
-    codebooks = config.model.codebooks.to_dict()
+    codebooks, root = config.model.codebooks.to_dict(), config.data.tokens or config.data.root
+    there = storage.store(root)
     for name in sorted({*config.data.inputs, *config.data.targets}):
-        path = files.folder(config.data.tokens or config.data.root) / config.data.train_split / f"{name}_tokens" / "tokenizer.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
+        folder = storage.join(root, config.data.train_split, f"{name}_tokens")
+        record = json.loads(there.read_text(storage.join(folder, "tokenizer.json")) or "{}")
         size = record.get("codebook_size", codebooks.get(name))
         if codebooks.get(name, size) != size:
-            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path.parent} come from a codebook of {size}.")
+            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {folder} come from a codebook of {size}.")
         if record.get("num_codebooks", 1) != 1:
-            raise ValueError(
-                f"The tokens in {path.parent} have {record['num_codebooks']} codebooks; the transformer takes one token a patch."
-            )
+            raise ValueError(f"The tokens in {folder} have {record['num_codebooks']} codebooks; the transformer takes one token a patch.")
         if size is not None:
             codebooks[name] = size
     config = config.copy_and_resolve_references()
@@ -270,15 +270,15 @@ def open_tokenized(config: ConfigDict, split: str) -> Index:
     index.check_tokens()
     if not index.has_tokens.any():
         raise ValueError(
-            f"There are no token shards under {files.folder(tokens) / split}; make them with "
+            f"There are no token shards under {storage.join(tokens, split)}; make them with "
             f"terramind-jax tokenize --data={root} --weights=DIR --out={tokens}."
         )
     return index
 
 
 def open_validation(config: ConfigDict) -> Index | None:
-    """The samples of the validation split, None if there is no such folder."""
-    return open_tokenized(config, config.data.val_split) if (files.folder(config.data.root) / config.data.val_split).is_dir() else None
+    """The samples of the validation split, None if there is none."""
+    return open_tokenized(config, config.data.val_split) if scan.is_there(config.data.root, config.data.val_split) else None
 
 
 def device_batches(
@@ -326,8 +326,8 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
 def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
     """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
     fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
-    weights = config.data.subset_weights.to_dict()
-    data = DataConfig(image_size=config.model.image_size, subset_weights=weights, **{name: config.data[name] for name in fields})
+    given = {name: config.data[name] for name in fields} | {"subset_weights": config.data.subset_weights.to_dict()}
+    data = DataConfig(image_size=config.model.image_size, threads=config.run.threads, **given)
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
 
 

@@ -271,6 +271,7 @@ def device_batches(
         workers=workers,
         image_size=side_read(config, index, train),
         train=train,
+        threads=config.run.threads,
     )
     share = faults.following(share) if faults else share
 
