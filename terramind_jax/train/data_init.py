@@ -1,12 +1,11 @@
 """A start for tokenizers that depends on the data, so that their codes are in use from the first step on.
 
-Drawn weights alone give all patches nearly one token where the data vary little about a mean that is far from zero, as heights of a
-plain do: positions then outweigh the image in the encoder, and few codes are ever found.
+Drawn weights make every latent much the same function of a patch's mean, so that tokens lie on a curve through the codebook, and where
+data vary little about a mean far from zero, as the heights of a plain do, positions outweigh the image.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -15,35 +14,54 @@ from flax import traverse_util
 
 from terramind_jax import tokenizer as networks
 
-# Standard deviation of the logistic distribution, of which the sigmoid, and so each code, is uniform.
-UNIFORM_CODES = math.pi / math.sqrt(3)
-SPREADS = {("encoder", "proj"): 1.0, ("quant_proj",): UNIFORM_CODES}
+EMBEDDING_STD = 4.0  # beside positions, whose standard deviation is 0.7
+LATENT_STD = 1.0  # two of them reach 88 % of a code's range; at more the sigmoid flattens what is rare
+
+Path = tuple[str, ...]
+EMBED, ENCODER, LATENT = ("encoder", "proj"), ("encoder",), ("quant_proj",)
 
 
 def data_init(module: networks.Tokenizer, params: Any, buffers: Any, image: jax.Array, weight: jax.Array) -> Any:
-    """Parameters with which patch embeddings and latents of a batch have mean 0 and the standard deviations `SPREADS`, each channel.
+    """Parameters with which patch embeddings and latents of a batch have mean 0 and the standard deviations above.
 
-    After Salimans and Kingma (arXiv 1602.07868, section 3), one layer after the other. `image` ``[B, H, W, C]`` is what
-    `reconstruction.prepare` gives; images of weight 0 do not count. A channel that does not vary is left as it is.
+    After Salimans and Kingma (arXiv 1602.07868, section 3). The latents are the principal components, the largest first, of what differs
+    between images at one place, so they are independent. `image` ``[B, H, W, C]`` is what `reconstruction.prepare` gives; images of
+    weight 0 do not count, and what does not vary is left as it is.
     """
-    flat = traverse_util.flatten_dict(params)
-    for path, spread in SPREADS.items():
-        _, found = module.apply(
-            {"params": traverse_util.unflatten_dict(flat), "buffers": buffers},
-            image,
-            method="latent",
-            capture_intermediates=lambda layer, _, path=path: layer.path == path,
-        )
-        (output,) = traverse_util.flatten_dict(found["intermediates"])[(*path, "__call__")]
-        mean, std = _moments(output.astype(jnp.float32), weight)
-        scale = jnp.where(std > 1e-6, spread / std, 1.0)
-        kernel, bias = flat[(*path, "kernel")], flat[(*path, "bias")]
-        flat |= {(*path, "kernel"): kernel * scale, (*path, "bias"): jnp.where(std > 1e-6, (bias - mean) * scale, bias)}
+    share = weight / jnp.maximum(weight.sum(), 1)
+    flat = dict(traverse_util.flatten_dict(params))
+
+    def output(path: Path) -> jax.Array:
+        variables = {"params": traverse_util.unflatten_dict(flat), "buffers": buffers}
+        _, found = module.apply(variables, image, method="latent", capture_intermediates=lambda layer, _: layer.path == path)
+        (value,) = traverse_util.flatten_dict(found["intermediates"])[(*path, "__call__")]
+        return value.astype(jnp.float32)
+
+    embedded = output(EMBED)
+    mean = _mean(embedded, share)
+    scale = _times(EMBEDDING_STD, jnp.sqrt(_mean(jnp.square(embedded - mean), share)))
+    flat[*EMBED, "kernel"] *= scale
+    flat[*EMBED, "bias"] = jnp.where(scale == 1, flat[*EMBED, "bias"], (flat[*EMBED, "bias"] - mean) * scale)
+
+    features, kernel = output(ENCODER), flat[*LATENT, "kernel"]
+    varying = features - jnp.einsum("b,bhwd->hwd", share, features)
+    places = features.shape[1] * features.shape[2]
+    values, vectors = jnp.linalg.eigh(jnp.einsum("b,bhwd,bhwe->de", share, varying, varying) / places)  # in ascending order
+    first = slice(None, -kernel.shape[1] - 1, -1)
+    std = jnp.sqrt(jnp.maximum(values[first], 0))
+    kernel = jnp.where(std > TINY, vectors[:, first] * _times(LATENT_STD, std), kernel)
+    flat[*LATENT, "kernel"], flat[*LATENT, "bias"] = kernel, -_mean(features, share) @ kernel
     return traverse_util.unflatten_dict(flat)
 
 
-def _moments(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation ``[D]`` of ``[B, h, w, D]`` over images of weight 1 and places."""
-    share = weight / jnp.maximum(weight.sum(), 1)
-    mean = jnp.einsum("b,bd->d", share, x.mean((1, 2)))
-    return mean, jnp.sqrt(jnp.einsum("b,bd->d", share, jnp.square(x - mean).mean((1, 2))))
+TINY = 1e-4
+
+
+def _mean(x: jax.Array, share: jax.Array) -> jax.Array:
+    """``[B, h, w, D]`` -> ``[D]``."""
+    return jnp.einsum("b,bd->d", share, x.mean((1, 2)))
+
+
+def _times(wanted: float, std: jax.Array) -> jax.Array:
+    """What brings each channel to a standard deviation; 1 for one that does not vary."""
+    return jnp.where(std > TINY, wanted / jnp.maximum(std, TINY), 1.0)
