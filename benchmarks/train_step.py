@@ -109,7 +109,7 @@ def measured(size: str, rows: Sequence[tuple[str, str]], device: str, arguments:
         else:
             now = time.monotonic()
             part = weight(rows[i]) / (sum(map(weight, rows[i:])) + others)
-            start = first if compiled == "no" else fastest(found[-1]["tried"]) or first
+            start = min(largest, first if compiled == "no" else fastest(found[-1]["tried"]) or first)
             tried = search(until(now + part * (end - now), measure), start, largest)
         best = fastest(tried)
         found.append({"measure": measure, "tried": tried, "batch": best, "rounds": [] if best is None else [tried[best]]})
@@ -129,14 +129,18 @@ def weight(row: tuple[str, str]) -> float:
 # ---- the table ----
 
 
-def cells(size: str, name: str, row: Result, mine: Result) -> str:
+def peak_of(of_size: Mapping[str, list]) -> float:
+    """FLOP/s of the device, the highest measured if it is measured; 0 if not known."""
+    return max((one["peak"] for found in of_size.values() for one in found[0]["rounds"]), default=0.0)
+
+
+def cells(size: str, name: str, row: Result, mine: Result, peak: float) -> str:
     """One line of the table; `mine` is the row of ours."""
     if not row["rounds"]:
         batch, one = next(reversed(row["tried"].items()))
         return f"| {size} | {name} | {batch} | {one['failed'].replace('|', '/')} | | | | | |"
     seconds = statistics.median(one["seconds"] for one in row["rounds"])
     one = row["rounds"][0]
-    peak = max((r["peak"] for r in mine["rounds"]), default=0.0)
     mfu = f"{one['flops'] / seconds / peak:.1%}" if peak else "-"
     memory = f"{one['memory'] / 2**30:.1f}" if one["memory"] else "-"
     floor, ratio = "", ""
@@ -148,9 +152,8 @@ def cells(size: str, name: str, row: Result, mine: Result) -> str:
     return f"| {size} | {name} | {row['batch']} | {seconds:.3g} | {one['tokens'] / seconds:,.0f} | {mfu} | {memory} | {floor} | {ratio} |"
 
 
-def report(arguments: argparse.Namespace, device: str, seen: Mapping[str, Mapping[str, str]]) -> tuple[str, bool]:
+def report(arguments: argparse.Namespace, device: str, seen: Mapping[str, Mapping[str, str]], started: float) -> tuple[str, bool]:
     """The table, and whether every row but those of torch.compile has a number."""
-    started = time.monotonic()
     minutes = arguments.minutes or (math.inf if device == "cpu" else 7.5)
     compiled = arguments.compile or ("blocks" if device == "gpu" else "no")
     rows, sizes = variants(arguments.peer, compiled), arguments.sizes.split(",")
@@ -161,7 +164,7 @@ def report(arguments: argparse.Namespace, device: str, seen: Mapping[str, Mappin
     lines, complete = [], True
     for size, found in of_size.items():
         for variant, row in zip(rows, found, strict=True):
-            lines.append(cells(size, name_of(*variant), row, found[0]))
+            lines.append(cells(size, name_of(*variant), row, found[0], peak_of(of_size)))
             complete &= bool(row["rounds"]) or variant[1] != "no"
     return "\n".join([*heading(arguments, device, seen, of_size), *lines, *tries(rows, of_size, arguments), ""]), complete
 
@@ -171,7 +174,7 @@ def heading(arguments: argparse.Namespace, device: str, seen: Mapping, of_size: 
     where = process.where() if device == "cpu" else f"{seen['ours'][device]}, JAX {version('jax')}"
     one = next((row["rounds"][0] for found in of_size.values() for row in found if row["rounds"]), None)
     filled = f" ({one['inputs']:.0f} and {one['targets']:.0f} filled)" if one else ""
-    peak = max((r["peak"] for found in of_size.values() for r in found[0]["rounds"]), default=0.0)
+    peak = peak_of(of_size)
     against = "" if not peak else f"MFU is of {peak / 1e12:.3g} TFLOP/s, {'measured' if device == 'cpu' else 'the bfloat16 peak'}. "
     mode = f"remat {arguments.remat}, {arguments.attention} attention{''.join(' ' + o for o in arguments.overrides)}"
     return [
@@ -234,8 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.peer and importlib.util.find_spec("terratorch") is None:
         parser.error('--peer needs TerraTorch: pip install -e ".[parity]"')
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))  # as the Makefile
+    started = time.monotonic()
     seen = {side: process.measure(SCRIPT, side, "--probe") for side in (("ours", "peer") if arguments.peer else ("ours",))}
-    text, complete = report(arguments, agreed_device(arguments.device, seen), seen)
+    text, complete = report(arguments, agreed_device(arguments.device, seen), seen, started)
     print(text)
     if arguments.out:
         files.write_text(epath.Path(arguments.out), text)
