@@ -256,10 +256,13 @@ def test_check_counts_what_is_wrong(tmp_path):
             shard.add(key, payload)
     with ShardWriter(tmp_path, "val", "LULC", "x", 0) as shard:
         shard.add("a", write_sample({"bands": np.array([0, 3, 3, 9], np.uint8).reshape(1, 1, 2, 2)}))
+    with ShardWriter(tmp_path, "val", "S1GRD", "x", 0) as shard:
+        shard.add("a", write_sample({"bands": np.array([-12, -20], np.float16).reshape(1, 2, 1, 1).repeat(4, 2).repeat(4, 3)}))
     report = check.check(tmp_path, "val")
+    assert report.modalities["S1GRD"].constant == 1 and report.modalities["NDVI"].constant == 0
     row = report.modalities["NDVI"]
     assert not report.ok and (row.present, row.corrupt, row.nan, row.out_of_range) == (4, 1, 1, 1)
-    assert report.modalities["LULC"].missing == 3 and len(report.problems) == 3
+    assert report.modalities["LULC"].missing == 3 and len(report.problems) == 4
     assert "sample 'd' is no zip file" in check.format_check(report)
     shares = check.stats(tmp_path, "val", ["LULC"])["LULC"].classes
     np.testing.assert_allclose(shares, np.isin(np.arange(10), (0, 9)) * 0.25 + (np.arange(10) == 3) * 0.5)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data import scan, storage
+from terramind_jax.data import scan, storage, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.table import Table
@@ -31,7 +31,8 @@ _SHOWN = 20  # problems kept word for word; the rest are counted
 
 @dataclasses.dataclass
 class ModalityCheck:
-    """Counts over one modality of one split. `nan` and `out_of_range` count samples that hold such a pixel."""
+    """Counts over one modality of one split. `nan` and `out_of_range` count samples that hold such a pixel, `constant` S1 and S2 tiles
+    whose bands have one value each."""
 
     present: int = 0
     missing: int = 0
@@ -39,6 +40,7 @@ class ModalityCheck:
     corrupt: int = 0
     nan: int = 0
     out_of_range: int = 0
+    constant: int = 0
 
 
 @dataclasses.dataclass
@@ -52,7 +54,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        return not any(m.corrupt or m.nan or m.out_of_range for m in self.modalities.values())
+        return not any(m.corrupt or m.nan or m.out_of_range or m.constant for m in self.modalities.values())
 
 
 @dataclasses.dataclass
@@ -107,7 +109,7 @@ def _report(path: str, found: Table) -> IndexReport:
 
 
 def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None) -> Check:
-    """Reads every sample of a split and counts what is missing, corrupt, NaN or outside `VALID_RANGE`."""
+    """Reads every sample of a split and counts what is missing, corrupt, NaN, outside `VALID_RANGE` or constant."""
     samples = open_index(root, split, modalities)
     result = Check(split, len(samples), {m: ModalityCheck() for m in samples.modalities})
     for column, modality in enumerate(samples.modalities):
@@ -132,6 +134,9 @@ def _check_sample(samples: Index, i: int, modality: str, row: ModalityCheck, pro
     outside = int(np.count_nonzero((pixels < low) | (pixels > high)))
     row.nan += missing > 0
     row.out_of_range += outside > 0
+    if views.is_empty(pixels, modality):
+        row.constant += 1
+        _note(problems, f"{modality} of sample {samples.keys[i]!r} has one value everywhere, as where nothing was measured.")
     if missing:
         _note(problems, f"{modality} of sample {samples.keys[i]!r} has {missing} NaN values.")
     if outside:

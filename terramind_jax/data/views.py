@@ -76,13 +76,15 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
     if min(tile.shape[:2]) < image_size:
         size = f"{tile.shape[0]}x{tile.shape[1]} pixels"
         raise DataError(f"Sample {index.keys[i]!r}: {modality} is {size}, smaller than {image_size}.", "shape")
-    if modality.startswith(_NEVER_CONSTANT) and _is_constant(tile):
+    if is_empty(tile, modality):
         raise DataError(f"Sample {index.keys[i]!r}: {modality} has one value everywhere, as where nothing was measured.", "constant")
     return tile
 
 
-def _is_constant(tile: np.ndarray) -> bool:
-    """Whether each band has one value. Looks at few pixels first: hardly any tile is."""
+def is_empty(tile: np.ndarray, modality: str) -> bool:
+    """Whether each band of an S1 or S2 tile has one value. Looks at few pixels first: hardly any tile is."""
+    if not modality.startswith(_NEVER_CONSTANT):
+        return False
     return bool((tile[::37, ::37] == tile[0, 0]).all() and (tile == tile[0, 0]).all())
 
 
