@@ -286,9 +286,15 @@ def _add_data(commands) -> None:
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
-        ("stats", "mean and spread per band beside the released ones", _stats),
+        ("stats", "mean and spread per band beside the released ones, as a declaration of your own modality takes them", _stats),
     ):
-        _add(actions, name, text, command).add_argument("root", metavar="ROOT", help="folder of shards")
+        parser = _add(actions, name, text, command)
+        parser.add_argument("root", metavar="ROOT", help="folder of shards")
+    parser.add_argument("--modality", action="append", metavar="NAME", help="only this modality; may be repeated")
+    parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
+    parser.add_argument("--limit", type=int, metavar="N", help="only so many samples of each, spread evenly; default: all")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read; default: all cores")
+    parser.add_argument("--json", action="store_true", help="print them in full as JSON, {split: {modality: {mean, std}}}")
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:
@@ -324,8 +330,13 @@ def _check(parsed: argparse.Namespace) -> int:
 def _stats(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check
 
-    for split in check.splits(parsed.root):
-        print(f"{split}\n{check.format_stats(check.stats(parsed.root, split))}")
+    options = (parsed.modality, parsed.limit, parsed.workers)
+    found = {split: check.stats(parsed.root, split, *options) for split in parsed.split or check.splits(parsed.root)}
+    if parsed.json:
+        print(json.dumps({split: check.as_json(result) for split, result in found.items()}, indent=2))
+        return
+    for split, result in found.items():
+        print(f"{split}\n{check.format_stats(result)}")
 
 
 # ---- watch ----

@@ -247,6 +247,48 @@ def test_check_and_stats(src, tmp_path):
     assert check.format_index(check.index(out)).startswith("train: 2 locations")
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_stats_are_those_of_all_pixels_together(tmp_path, monkeypatch, workers):
+    """With any number of processes, the same to the last bit; pixels without data are left out, and samples that cannot be read."""
+    monkeypatch.setattr(check, "_PIECE", 2)
+    rng, stored = np.random.default_rng(0), {"S2L2A": [], "NDVI": []}
+    for number in range(3):
+        for modality in stored:
+            with ShardWriter(tmp_path, "train", modality, "x", number) as shard:
+                for i in range(3):
+                    bands = rng.integers(0, 9000, (1, 12, 8, 8)) if modality == "S2L2A" else 1e3 + rng.random((1, 1, 8, 8))
+                    bands[..., :2, i] = 0 if modality == "S2L2A" else np.nan
+                    bands = bands.astype({"S2L2A": np.uint16, "NDVI": np.float32}[modality])
+                    stored[modality].append(bands[0])
+                    shard.add(f"{number}{i}", write_sample({"bands": bands}))
+                if modality == "NDVI":
+                    shard.add(f"{number}damaged", b"junk")
+    found = check.stats(tmp_path, "train", workers=workers)
+    for modality, arrays in stored.items():
+        values = np.stack(arrays).astype(np.float64).swapaxes(0, 1).reshape(len(arrays[0]), -1)
+        values = values[:, ~np.isnan(values).any(0) & (values != 0).any(0)]
+        np.testing.assert_allclose(found[modality].mean, values.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(found[modality].std, values.std(1), rtol=1e-9)
+        assert found[modality].samples == 9
+    assert check.as_json(found) == check.as_json(check.stats(tmp_path, "train", workers=1))
+
+
+def test_stats_can_be_pasted_into_a_declaration(tmp_path, capsys):
+    from terramind_jax import declarations
+
+    fields = {"bands": ["RAIN"], "unit": "mm"}
+    (tmp_path / "modalities.json").write_text(json.dumps({"RAIN": fields}))
+    with ShardWriter(tmp_path, "train", "RAIN", "x", 1) as shard:
+        shard.add("a", write_sample({"bands": np.float32([[[[1, 2], [3, 4]]]])}))
+    assert cli.main(["data", "stats", str(tmp_path), "--modality=RAIN", "--workers=1"]) == 0
+    _, _, pasted = capsys.readouterr().out.partition("For modalities.json:")
+    (tmp_path / "modalities.json").write_text("{" + pasted.strip() + "}")
+    open_index(tmp_path, "train")
+    assert declarations.of(["RAIN"])["RAIN"]["mean"] == [2.5]
+    assert cli.main(["data", "stats", str(tmp_path), "--json", "--split=train"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["RAIN"]["std"] == [np.float64([1, 2, 3, 4]).std()]
+
+
 def test_check_counts_what_is_wrong(tmp_path):
     def ndvi(value):
         return write_sample({"bands": np.full((1, 1, 4, 4), value, np.float16)})

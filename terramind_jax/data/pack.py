@@ -13,14 +13,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from terramind_jax import geo
+from terramind_jax import declarations, geo
 from terramind_jax import modalities as registry
-from terramind_jax.data.check import VALID_RANGE
+from terramind_jax.data import scan
 from terramind_jax.data.shards import ShardWriter, new_folder, write_sample
 
 INFO = "dataset_info.json"
@@ -92,6 +93,8 @@ def pack(
         info = {**_describe(scenes, counts, options), "fingerprint": fingerprint(scenes)}
         with open(os.path.join(partial, INFO), "w", encoding="utf-8") as f:
             json.dump(info, f, indent=1)
+        if os.path.isfile(own := os.path.join(src, declarations.NAME)):
+            shutil.copyfile(own, os.path.join(partial, declarations.NAME))
     return info
 
 
@@ -130,7 +133,11 @@ def _describe(scenes: Sequence[Scene], counts: dict[str, dict[str, int]], option
 
 
 def find_scenes(src: str) -> list[Scene]:
-    """The scenes of a folder, sorted by name, with sizes, bands and grids checked from the headers alone."""
+    """The scenes of a folder, sorted by name, with sizes, bands and grids checked from the headers alone.
+
+    Modalities of the user's own that ``modalities.json`` in the folder declares are declared.
+    """
+    scan.declare(src)
     _check_folders(src)
     files: dict[str, dict[str, str]] = {}
     for modality in (m.name for m in registry.MODALITIES.values() if m.is_image):
@@ -305,7 +312,7 @@ def to_stored(pixels: np.ndarray, modality: str, path: str, *, nodata: float | N
     if nodata is not None and np.any(pixels == nodata):
         count = int(np.count_nonzero(pixels == nodata))
         raise ValueError(f"{path} has {count} pixel values without data ({nodata:g}); fill them or cut the file to where it is complete.")
-    low, high = VALID_RANGE[modality]
+    low, high = registry.get(modality).valid
     if pixels.min() < low or pixels.max() > high:
         raise ValueError(
             f"{path} holds values from {pixels.min():g} to {pixels.max():g}; {modality} is stored as {_expectation(modality)}."
@@ -322,7 +329,7 @@ def to_stored(pixels: np.ndarray, modality: str, path: str, *, nodata: float | N
 
 
 def _expectation(modality: str) -> str:
-    low, high = VALID_RANGE[modality]
+    low, high = registry.get(modality).valid
     return f"{registry.get(modality).unit}, {registry.get(modality).dtype} from {low} to {high}"
 
 

@@ -16,7 +16,7 @@ from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
+from terramind_jax.modalities import MODALITIES, PATCH_SIZE, RELEASED, Stream
 
 _NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
 
@@ -74,7 +74,7 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
     tile = index.read(i, modality)
     if min(tile.shape[:2]) < image_size:
         raise DataError(f"Sample {index.keys[i]!r}: {modality} is {tile.shape[0]}x{tile.shape[1]} pixels, smaller than {image_size}.")
-    if modality.startswith(_NEVER_CONSTANT) and _is_constant(tile):
+    if modality in RELEASED and modality.startswith(_NEVER_CONSTANT) and _is_constant(tile):
         raise DataError(f"Sample {index.keys[i]!r}: {modality} has one value everywhere, as where nothing was measured.")
     return tile
 
@@ -100,8 +100,9 @@ def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple
 
 def _stored(x: np.ndarray, modality: str, key: str) -> np.ndarray:
     """Pixels in the type that travels; a `DataError` for values that are not finite and for classes that do not exist."""
-    if modality == "LULC" and not ((x >= 0) & (x < len(LULC_CLASSES))).all():
-        raise DataError(f"Sample {key}: LULC holds classes outside 0..{len(LULC_CLASSES) - 1}.")
+    classes = MODALITIES[modality].classes if modality in MODALITIES else ()
+    if classes and not ((x >= 0) & (x < len(classes))).all():
+        raise DataError(f"Sample {key}: {modality} holds classes outside 0..{len(classes) - 1}.")
     x = cast(x, stored_dtype(modality))
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise DataError(f"Sample {key}: {modality} has values that are not finite.")
