@@ -278,11 +278,16 @@ def _add_data(commands) -> None:
     parser.add_argument("--scenes", type=int, default=512, help="training scenes")
     parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
     parser.add_argument("--seed", type=int, default=0)
-    parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, into shards", _pack)
-    parser.add_argument("source", metavar="SRC", help="folder of GeoTIFFs, MODALITY/NAME.tif")
+    parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, of any size and CRS into shards", _pack)
+    text = "folder of GeoTIFFs, MODALITY/NAME.tif; modalities of your own are declared in modalities.json in it"
+    parser.add_argument("source", metavar="SRC", help=text)
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
+    text = "what is added to the values of a modality, or of one file, MODALITY/NAME; repeat for more, e.g. S2L2A=-1000"
+    parser.add_argument("--offset", action="append", default=[], metavar="MODALITY=VALUE", help=text)
+    text = "share of the places that goes to the validation split; tiles next to them are left out of both"
+    parser.add_argument("--val_fraction", type=float, default=0.1, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of which places those are; default: 0")
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
@@ -307,8 +312,23 @@ def _pack(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check
     from terramind_jax.data.pack import pack
 
-    pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
+    options = dict(lulc_codes=parsed.lulc_codes, offsets=_offsets(parsed.offset), val_fraction=parsed.val_fraction, seed=parsed.seed)
+    info = pack(parsed.source, parsed.out, **options)
+    for what, count in info.get("left_out", {}).items():
+        print(f"Left out: {count} tiles {what.replace('_', ' ')}.")
     print(check.format_index(check.index(parsed.out)))
+
+
+def _offsets(pairs: Sequence[str]) -> dict[str, float]:
+    """``["S2L2A=-1000"]`` -> ``{"S2L2A": -1000.0}``."""
+    offsets = {}
+    for pair in pairs:
+        name, _, value = pair.rpartition("=")
+        try:
+            offsets[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--offset takes MODALITY=VALUE or MODALITY/NAME=VALUE, such as S2L2A=-1000, not {pair!r}.") from None
+    return offsets
 
 
 def _index(parsed: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from terramind_jax import generate, geo, modalities, plot, sources, zoo
 from terramind_jax.convert.files import check_free
-from terramind_jax.data.pack import LULC_CODES, to_stored
+from terramind_jax.data.stored import LULC_CODES, to_stored
 from terramind_jax.model import TerraMind
 from terramind_jax.train import pretrain, tokenizer
 from terramind_jax.weights import load

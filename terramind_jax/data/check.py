@@ -148,8 +148,8 @@ def stats(
 ) -> dict[str, Statistics]:
     """Mean and standard deviation of each band over a split, or over `limit` samples spread evenly through it.
 
-    Pixels without data are left out (`modalities.missing`), and samples that cannot be read. `workers` processes read (default: all
-    cores); the numbers do not depend on how many, to the last bit.
+    Pixels without data are left out (`modalities.missing`). `workers` processes read (default: all cores); the numbers do not depend on
+    how many, to the last bit. A sample that cannot be read is a `DataError`.
     """
     samples = open_index(root, split, modalities)
     jobs, result = [], {}
@@ -158,9 +158,9 @@ def stats(
         if limit is not None and len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
         jobs += [(modality, rows[at : at + _PIECE]) for at in range(0, len(rows), _PIECE)]
-    for (modality, _), (read, part) in zip(jobs, _pieces(samples, jobs, workers), strict=True):
+    for (modality, rows), part in zip(jobs, _pieces(samples, jobs, workers), strict=True):
         count, before = result.get(modality, (0, None))
-        result[modality] = count + read, part if before is None else before.merged(part)
+        result[modality] = count + len(rows), part if before is None else before.merged(part)
     return {modality: _statistics(modality, *found) for modality, found in result.items()}
 
 
@@ -189,7 +189,7 @@ class Moments:
         return Moments(count, self.mean + delta * share, squares, self.classes + other.classes)
 
 
-def _pieces(samples: Index, jobs: Sequence[tuple[str, np.ndarray]], workers: int | None) -> Iterator[tuple[int, Moments]]:
+def _pieces(samples: Index, jobs: Sequence[tuple[str, np.ndarray]], workers: int | None) -> Iterator[Moments]:
     """What `_piece` makes of each job, in their order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), cores if workers is None else workers)
@@ -208,21 +208,18 @@ def _open(samples: Index) -> None:
     _opened = samples
 
 
-def _piece_of_opened(job: tuple[str, np.ndarray]) -> tuple[int, Moments]:
+def _piece_of_opened(job: tuple[str, np.ndarray]) -> Moments:
     return _piece(_opened, *job)
 
 
-def _piece(samples: Index, modality: str, rows: np.ndarray) -> tuple[int, Moments]:
-    """How many of some samples can be read, and the moments of their pixels."""
-    m, read = registry.get(modality), 0
+def _piece(samples: Index, modality: str, rows: np.ndarray) -> Moments:
+    """Of the pixels of some samples."""
+    m = registry.get(modality)
     total = Moments.of(np.zeros((0, len(m.bands))), len(m.classes))
     for i in rows:
-        try:
-            pixels = samples.read(int(i), modality)
-        except DataError:
-            continue
-        total, read = total.merged(Moments.of(pixels[~registry.missing(modality, pixels)], len(m.classes))), read + 1
-    return read, total
+        pixels = samples.read(int(i), modality)
+        total = total.merged(Moments.of(pixels[~registry.missing(modality, pixels)], len(m.classes)))
+    return total
 
 
 def _statistics(modality: str, samples: int, found: Moments) -> Statistics:
