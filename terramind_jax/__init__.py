@@ -15,6 +15,7 @@ import importlib
 _PUBLIC = {
     "read": "terramind_jax.geo",
     "write": "terramind_jax.geo",
+    "declare": "terramind_jax.declarations",
     "list_models": "terramind_jax.zoo",
     "load": "terramind_jax.weights",
     "save": "terramind_jax.weights",

@@ -66,7 +66,7 @@ def init(module: nn.Module, key: jax.Array) -> dict:
 def tokenizer_of(modality: str, version: str, **options: Any) -> tokenizer.Tokenizer:
     """The released tokenizer of one modality (spec 6.1)."""
     m = modalities.get(modality, version)
-    decoder = "vit" if m.name == "LULC" else "unet"
+    decoder = "vit" if m.kind == "classes" else "unet"
     return tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality=m.name, channels=m.channels, levels=m.levels, decoder=decoder, **options))
 
 

@@ -281,11 +281,16 @@ def _add_data(commands) -> None:
     parser.add_argument("--scenes", type=int, default=512, help="training scenes")
     parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
     parser.add_argument("--seed", type=int, default=0)
-    parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, into shards", _pack)
-    parser.add_argument("source", metavar="SRC", help="folder of GeoTIFFs, MODALITY/NAME.tif")
+    parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, of any size and CRS into shards", _pack)
+    text = "folder of GeoTIFFs, MODALITY/NAME.tif; modalities of your own are declared in modalities.json in it"
+    parser.add_argument("source", metavar="SRC", help=text)
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters; needed if there are any")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the locations that goes to the validation split")
+    text = "what is added to the values of a modality, or of one file, MODALITY/NAME; repeat for more, e.g. S2L2A=-1000"
+    parser.add_argument("--offset", action="append", default=[], metavar="MODALITY=VALUE", help=text)
+    text = "share of the places that goes to the validation split; tiles next to them are left out of both"
+    parser.add_argument("--val_fraction", type=float, default=0.1, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of which places those are; default: 0")
     text = "join shards and token shards in a TFDS data set of ArrayRecord files"
     parser = _add(actions, "prepare", text, _prepare)
     parser.add_argument("root", metavar="ROOT", help="folder of shards")
@@ -296,9 +301,15 @@ def _add_data(commands) -> None:
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
-        ("stats", "mean and spread per band beside the released ones", _stats),
+        ("stats", "mean and spread per band beside the released ones, as a declaration of your own modality takes them", _stats),
     ):
-        _add(actions, name, text, command).add_argument("root", metavar="ROOT", help="folder of shards")
+        parser = _add(actions, name, text, command)
+        parser.add_argument("root", metavar="ROOT", help="folder of shards")
+    parser.add_argument("--modality", action="append", metavar="NAME", help="only this modality; may be repeated")
+    parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
+    parser.add_argument("--limit", type=int, metavar="N", help="only so many samples of each, spread evenly; default: all")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read; default: all cores")
+    parser.add_argument("--json", action="store_true", help="print them in full as JSON, {split: {modality: {mean, std}}}")
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:
@@ -311,7 +322,10 @@ def _pack(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check
     from terramind_jax.data.pack import pack
 
-    pack(parsed.source, parsed.out, lulc_codes=parsed.lulc_codes, val_fraction=parsed.val_fraction)
+    options = dict(lulc_codes=parsed.lulc_codes, offsets=_offsets(parsed.offset), val_fraction=parsed.val_fraction, seed=parsed.seed)
+    info = pack(parsed.source, parsed.out, **options)
+    for what, count in info.get("left_out", {}).items():
+        print(f"Left out: {count} tiles {what.replace('_', ' ')}.")
     print(check.format_index(check.index(parsed.out)))
 
 
@@ -320,6 +334,18 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
     options = None if parsed.beam is None else [f"--{option}" for option in parsed.beam.split(",")]
     prepare(parsed.root, parsed.out, tokens=parsed.tokens, beam_options=options)
+
+
+def _offsets(pairs: Sequence[str]) -> dict[str, float]:
+    """``["S2L2A=-1000"]`` -> ``{"S2L2A": -1000.0}``."""
+    offsets = {}
+    for pair in pairs:
+        name, _, value = pair.rpartition("=")
+        try:
+            offsets[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--offset takes MODALITY=VALUE or MODALITY/NAME=VALUE, such as S2L2A=-1000, not {pair!r}.") from None
+    return offsets
 
 
 def _index(parsed: argparse.Namespace) -> int:
@@ -341,8 +367,13 @@ def _check(parsed: argparse.Namespace) -> int:
 def _stats(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check
 
-    for split in check.splits(parsed.root):
-        print(f"{split}\n{check.format_stats(check.stats(parsed.root, split))}")
+    options = (parsed.modality, parsed.limit, parsed.workers)
+    found = {split: check.stats(parsed.root, split, *options) for split in parsed.split or check.splits(parsed.root)}
+    if parsed.json:
+        print(json.dumps({split: check.as_json(result) for split, result in found.items()}, indent=2))
+        return
+    for split, result in found.items():
+        print(f"{split}\n{check.format_stats(result)}")
 
 
 # ---- watch ----

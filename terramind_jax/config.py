@@ -51,6 +51,8 @@ def pretraining() -> ConfigDict:
     config.model.unroll = 1  # layers per iteration of the scan over layers
     config.model.codebooks = ConfigDict()  # {"DEM": 512}: vocabulary per modality; empty: as written beside the tokens, else as released
 
+    config.modalities = ConfigDict()  # declarations of modalities of your own; those in {data.root}/modalities.json are added
+
     config.data = ConfigDict()
     config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar, or one that `data prepare` wrote
     config.data.tokens = ""  # folder of token shards; empty: beside the pixels
@@ -131,6 +133,8 @@ def tokenizer_training() -> ConfigDict:
     config.model.image_size = 256  # grid of the stored positions
     config.model.dtype = "auto"  # auto is bfloat16 on accelerators, float32 on CPU
     config.model.unroll = 1  # layers per iteration of the scan over layers
+
+    config.modalities = ConfigDict()  # declarations of modalities of your own; those in {data.root}/modalities.json are added
 
     config.data = ConfigDict()
     config.data.root = ""  # folder of shards, {root}/{split}/{modality}/*.tar

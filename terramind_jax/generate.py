@@ -124,10 +124,11 @@ def encode_input(
         return coordinates.encode(x)
     if stream.modality not in modalities.MODALITIES:
         return x  # a modality of the user's own: without statistics
-    x = x[..., None] if stream.modality == "LULC" and x.ndim == 3 else x
+    is_class_map = modalities.get(stream.modality).kind == "classes"
+    x = x[..., None] if is_class_map and x.ndim == 3 else x
     modalities.check_image(stream.modality, x)
-    if stream.modality == "LULC":
-        check_integers("LULC", x, tokenizers[stream.modality][0].config.channels, "classes")
+    if is_class_map:
+        check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
     elif standardize:
         x = modalities.standardize(stream.modality, x, version, offset)
     if stream.kind == "pixels":
@@ -155,7 +156,8 @@ def decode_output(
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
     tokenizer, variables = tokenizers[stream.modality]
     x = np.asarray(decode(tokenizer, variables, tokens, seed=seed, **decoding), np.float32)
-    return modalities.destandardize(stream.modality, x, version, offset) if standardize and stream.modality != "LULC" else x
+    is_class_map = tokenizer.config.is_class_map
+    return modalities.destandardize(stream.modality, x, version, offset) if standardize and not is_class_map else x
 
 
 # ---- arguments ----

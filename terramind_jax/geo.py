@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import rasterio
 import rasterio.warp
 import rasterio.windows
 from rasterio.crs import CRS
+from rasterio.enums import Resampling
 from rasterio.transform import Affine
 
 from terramind_jax import modalities as registry
 
+PIXEL = 10.0  # metres: of the grids that models are trained on
 _SENTINEL2 = dict(zip("B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split(), registry.S2L1C_BANDS, strict=True))
 _ALIASES = _SENTINEL2 | {k.replace("B0", "B"): v for k, v in _SENTINEL2.items()}
 
@@ -94,6 +96,67 @@ def read_window(path: str | os.PathLike, row: int, column: int, height: int, wid
     """[height, width, C] from the middle of a raster, without reading the rest."""
     with _open(path) as source:
         return np.moveaxis(source.read(window=rasterio.windows.Window(column, row, width, height)), 0, -1)
+
+
+def read_onto(
+    path: str | os.PathLike, where: Place, kind: registry.Kind = "continuous", prepare: Callable[[np.ndarray], np.ndarray] = np.float32
+) -> np.ndarray:
+    """A raster on another grid, ``[H, W, C]`` float32, NaN where it has no data; only what is needed of it is read.
+
+    Classes are taken from the nearest pixel, other kinds interpolated bilinearly, from means where pixels are much smaller than the grid's.
+
+    Args:
+      prepare: of what is read ``[h, w, C]``: float32 values that may be averaged, NaN where there is no data.
+    """
+    with _open(path) as source:
+        header = _header(source)
+        if not header.place.crs or not where.crs:
+            raise ValueError(f"{os.fspath(path)} does not say where it lies (it has no CRS), so it cannot be brought to another grid.")
+        window = _window_under(header.place, where)
+        if window is None:
+            return np.full((where.height, where.width, header.bands), np.nan, np.float32)
+        size = [math.ceil(n / _decimation(window, where, kind)) for n in (window.height, window.width)]
+        how = Resampling.nearest if kind == "classes" else Resampling.average
+        pixels = source.read(window=window, out_shape=(header.bands, *size), resampling=how)
+    part = header.place.window(window.row_off, window.col_off, window.height, window.width)
+    x, y = window.width / size[1], window.height / size[0]  # source pixels a pixel that was read
+    a, b, c, d, e, f = part.transform
+    out = np.full((header.bands, where.height, where.width), np.nan, np.float32)
+    rasterio.warp.reproject(
+        np.ascontiguousarray(np.moveaxis(prepare(np.moveaxis(pixels, 0, -1)), -1, 0), np.float32),
+        out,
+        src_transform=Affine(a * x, b * y, c, d * x, e * y, f),
+        src_crs=CRS.from_user_input(part.crs),
+        src_nodata=np.nan,
+        dst_transform=Affine(*where.transform),
+        dst_crs=CRS.from_user_input(where.crs),
+        dst_nodata=np.nan,
+        resampling=Resampling.nearest if kind == "classes" else Resampling.bilinear,
+    )
+    return np.moveaxis(out, 0, -1)
+
+
+def _window_under(source: Place, where: Place) -> rasterio.windows.Window | None:
+    """The pixels of `source` that lie under `where`, with a few around them; None if there are none."""
+    edges = np.linspace(0, 1, 9)
+    rows, columns = np.meshgrid(edges * where.height, edges * where.width)
+    a, b, c, d, e, f = where.transform
+    xs, ys = a * columns + b * rows + c, d * columns + e * rows + f
+    x, y = rasterio.warp.transform(CRS.from_user_input(where.crs), CRS.from_user_input(source.crs), xs.ravel(), ys.ravel())
+    a, b, c, d, e, f = source.transform
+    x, y, area = np.array(x) - c, np.array(y) - f, a * e - b * d
+    column, row = (e * x - b * y) / area, (a * y - d * x) / area
+    if not (np.isfinite(column).all() and np.isfinite(row).all()):
+        return None
+    margin = 2 + math.ceil(2 * max(np.ptp(column) / where.width, np.ptp(row) / where.height))
+    top, left = (max(math.floor(v.min()) - margin, 0) for v in (row, column))
+    bottom, right = (min(math.ceil(v.max()) + margin, n) for v, n in ((row, source.height), (column, source.width)))
+    return rasterio.windows.Window(left, top, right - left, bottom - top) if bottom > top and right > left else None
+
+
+def _decimation(window: rasterio.windows.Window, where: Place, kind: registry.Kind) -> int:
+    """How many pixels of a side are read as one, so that two remain for each of the grid: of radar one, as decibels have no mean."""
+    return 1 if kind == "sar" else max(1, int(min(window.height / where.height, window.width / where.width) / 2))
 
 
 def place(path: str | os.PathLike) -> Place:
@@ -246,6 +309,61 @@ def same_grid(a: Place, b: Place, tolerance: float = 0.1) -> bool:
 
 def _same_crs(a: str, b: str) -> bool:
     return a == b or bool(a and b and CRS.from_user_input(a) == CRS.from_user_input(b))
+
+
+def overlap(a: Place, b: Place) -> bool:
+    """Whether two rasters have ground in common; those that do not say where they lie have none."""
+    return bool(a.crs and b.crs) and _window_under(a, b) is not None
+
+
+def is_metric(where: Place) -> bool:
+    """Whether a grid is north up and of 10 m pixels, also on the ground: within 3 %, which Web Mercator is only near the equator."""
+    a, b, c, d, e, f = where.transform
+    if not where.crs or b or d or abs(a - PIXEL) > 1e-3 or abs(e + PIXEL) > 1e-3 or not CRS.from_user_input(where.crs).is_projected:
+        return False
+    middle, east, south = ((where.height / 2 + r, where.width / 2 + c) for r, c in ((0, 0), (0, 100), (100, 0)))
+    (lon, lat), *others = (lonlat(where, *p) for p in (middle, east, south))
+    degree = 111_195.0  # metres
+    sides = [degree * math.hypot(y - lat, (x - lon) * math.cos(math.radians(lat))) for x, y in others]
+    return all(abs(side / (100 * PIXEL) - 1) < 0.03 for side in sides)
+
+
+def utm(longitude: float, latitude: float) -> str:
+    """The CRS of the UTM zone of a place; a ValueError near the poles, where there is none."""
+    if not -80 <= latitude <= 84:
+        raise ValueError(f"lies at latitude {latitude:.1f}, and UTM zones end at -80 and 84 degrees")
+    return f"EPSG:{(32600 if latitude >= 0 else 32700) + int((longitude + 180) // 6) % 60 + 1}"
+
+
+def metric_grids(where: Place) -> tuple[Place, Place | None]:
+    """North-up grids of 10 m in the UTM zone of a raster's middle: all around it, and what it fills wholly, None if that is nothing.
+
+    Raises a ValueError without a subject ("lies ...") for what cannot be brought there.
+    """
+    if not where.crs:
+        raise ValueError("does not say where it lies: it has no CRS")
+    crs, t = utm(*lonlat(where)), np.linspace(0, 1, 33)
+    sides = [(t * 0, t), (t * 0 + 1, t), (t, t * 0), (t, t * 0 + 1)]  # (row, column) of top, bottom, left, right as parts of the size
+    found = []
+    for rows, columns in sides:
+        x, y = zip(*(where.xy(r * where.height, c * where.width) for r, c in zip(rows, columns, strict=True)), strict=True)
+        found.append(np.array(rasterio.warp.transform(CRS.from_user_input(where.crs), CRS.from_user_input(crs), x, y)))  # [2, n]
+    points = np.concatenate(found, 1)
+    if not np.isfinite(points).all() or np.ptp(points, axis=1).max() > 1e6:
+        raise ValueError("is wider than 1000 km, which no UTM zone holds; cut it into parts")
+    upright, level = [sorted((s for s in found if (np.ptp(s[0]) < np.ptp(s[1])) == up), key=lambda s: s.mean()) for up in (True, False)]
+    outer = _grid_between(crs, *points.min(1), *points.max(1), math.floor, math.ceil)
+    if len(upright) != 2:
+        return outer, None
+    left, bottom, right, top = upright[0][0].max(), level[0][1].max(), upright[1][0].min(), level[1][1].min()
+    inner = _grid_between(crs, left, bottom, right, top, math.ceil, math.floor)
+    return outer, inner if min(inner.height, inner.width) > 0 else None
+
+
+def _grid_between(crs: str, left: float, bottom: float, right: float, top: float, first, last) -> Place:
+    """Of whole multiples of 10 m; `first` and `last` round the lower and the upper ends."""
+    west, south, east, north = (rounds(round(v / PIXEL, 3)) for rounds, v in ((first, left), (first, bottom), (last, right), (last, top)))
+    return Place(crs, (PIXEL, 0.0, west * PIXEL, 0.0, -PIXEL, north * PIXEL), north - south, east - west)
 
 
 def lonlat(where: Place, row: float | None = None, column: float | None = None) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 A *modality* is what a user has: ``S2L2A``, ``LULC``, ``coords``. A *stream* is how the transformer sees one: as raw pixels
 (``untok_sen2l2a@224``) or as tokens (``tok_sen2l2a@224``). Keys of streams are the reference's, so weights exchange by name.
+
+`terramind_jax.declarations` adds modalities of a user's own.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ LULC_CLASSES = (
 )
 
 
+Kind = Literal["continuous", "classes", "sar"]  # how pixels are resampled and drawn; sar is backscatter in dB
+
+
 @dataclasses.dataclass(frozen=True)
 class Modality:
     """One modality as users name it. ``dtype`` is how shards store it; statistics are v1's, one value a band (spec 1.4)."""
@@ -60,7 +65,11 @@ class Modality:
     pixels: str = ""  # key of the raw-pixel stream; empty: only its tokens enter the transformer
     tokens: str = ""  # key of the token stream; empty: input only
     levels: tuple[int, ...] = ()  # FSQ levels of its tokenizer
-    channels: int = 0  # channels that its tokenizer sees; LULC is one-hot
+    channels: int = 0  # channels that its tokenizer sees; classes are one-hot
+    kind: Kind = "continuous"
+    valid: tuple[float, float] = (0, 0)  # lowest and highest value that can be stored, in its unit
+    classes: tuple[str, ...] = ()  # names of a class map's values 0, 1, 2, ...
+    nodata: float | None = None  # what all bands hold where nothing was measured
 
     @property
     def is_image(self) -> bool:
@@ -83,6 +92,8 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_sen2l2a@224",
             levels=_V1_LEVELS,
             channels=12,
+            valid=(0, 32767),
+            nodata=0,
         ),
         Modality(
             name="S2L1C",
@@ -121,6 +132,8 @@ MODALITIES: dict[str, Modality] = {
             unit="reflectance x 10000",
             pixels="untok_sen2l1c@224",
             channels=13,
+            valid=(0, 32767),
+            nodata=0,
         ),
         Modality(
             name="S2RGB",
@@ -131,6 +144,7 @@ MODALITIES: dict[str, Modality] = {
             unit="0-255",
             pixels="untok_sen2rgb@224",
             channels=3,
+            valid=(0, 255),
         ),
         Modality(
             name="S1GRD",
@@ -143,6 +157,8 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_sen1grd@224",
             levels=_V1_LEVELS,
             channels=2,
+            kind="sar",
+            valid=(-100, 60),
         ),
         Modality(
             name="S1RTC",
@@ -155,6 +171,8 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_sen1rtc@224",
             levels=_V1_LEVELS,
             channels=2,
+            kind="sar",
+            valid=(-100, 60),
         ),
         Modality(
             name="DEM",
@@ -167,6 +185,7 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_dem@224",
             levels=_V1_LEVELS,
             channels=1,
+            valid=(-500, 9000),
         ),
         Modality(
             name="LULC",
@@ -178,6 +197,9 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_lulc@224",
             levels=(7, 5, 5, 5, 5),
             channels=len(LULC_CLASSES),
+            kind="classes",
+            valid=(0, len(LULC_CLASSES) - 1),
+            classes=LULC_CLASSES,
         ),
         Modality(
             name="NDVI",
@@ -189,6 +211,7 @@ MODALITIES: dict[str, Modality] = {
             tokens="tok_ndvi@224",
             levels=_V1_LEVELS,
             channels=1,
+            valid=(-2, 2),  # it leaves [-1, 1] where offset-corrected reflectances turn negative
         ),
         Modality(name="coords", tokens="coords", unit="degrees"),
         Modality(name="caption", tokens="caption", unit="text"),  # v0.1 alone
@@ -212,26 +235,28 @@ class Stream:
     """How the transformer sees one modality: the shape of one registry entry (spec 1.2)."""
 
     key: str
-    modality: str  # user name, a key of MODALITIES; a new name for a user's own modality
+    modality: str  # user name, a key of MODALITIES; in feature extractors also a new one without statistics
     kind: Literal["pixels", "tokens", "sequence"]
     channels: int = 0  # pixels: bands
     vocab_size: int = 0  # tokens and sequences
     max_tokens: int = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 
+def image_streams(m: Modality) -> list[Stream]:
+    """The streams of an image modality: of its pixels, of its tokens, or both."""
+    pixels = [Stream(m.pixels, m.name, "pixels", channels=len(m.bands))] if m.pixels else []
+    return pixels + ([Stream(m.tokens, m.name, "tokens", vocab_size=int(np.prod(m.levels)))] if m.tokens and m.is_image else [])
+
+
 def _streams() -> dict[str, Stream]:
-    streams = []
-    for m in MODALITIES.values():
-        if m.pixels:
-            streams.append(Stream(m.pixels, m.name, "pixels", channels=len(m.bands)))
-        if m.tokens and m.is_image:
-            streams.append(Stream(m.tokens, m.name, "tokens", vocab_size=int(np.prod(m.levels))))
+    streams = [s for m in MODALITIES.values() for s in image_streams(m)]
     streams.append(Stream("coords", "coords", "sequence", vocab_size=30_000, max_tokens=4))
     streams.append(Stream("caption", "caption", "sequence", vocab_size=30_000, max_tokens=256))
     return {s.key: s for s in streams}
 
 
 STREAMS: dict[str, Stream] = _streams()
+RELEASED, RELEASED_STREAMS = frozenset(MODALITIES), frozenset(STREAMS)  # TerraMind's; `declarations.declare` adds others
 
 # The released v1 transformers: 13 streams enter the encoder, 7 are targets (spec 10.2). Alphabetical, as 4M's masking orders them.
 ENCODER_STREAMS: tuple[Stream, ...] = tuple(STREAMS[k] for k in sorted(STREAMS) if k != "caption")
@@ -285,6 +310,11 @@ _OUTPUT_RULES = (
 def _resolve(name: str, rules: tuple[tuple[str, str], ...], role: str) -> Stream:
     if name in STREAMS:
         return STREAMS[name]
+    if name in MODALITIES and name not in RELEASED:
+        m = MODALITIES[name]
+        if role == "output" and not m.tokens:
+            raise ValueError(f"{name} enters as pixels alone, so it cannot be a target or generated; declare levels of a tokenizer for it.")
+        return STREAMS[m.tokens if role == "output" else m.pixels or m.tokens]
     text = name.lower().replace("s2", "sen2").replace("s1", "sen1").replace("location", "coords")
     for part, key in rules:
         if part in text:
@@ -331,6 +361,13 @@ def check_image(name: str, image: np.ndarray, patch_size: int = PATCH_SIZE) -> N
     check_finite(name, image)
 
 
+def missing(name: str, image: np.ndarray) -> np.ndarray:
+    """Where an array ``[..., C]`` of the host, as stored, holds no data: ``[...]`` bool. A band is not finite, or all hold `nodata`."""
+    nodata, floating = get(name).nodata, image.dtype.kind == "f"
+    found = ~np.isfinite(image).all(-1) if floating else np.zeros(image.shape[:-1], bool)
+    return found if nodata is None else found | (image == nodata).all(-1)
+
+
 def check_finite(name: str, image) -> None:
     """Raises a ValueError for NaN in an array of the host; arrays on devices are not fetched."""
     if isinstance(image, np.ndarray) and image.dtype.kind == "f" and np.isnan(image).any():
@@ -338,8 +375,11 @@ def check_finite(name: str, image) -> None:
 
 
 def statistics(name: str, version: str = "v1", offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean, moved by `offset`, and standard deviation a band, ``[C]`` float32, in the modality's unit."""
+    """Mean, moved by `offset`, and standard deviation a band, ``[C]`` float32, in the modality's unit; a ValueError without."""
     m = get(name, version)
+    if not m.std:
+        found = f"terramind-jax data stats ROOT --modality={name}"
+        raise ValueError(f"{name} is declared without mean and std; add those that `{found}` prints to its declaration.")
     return np.asarray(np.asarray(m.mean) + offset, np.float32), np.asarray(m.std, np.float32)
 
 

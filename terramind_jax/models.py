@@ -64,7 +64,8 @@ class Model:
 
     def _scale(self, name: str, x: np.ndarray, *, inverse: bool) -> np.ndarray:
         modality = self._made(name) if inverse else self._modality(name)
-        if modality in ("LULC", "coords", "caption") or modality not in modalities.MODALITIES:
+        known = modalities.MODALITIES.get(modality)
+        if known is None or not known.is_image or known.kind == "classes":
             return x
         mean, std = modalities.statistics(modality, self.version, self.options.get("offset", {}).get(name, 0.0))
         bands = self.options.get("bands", {}).get(name)

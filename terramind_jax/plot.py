@@ -1,7 +1,8 @@
 """Pictures: scenes with their inputs, truth and generated modalities, and loss curves. Matplotlib without a display.
 
 A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as VV in dB, elevation
-as a shaded relief, land cover in its classes' colours, NDVI from brown to green. Within a scene truth and generated share
+as a shaded relief, land cover in its classes' colours, NDVI from brown to green, and a user's own modality by its first band, or by its
+classes. Within a scene truth and generated share
 their colour limits, which come from the truth; those of elevation span both, as a wrong level would be one flat colour otherwise.
 """
 
@@ -29,9 +30,11 @@ PIXEL_METRES = 10.0
 LULC_COLOURS = ("#ffffff", "#3a7fc4", "#2f7d3b", "#7bc7a4", "#e8b54d", "#c2342c", "#a59b8f", "#bfe3f5", "#cfc6d8", "#d8d59a")
 NDVI_COLOURS = LinearSegmentedColormap.from_list("ndvi", ["#5b4a3f", "#b59b7a", "#efe8cf", "#a6cf70", "#3f9142", "#0d4f24"])
 DEM_COLOURS = LinearSegmentedColormap.from_list("dem", ["#3d6f5d", "#86a86b", "#d9cf9a", "#b58a5a", "#8a6a5a", "#f4f1ee"])
+CLASS_COLOURS = colormaps["tab20"].colors  # of class maps but land cover, again from the first where they are more
 COLOURS = {"NDVI": NDVI_COLOURS, "DEM": DEM_COLOURS, "S1GRD": colormaps["gray"], "S1RTC": colormaps["gray"]}
 MIN_RELIEF = 20.0  # metres: flat scenes are not stretched until only noise is left
 NDVI_LIMITS = (-0.2, 1.0)
+RADAR = ("VV {:.0f}", "{:.0f} dB")  # lowest and highest value beside the colour bar
 
 
 @dataclasses.dataclass
@@ -63,7 +66,7 @@ def bands(name: str, image: np.ndarray) -> np.ndarray:
     """What is displayed: ``[H, W, 3]`` true colour, or one band ``[H, W]`` (of radar VV), or classes ``[H, W]``."""
     stream = modalities.input_stream(name)
     image = np.asarray(image)
-    if stream.modality == "LULC":
+    if modalities.get(stream.modality).kind == "classes":
         return image if image.ndim == 2 else image[..., 0] if image.shape[-1] == 1 else image.argmax(-1)
     image = image.astype(np.float32)
     if stream.modality in ("S2L2A", "S2L1C"):
@@ -75,7 +78,7 @@ def bands(name: str, image: np.ndarray) -> np.ndarray:
 def limits(name: str, image: np.ndarray) -> Limits | None:
     """Colour limits of an image; None for classes. Elevation keeps at least 20 m, NDVI is always drawn from -0.2 to 1."""
     modality, shown = modalities.input_stream(name).modality, bands(name, image)
-    if modality == "LULC":
+    if modalities.get(modality).kind == "classes":
         return None
     if modality == "NDVI":
         return tuple(np.float32(NDVI_LIMITS))
@@ -85,29 +88,38 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
         return (low + high - spread) / 2, (low + high + spread) / 2
     if modality == "S2RGB":
         return np.zeros(3), np.full(3, 255.0)
-    if modality.startswith("S2"):  # one stretch for the three bands keeps their hue
+    if shown.ndim == 3:  # one stretch for the three bands keeps their hue
         low, high = np.percentile(shown, [1, 98.5])
         return np.full(3, low), np.full(3, max(high, low + 1))
     low, high = np.percentile(shown, [2, 98])
-    return low, max(high, low + 1)
+    return low, max(high, low + (1 if modality in modalities.RELEASED else modalities.statistics(modality)[1][0] / 10))
 
 
 def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.ndarray:
     """An image ``[H, W, C]`` of modality `name` as colours ``[H, W, 3]`` in 0-1; `within` are the limits of another image."""
     modality, shown = modalities.input_stream(name).modality, bands(name, image)
-    if modality == "LULC":
-        return np.array([to_rgb(colour) for colour in LULC_COLOURS])[shown.astype(int)]
+    if modalities.get(modality).kind == "classes":
+        return np.array([class_colour(modality, c) for c in range(len(modalities.get(modality).classes))])[shown.astype(int)]
     low, high = within if within is not None else limits(name, image)
     scaled = np.clip((shown - low) / (high - low), 0, 1)
     if scaled.ndim == 3:
         return scaled if modality == "S2RGB" else scaled ** (1 / 1.25)
-    colours = COLOURS[modality](scaled)[..., :3]
+    colours = _colours(modality)(scaled)[..., :3]
     if modality != "DEM":
         return colours
     light = LightSource(azdeg=315, altdeg=45)
     exaggeration = max(60 / (high - low), 1.0)  # flat land gets some relief, too
     shade = light.hillshade(np.clip(shown, low, high), vert_exag=exaggeration, dx=PIXEL_METRES, dy=PIXEL_METRES)
     return light.blend_soft_light(colours, shade[..., None])
+
+
+def class_colour(modality: str, c: int) -> tuple[float, float, float]:
+    return to_rgb(LULC_COLOURS[c]) if modality == "LULC" else CLASS_COLOURS[c % len(CLASS_COLOURS)]
+
+
+def _colours(modality: str):
+    """The colour map of a modality that is drawn as one band."""
+    return COLOURS.get(modality, colormaps["gray" if modalities.get(modality).kind == "sar" else "viridis"])
 
 
 # ---- several scenes ----
@@ -131,7 +143,7 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
             raise ValueError(f"Scene {scene.name!r} differs in its inputs or outputs from {scenes[0].name!r}; draw them in two pictures.")
     columns = [*inputs, *outputs]
     width = LEFT + len(columns) * (TILE + GAP) + ASIDE + RIGHT - GAP
-    present = _land_covers(scenes) if "LULC" in columns else []
+    present = [pair for name in dict.fromkeys(columns) for pair in _classes(scenes, name)]
     in_a_row = max(1, int((width - LEFT) / LEGEND))
     legend = 0.14 + 0.2 * math.ceil(len(present) / in_a_row) if present else 0.0
     top, bottom = HEAD + (0.36 if title else 0.0), legend + (0.3 if caption else 0.05)
@@ -209,26 +221,31 @@ def _draw_scene(sheet: Sheet, y: float, scene: Scene) -> None:
 def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -> None:
     """The colour bar of a modality that is drawn as one band."""
     modality = modalities.input_stream(name).modality
-    if modality not in COLOURS:
+    if within is None or np.ndim(within[0]):
         return
     axes = sheet.axes(x + 0.45, y + 0.03, TILE - 0.9, 0.07)
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap=COLOURS[modality], aspect="auto")
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=_colours(modality), aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    low, high = {"NDVI": ("{:.1f}", "{:.1f}"), "DEM": ("{:.0f}", "{:.0f} m")}.get(modality, ("VV {:.0f}", "{:.0f} dB"))
+    known = {"NDVI": ("{:.1f}", "{:.1f}"), "DEM": ("{:.0f}", "{:.0f} m"), "S1GRD": RADAR, "S1RTC": RADAR}
+    low, high = known.get(modality, ("{:.3g}", f"{{:.3g}} {modalities.get(modality).unit}"))
     sheet.text(x + 0.41, y + 0.065, low.format(float(within[0])), size=6, ha="right", color=FAINT)
     sheet.text(x + TILE - 0.41, y + 0.065, high.format(float(within[1])), size=6, ha="left", color=FAINT)
 
 
-def _land_covers(scenes: Sequence[Scene]) -> list[int]:
-    """The classes that occur in these scenes."""
-    maps = [bands("LULC", a["LULC"]) for scene in scenes for a in (scene.inputs, scene.truth, scene.generated) if "LULC" in a]
-    return sorted(set(np.unique(np.concatenate([m.ravel() for m in maps])).astype(int)))
+def _classes(scenes: Sequence[Scene], name: str) -> list[tuple[str, int]]:
+    """(modality, class) of those that occur in these scenes; none of what is no class map."""
+    modality = modalities.get(modalities.input_stream(name).modality)
+    if modality.kind != "classes":
+        return []
+    maps = [bands(name, a[name]) for scene in scenes for a in (scene.inputs, scene.truth, scene.generated) if name in a]
+    return [(modality.name, int(c)) for c in np.unique(np.concatenate([m.ravel() for m in maps]))]
 
 
-def _legend(sheet: Sheet, y: float, present: Sequence[int], in_a_row: int) -> None:
-    """Names of land-cover classes, with its middle at `y`."""
-    patches = [Patch(facecolor=LULC_COLOURS[c], edgecolor="#999999", linewidth=0.4, label=modalities.LULC_CLASSES[c]) for c in present]
+def _legend(sheet: Sheet, y: float, present: Sequence[tuple[str, int]], in_a_row: int) -> None:
+    """Names of classes, with its middle at `y`."""
+    named = [(class_colour(m, c), modalities.get(m).classes[c]) for m, c in present]
+    patches = [Patch(facecolor=colour, edgecolor="#999999", linewidth=0.4, label=label) for colour, label in named]
     sheet.figure.legend(
         handles=patches,
         loc="center",

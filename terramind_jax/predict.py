@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from terramind_jax import generate, geo, modalities, plot, zoo
+from terramind_jax import generate, geo, modalities, plot, sources, zoo
 from terramind_jax.convert.files import check_free
-from terramind_jax.data.pack import LULC_CODES, to_stored
+from terramind_jax.data.stored import LULC_CODES, to_stored
 from terramind_jax.model import TerraMind
 from terramind_jax.train import pretrain, tokenizer
 from terramind_jax.weights import load
@@ -62,6 +62,7 @@ def run(
       FileNotFoundError: no model, tokenizer or raster where one is expected.
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or with NaN.
     """
+    sources.declare(_workdir(weights))
     _check_names(inputs, to, lulc_codes)
     scenes = find_scenes(inputs)
     for path in (p for name in scenes for p in outputs(Path(out), name, to)):
@@ -245,8 +246,8 @@ def _batch(array: np.ndarray, place: geo.Place, windows: Sequence[tuple[slice, s
 def _put(made: dict[str, np.ndarray], name: str, x: np.ndarray, window, i: int, shape: tuple[int, int, int]) -> None:
     """Writes one generated tile into its scene; `shape` is the number of tiles and the scene's size."""
     stream = modalities.output_stream(name)
-    x = x.argmax(-1).astype(np.uint8) if stream.modality == "LULC" else x
     is_image = stream.kind != "sequence"
+    x = x.argmax(-1).astype(np.uint8) if is_image and modalities.get(stream.modality).kind == "classes" else x
     if name not in made:
         made[name] = np.zeros((*shape[1:], *x.shape[2:]) if is_image else (shape[0], *x.shape), x.dtype)
     made[name][window if is_image else i] = x

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from terramind_jax import build, hub, modalities, zoo
+from terramind_jax import build, declarations, hub, modalities, zoo
 from terramind_jax import model as networks
 from terramind_jax.convert import files, rules, tokenizers, transformer
 from terramind_jax.model import backbone
@@ -29,6 +29,7 @@ from terramind_jax.tokenizer import Tokenizer, TokenizerConfig
 GENERATOR, TOKENIZER = "sampler.model.", "tokenizer."
 INFO, ARRAYS = "model.json", "arrays"  # what a directory of `save` holds
 MAIN, TOKENIZERS = "main", "tokenizers"  # in it, the name of an empty prefix, and of the tokenizers' configurations
+MODALITIES = "modalities"  # in it, and in the configuration of a work directory: declarations of a user's own
 
 # What a feature extractor or a generator leaves in a file of the whole model: the rest of it, and modalities that it was not built with.
 REST = (
@@ -39,6 +40,10 @@ REST = (
     GENERATOR + "*",
     TOKENIZER + "*",
 )
+
+
+# One leaf a stream: those of a modality that TerraMind does not have are fresh.
+EMBEDDINGS = ("mod_emb", "patch_proj", "encoder_pos_emb", "encoder_token_emb", "decoder_pos_emb", "decoder_token_emb")
 
 
 class Random:
@@ -159,7 +164,7 @@ def may_lack(module: nn.Module, path: str) -> bool:
     if isinstance(module, Tokenizer):
         return False
     _, group, *rest = path.split("/")
-    is_new = bool(rest) and group in ("mod_emb", "patch_proj", "encoder_pos_emb") and rest[-1] not in modalities.STREAMS
+    is_new = bool(rest) and group in EMBEDDINGS and rest[-1] not in modalities.RELEASED_STREAMS
     return is_new or group in (backbone.REGISTER_TOKENS, backbone.MISSING_TOKEN) or may_differ(module, path)
 
 
@@ -171,12 +176,14 @@ def may_differ(module: nn.Module, path: str) -> bool:
 # ---- finding and opening ----
 
 
-def open_source(weights: str | os.PathLike, entry: zoo.Entry, revision: str | None = None) -> Source:
-    """What `weights` and `revision` of `load` mean."""
+def open_source(weights: str | os.PathLike, entry: zoo.Entry | None, revision: str | None = None) -> Source:
+    """What `weights` and `revision` of `load` mean; `entry` is the released model, None where there is none."""
     if revision is not None and weights != "hub":
         raise ValueError(f"The revision {revision!r} is one of the hub, but the weights come from {os.fspath(weights)!r}.")
     if weights == "random":
         return Random()
+    if weights == "hub" and entry is None:
+        raise FileNotFoundError("The hub has no tokenizer of a modality of your own; give the folder of yours.")
     if weights == "hub":
         return StateDict(hub.weights(entry, revision=revision), f"{entry.repository}/{entry.file}")
     if not isinstance(weights, (str, os.PathLike)):
@@ -190,12 +197,12 @@ def open_source(weights: str | os.PathLike, entry: zoo.Entry, revision: str | No
 def open_tokenizer(words: str | os.PathLike, modality: str, version: str) -> Source:
     """One modality's tokenizer from the hub, at random, or from a folder that holds or lies beside it."""
     path = words if words in ("hub", "random") else find_tokenizer(Path(words), modality, version)
-    return open_source(path, zoo.tokenizer(modality, version))
+    return open_source(path, zoo.tokenizer(modality, version) if modality in modalities.RELEASED else None)
 
 
 def find_tokenizer(near: Path, modality: str, version: str) -> Path:
     """The tokenizer of one modality in a folder, its ``tokenizers``, or beside it; by the modality's name or the published file's."""
-    stems = (modality, Path(zoo.tokenizer(modality, version).file).stem)
+    stems = (modality, Path(zoo.tokenizer(modality, version).file).stem) if modality in modalities.RELEASED else (modality,)
     for folder in _folders(near):
         for stem in stems:
             for path in (folder / stem, *(folder / f"{stem}{suffix}" for suffix in (files.SAFETENSORS, *files.TORCH_SUFFIXES))):
@@ -242,12 +249,21 @@ def read_directory(path: Path) -> Directory:
         module, variables = read_workdir(path)
         return Directory({"": variables}, {"": module} if isinstance(module, Tokenizer) else {})
     info = read_info(path)
+    declare(path)
     try:
         arrays = _restore((path / ARRAYS).absolute())
         tokenizers = {_prefix_of(name): Tokenizer(TokenizerConfig(**fields)) for name, fields in info.get(TOKENIZERS, {}).items()}
     except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
         raise ValueError(f"{path} is no complete directory of weights ({type(error).__name__}); save or copy it again.") from error
     return Directory({_prefix_of(name): variables for name, variables in arrays.items()}, tokenizers, info["name"], info["options"])
+
+
+def declare(path: Path) -> None:
+    """Declares the modalities of a user's own that the model in a directory, of `weights.save` or of a training, has."""
+    from terramind_jax import config
+
+    settings = config.of_workdir(path) if (path / "config.json").is_file() else read_info(path)
+    declarations.declare(settings.get(MODALITIES, {}), str(path))
 
 
 def read_info(path: Path) -> dict[str, Any]:

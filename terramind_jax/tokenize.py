@@ -68,6 +68,7 @@ def tokenize(
     splits = [s for s in ("train", "val") if scan.is_there(data, s)] if splits is None else splits
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
+    scan.declare(data)
     for modality in _with_tokenizer(weights, modalities):
         there = [split for split in splits if modalities is not None or scan.is_there(data, split, modality)]
         if not there:
@@ -83,7 +84,7 @@ def tokenize(
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
-    there = [m.name for m in registry.MODALITIES.values() if m.levels and (weights == "hub" or _is_there(Path(weights), m.name))]
+    there = [m.name for m in registry.MODALITIES.values() if m.levels and _is_there(weights, m.name)]
     absent = sorted(set(wanted or ()) - set(there))
     if absent or not there:
         raise FileNotFoundError(
@@ -92,11 +93,13 @@ def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) ->
     return there if wanted is None else list(wanted)
 
 
-def _is_there(folder: Path, modality: str) -> bool:
-    if not folder.is_dir():
+def _is_there(weights: str | os.PathLike, modality: str) -> bool:
+    if weights == "hub":
+        return modality in registry.RELEASED
+    if not Path(weights).is_dir():
         return False
     try:
-        return sources.find_tokenizer(folder, modality, "v1").exists()
+        return sources.find_tokenizer(Path(weights), modality, "v1").exists()
     except FileNotFoundError:
         return False
 

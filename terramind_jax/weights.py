@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from terramind_jax import build, captions, coordinates, hub, modalities, sources, tim, zoo
+from terramind_jax import build, captions, coordinates, declarations, hub, modalities, sources, tim, zoo
 from terramind_jax import model as networks
 from terramind_jax.convert import files, rules
 from terramind_jax.model import backbone
@@ -65,6 +65,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
       FileNotFoundError, ConnectionError, ImportError: no weights there, no network, no PyTorch to read a ``.pt``.
     """
     of_tokenizers = options.pop("tokenizers", None)
+    if weights not in ("hub", "random"):
+        sources.declare(Path(weights))
     options = _saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
     online = weights == "hub" and not hub.has_weights(zoo.get(name))
@@ -199,6 +201,7 @@ def save(model: Model, path: str | os.PathLike) -> None:
         parts = {prefix or sources.MAIN: part for prefix, part in networks_of(model).items()}
         own = {name: dataclasses.asdict(module.config) for name, (module, _) in parts.items() if isinstance(module, Tokenizer)}
         info = {"name": model.name, "options": dict(model.options), sources.TOKENIZERS: own}
+        info[sources.MODALITIES] = declarations.of(s.modality for s in getattr(model.module.config, "streams", ()))
         (partial / sources.INFO).write_text(json.dumps(info, indent=1))
         arrays = {name: _on_device(meta.unbox(variables)) for name, (_, variables) in parts.items()}
         # Compressed, from NumPy, or many at a time, weights would be in memory twice and more; they hardly compress.

@@ -25,3 +25,15 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_declarations():
+    """The modalities that a module's tests declare end with it."""
+    from terramind_jax import modalities
+
+    registries = [(d, dict(d)) for d in (modalities.MODALITIES, modalities.STREAMS)]
+    yield
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)

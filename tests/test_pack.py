@@ -11,8 +11,9 @@ import rasterio
 from terramind_jax import cli, geo
 from terramind_jax.data import check
 from terramind_jax.data.index import open_index
-from terramind_jax.data.pack import LULC_CODES, find_scenes, is_packed, pack, to_stored
+from terramind_jax.data.pack import find_scenes, is_packed, pack
 from terramind_jax.data.shards import ShardWriter, write_sample
+from terramind_jax.data.stored import LULC_CODES, to_stored
 from terramind_jax.geo import Place
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES
 
@@ -199,11 +200,11 @@ def test_elevation_in_fractions_of_a_metre_is_rounded():
     np.testing.assert_array_equal(to_stored(np.float32([[[-3.6, 2.4]]]), "DEM", "x.tif"), [[[-4, 2]]])
 
 
-def test_grids_must_agree(src, tmp_path):
+def test_files_of_a_name_must_overlap(src, tmp_path):
     _write(src, "NDVI", "n0", _place(1e-9))
     assert len(find_scenes(str(src))) == 2
-    _write(src, "NDVI", "n0", _place(2.0))
-    with pytest.raises(ValueError, match=r"NDVI/n0.tif .* and .*DEM/n0.tif .*|DEM/n0.tif .* and .*NDVI/n0.tif .* not on one grid"):
+    _write(src, "NDVI", "n0", _place(4000.0))
+    with pytest.raises(ValueError, match="share a name but do not overlap"):
         pack(str(src), str(tmp_path / "out"))
 
 
@@ -245,6 +246,46 @@ def test_check_and_stats(src, tmp_path):
     assert found.mean[0] == pytest.approx(values.mean()) and found.std[0] == pytest.approx(values.std())
     assert "951.272" in check.format_stats({"DEM": found})
     assert check.format_index(check.index(out)).startswith("train: 2 locations")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_stats_are_those_of_all_pixels_together(tmp_path, monkeypatch, workers):
+    """With any number of processes, the same to the last bit; pixels without data are left out."""
+    monkeypatch.setattr(check, "_PIECE", 2)
+    rng, stored = np.random.default_rng(0), {"S2L2A": [], "NDVI": []}
+    for number in range(3):
+        for modality in stored:
+            with ShardWriter(tmp_path, "train", modality, "x", number) as shard:
+                for i in range(3):
+                    bands = rng.integers(0, 9000, (1, 12, 8, 8)) if modality == "S2L2A" else 1e3 + rng.random((1, 1, 8, 8))
+                    bands[..., :2, i] = 0 if modality == "S2L2A" else np.nan
+                    bands = bands.astype({"S2L2A": np.uint16, "NDVI": np.float32}[modality])
+                    stored[modality].append(bands[0])
+                    shard.add(f"{number}{i}", write_sample({"bands": bands}))
+    found = check.stats(tmp_path, "train", workers=workers)
+    for modality, arrays in stored.items():
+        values = np.stack(arrays).astype(np.float64).swapaxes(0, 1).reshape(len(arrays[0]), -1)
+        values = values[:, ~np.isnan(values).any(0) & (values != 0).any(0)]
+        np.testing.assert_allclose(found[modality].mean, values.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(found[modality].std, values.std(1), rtol=1e-9)
+        assert found[modality].samples == 9
+    assert check.as_json(found) == check.as_json(check.stats(tmp_path, "train", workers=1))
+
+
+def test_stats_can_be_pasted_into_a_declaration(tmp_path, capsys):
+    from terramind_jax import declarations
+
+    fields = {"bands": ["RAIN"], "unit": "mm"}
+    (tmp_path / "modalities.json").write_text(json.dumps({"RAIN": fields}))
+    with ShardWriter(tmp_path, "train", "RAIN", "x", 1) as shard:
+        shard.add("a", write_sample({"bands": np.float32([[[[1, 2], [3, 4]]]])}))
+    assert cli.main(["data", "stats", str(tmp_path), "--modality=RAIN", "--workers=1"]) == 0
+    _, _, pasted = capsys.readouterr().out.partition("For modalities.json:")
+    (tmp_path / "modalities.json").write_text("{" + pasted.strip() + "}")
+    open_index(tmp_path, "train")
+    assert declarations.of(["RAIN"])["RAIN"]["mean"] == [2.5]
+    assert cli.main(["data", "stats", str(tmp_path), "--json", "--split=train"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["RAIN"]["std"] == [np.float64([1, 2, 3, 4]).std()]
 
 
 def test_check_counts_what_is_wrong(tmp_path):

@@ -68,6 +68,12 @@ def test_equal_arrays_give_equal_bytes_in_an_uncompressed_zip():
         assert {".zgroup", ".zattrs", ".zmetadata", "bands/.zarray", "bands/.zattrs", "bands/0.0.0.0"} <= set(z.namelist())
 
 
+def test_equal_arrays_of_many_blocks_give_equal_bytes():
+    """Blosc's threads would lay the blocks down as they finish them."""
+    bands = (np.arange(264) * 9 + np.random.default_rng(0).integers(0, 99, (1, 12, 264, 264))).astype(np.uint16)
+    assert len({write_sample({"bands": bands}) for _ in range(60)}) == 1
+
+
 def test_zarr_reads_what_we_write(tmp_path):
     zarr = pytest.importorskip("zarr")
     (tmp_path / "a.zip").write_bytes(write_sample(ARRAYS, attrs={"source": "x"}))

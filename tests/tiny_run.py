@@ -34,11 +34,16 @@ def write_split(root: Path, split: str, n: int, *, tokens: bool = True, broken: 
                 arrays = {"bands": bands, "center_lon": np.float64(i), "center_lat": np.float64(-i)}
                 shard.add(f"s{i:03d}", b"no zip" if (i == broken and name == "DEM") else write_sample(arrays))
         if tokens:
-            with ShardWriter(root, split, f"{name}_tokens", "tiny", 1) as shard:
-                for i in range(n):
-                    buffer = io.BytesIO()
-                    np.save(buffer, np.full((crops.VARIANTS, SIZE // 16, SIZE // 16), level[i] * 2, np.uint16))
-                    shard.add(f"s{i:03d}", buffer.getvalue(), ".npy")
+            write_tokens(root, split, name, level * 2)
+
+
+def write_tokens(root: Path, split: str, name: str, ids: Sequence[int]) -> None:
+    """One token a sample, everywhere."""
+    with ShardWriter(root, split, f"{name}_tokens", "tiny", 1) as shard:
+        for i, token in enumerate(ids):
+            buffer = io.BytesIO()
+            np.save(buffer, np.full((crops.VARIANTS, SIZE // 16, SIZE // 16), token, np.uint16))
+            shard.add(f"s{i:03d}", buffer.getvalue(), ".npy")
 
 
 def write_shards(root: Path, *, tokens: bool = True) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from terramind_jax import declarations
 from terramind_jax import modalities as registry
 from terramind_jax.data import scan, storage, views
 from terramind_jax.data.errors import DataError
@@ -15,18 +19,8 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote
 
-# What a stored value can be, by modality and unit. NDVI leaves [-1, 1] where offset-corrected reflectances turn negative.
-VALID_RANGE: dict[str, tuple[float, float]] = {
-    "S2L2A": (0, 32767),
-    "S2L1C": (0, 32767),
-    "S2RGB": (0, 255),
-    "S1GRD": (-100, 60),
-    "S1RTC": (-100, 60),
-    "DEM": (-500, 9000),
-    "LULC": (0, len(registry.LULC_CLASSES) - 1),
-    "NDVI": (-2, 2),
-}
 _SHOWN = 20  # problems kept word for word; the rest are counted
+_PIECE = 64  # samples that a process reads at a time for `stats`
 
 
 @dataclasses.dataclass
@@ -59,18 +53,20 @@ class Check:
 
 @dataclasses.dataclass
 class Statistics:
-    """Mean and standard deviation a band, over `samples` samples, beside the released ones; for LULC the share of each class."""
+    """Mean and standard deviation a band, over `samples` samples, beside the released or declared ones, None where there are none; for
+    class maps the share of each class."""
 
     samples: int
     mean: np.ndarray
     std: np.ndarray
-    released_mean: np.ndarray
-    released_std: np.ndarray
+    released_mean: np.ndarray | None
+    released_std: np.ndarray | None
     classes: np.ndarray | None = None
 
 
 def splits(root: str | os.PathLike) -> list[str]:
     """The folders of `root` that hold modalities, in a store train and val; FileNotFoundError if there are none."""
+    scan.declare(root)
     if is_remote(root):
         there = storage.store(root)
         found = [s for s in ("train", "val") if scan.listing(there, os.fspath(root), s)]
@@ -109,7 +105,7 @@ def _report(path: str, found: Table) -> IndexReport:
 
 
 def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None) -> Check:
-    """Reads every sample of a split and counts what is missing, corrupt, NaN, outside `VALID_RANGE` or constant."""
+    """Reads every sample of a split and counts what is missing, corrupt, NaN, outside its valid range or constant."""
     samples = open_index(root, split, modalities)
     result = Check(split, len(samples), {m: ModalityCheck() for m in samples.modalities})
     for column, modality in enumerate(samples.modalities):
@@ -130,7 +126,7 @@ def _check_sample(samples: Index, i: int, modality: str, row: ModalityCheck, pro
         _note(problems, str(error))
         return
     missing = int(np.isnan(pixels).sum()) if pixels.dtype.kind == "f" else 0
-    low, high = VALID_RANGE[modality]
+    low, high = registry.get(modality).valid
     outside = int(np.count_nonzero((pixels < low) | (pixels > high)))
     row.nan += missing > 0
     row.out_of_range += outside > 0
@@ -148,38 +144,94 @@ def _note(problems: list[str], sentence: str) -> None:
         problems.append(sentence)
 
 
-def stats(root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None, limit: int | None = None) -> dict[str, Statistics]:
-    """Mean and standard deviation of each band over a split, or over `limit` samples spread evenly through it. NaN is left out."""
+def stats(
+    root: str | os.PathLike,
+    split: str,
+    modalities: Sequence[str] | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+) -> dict[str, Statistics]:
+    """Mean and standard deviation of each band over a split, or over `limit` samples spread evenly through it.
+
+    Pixels without data are left out (`modalities.missing`). `workers` processes read (default: all cores); the numbers do not depend on
+    how many, to the last bit. A sample that cannot be read is a `DataError`.
+    """
     samples = open_index(root, split, modalities)
-    result = {}
+    jobs, result = [], {}
     for column, modality in enumerate(samples.modalities):
         rows = np.flatnonzero(samples.available[:, column])
         if limit is not None and len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
-        if len(rows):
-            mean, std = _moments(samples, rows, modality)
-            classes = _class_shares(samples, rows) if modality == "LULC" else None
-            result[modality] = Statistics(len(rows), mean, std, *registry.statistics(modality), classes)
-    return result
+        jobs += [(modality, rows[at : at + _PIECE]) for at in range(0, len(rows), _PIECE)]
+    for (modality, rows), part in zip(jobs, _pieces(samples, jobs, workers), strict=True):
+        count, before = result.get(modality, (0, None))
+        result[modality] = count + len(rows), part if before is None else before.merged(part)
+    return {modality: _statistics(modality, *found) for modality, found in result.items()}
 
 
-def _moments(samples: Index, rows: np.ndarray, modality: str) -> tuple[np.ndarray, np.ndarray]:
-    bands = len(registry.get(modality).bands)
-    count, total, squares = np.zeros(bands), np.zeros(bands), np.zeros(bands)
-    origin = registry.statistics(modality)[0].astype(np.float64)  # sums of squares about a near-mean lose no digits
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Of values by band ``[C]``, float64: how many, their mean, the sum of squares about it, and how often each class occurs."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+    classes: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, classes: int) -> Moments:
+        """Of ``[n, C]``."""
+        values, n = values.astype(np.float64), np.full(values.shape[1], float(len(values)))
+        mean = values.mean(0) if len(values) else np.zeros(values.shape[1])
+        occurs = np.bincount(values[:, 0].astype(np.int64).clip(0), minlength=classes)[:classes] if classes else np.zeros(0)
+        return cls(n, mean, np.square(values - mean).sum(0), occurs)
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both together (Chan, Golub and LeVeque)."""
+        count, delta = self.count + other.count, other.mean - self.mean
+        share = other.count / np.maximum(count, 1)
+        squares = self.squares + other.squares + np.square(delta) * self.count * share
+        return Moments(count, self.mean + delta * share, squares, self.classes + other.classes)
+
+
+def _pieces(samples: Index, jobs: Sequence[tuple[str, np.ndarray]], workers: int | None) -> Iterator[Moments]:
+    """What `_piece` makes of each job, in their order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(jobs), cores if workers is None else workers)
+    if workers <= 1:
+        yield from (_piece(samples, *job) for job in jobs)
+        return
+    # Not fork: the caller may have started JAX, whose threads do not survive one.
+    with multiprocessing.get_context("spawn").Pool(workers, _open, (samples,)) as pool:
+        yield from pool.imap(_piece_of_opened, jobs)
+        pool.close()
+        pool.join()
+
+
+def _open(samples: Index) -> None:
+    global _opened
+    _opened = samples
+
+
+def _piece_of_opened(job: tuple[str, np.ndarray]) -> Moments:
+    return _piece(_opened, *job)
+
+
+def _piece(samples: Index, modality: str, rows: np.ndarray) -> Moments:
+    """Of the pixels of some samples."""
+    m = registry.get(modality)
+    total = Moments.of(np.zeros((0, len(m.bands))), len(m.classes))
     for i in rows:
-        pixels = samples.read(int(i), modality).reshape(-1, bands).astype(np.float64) - origin
-        valid = ~np.isnan(pixels)
-        count += valid.sum(0)
-        total += np.sum(pixels, 0, where=valid)
-        squares += np.sum(pixels**2, 0, where=valid)
-    mean = total / np.maximum(count, 1)
-    return mean + origin, np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+        pixels = samples.read(int(i), modality)
+        total = total.merged(Moments.of(pixels[~registry.missing(modality, pixels)], len(m.classes)))
+    return total
 
 
-def _class_shares(samples: Index, rows: np.ndarray) -> np.ndarray:
-    counts = sum(np.bincount(samples.read(int(i), "LULC").ravel(), minlength=256)[: len(registry.LULC_CLASSES)] for i in rows)
-    return counts / counts.sum()
+def _statistics(modality: str, samples: int, found: Moments) -> Statistics:
+    m = registry.get(modality)
+    released = registry.statistics(modality) if m.std else (None, None)
+    classes = found.classes / max(found.classes.sum(), 1) if m.classes else None
+    return Statistics(samples, found.mean, np.sqrt(found.squares / np.maximum(found.count, 1)), *released, classes)
 
 
 # ---- as text ----------------------------------------------------------------------------------------------------------------
@@ -205,14 +257,31 @@ def format_check(result: Check) -> str:
 
 
 def format_stats(result: dict[str, Statistics]) -> str:
-    """One line a band: mean and spread here, the released ones, and the ratio of the spreads; for LULC one line a class."""
+    """One line a band: mean and spread here, the released or declared ones, and the ratio of the spreads; of class maps one line a class.
+
+    Below, what a declaration of the modalities of a user's own is to say.
+    """
     lines = [f"{'modality':9}{'band':18}{'mean':>11}{'released':>11}{'std':>11}{'released':>11}{'std ratio':>11}"]
     for modality, s in result.items():
         if s.classes is not None:
-            lines += [f"{modality:9}{name:18}{share:11.1%}" for name, share in zip(registry.LULC_CLASSES, s.classes, strict=True)]
+            lines += [f"{modality:9}{name:18}{share:11.1%}" for name, share in zip(registry.get(modality).classes, s.classes, strict=True)]
             continue
         for i, band in enumerate(registry.get(modality).bands):
-            ratio = s.std[i] / s.released_std[i]
-            numbers = (s.mean[i], s.released_mean[i], s.std[i], s.released_std[i], ratio)
-            lines.append(f"{modality:9}{band:18}" + "".join(f"{v:11.3f}" for v in numbers))
+            known = (s.released_mean[i], s.released_std[i]) if s.released_std is not None else (np.nan, np.nan)
+            numbers = (s.mean[i], known[0], s.std[i], known[1], s.std[i] / known[1])
+            lines.append(f"{modality:9}{band:18}" + "".join(f"{'-':>11}" if np.isnan(v) else f"{v:11.3f}" for v in numbers))
+    for modality, fields in declarations.of(result).items():
+        if result[modality].classes is None:
+            found = {name: [float(f"{v:.6g}") for v in getattr(result[modality], name)] for name in ("mean", "std")}
+            lines.append(f'For {declarations.NAME}:  "{modality}": {json.dumps(fields | found)}')
     return "\n".join(lines)
+
+
+def as_json(result: dict[str, Statistics]) -> dict[str, dict[str, Any]]:
+    """The same as plain numbers, in full."""
+    made = {}
+    for modality, s in result.items():
+        made[modality] = {"samples": s.samples, "mean": s.mean.tolist(), "std": s.std.tolist()}
+        if s.classes is not None:
+            made[modality] |= {"classes": dict(zip(registry.get(modality).classes, s.classes.tolist(), strict=True))}
+    return made

@@ -9,11 +9,12 @@ import collections.abc
 import hashlib
 import io
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from terramind_jax import declarations
 from terramind_jax import modalities as registry
 from terramind_jax.data import layout, scan, storage, table, zips
 from terramind_jax.data.errors import DataError
@@ -115,7 +116,7 @@ class Index:
         self._block = 0
 
     def __reduce__(self):
-        return _reopen, (*self._opened, self._block)
+        return _reopen, (*self._opened, self._block, declarations.of(self.modalities))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -202,6 +203,12 @@ class Index:
         except Exception as error:  # codecs raise RuntimeError, zlib.error, ...
             where = self._where(self._pixels, i, modality)
             raise DataError(f"{where} has damaged 'bands' ({error}); index it again or copy it.") from error
+
+    def stored_shape(self, i: int, modality: str) -> tuple[int, ...]:
+        """Of ``bands``, as far as the index knows it without reading; else empty."""
+        column = self._pixels[modality]
+        found = self._layouts[column.layout[row]] if column.length[row := column.row(i)] else None
+        return found.shape if found else ()
 
     def read_all(self, i: int, modality: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Every array of sample `i` as stored ([time, band, y, x]), or those in `names` that it has."""
@@ -370,10 +377,10 @@ def open_index(
 
     if records.is_prepared(root, split):
         return records.open_records(root, split, modalities, tokens_root=tokens_root)
-    known = [m.name for m in registry.MODALITIES.values() if m.is_image]
-    wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
     root, tokens_root = os.fspath(root), os.fspath(tokens_root or root)
     path, pixels = scan.open_table(root, split)
+    known = [m.name for m in registry.MODALITIES.values() if m.is_image]
+    wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
     tokens_path, tokens = (path, pixels) if tokens_root == root else scan.open_table(tokens_root, split)
     _refuse_faults(pixels, wanted)
     _refuse_faults(tokens, [f"{m}_tokens" for m in wanted])
@@ -384,7 +391,18 @@ def open_index(
             f"KEY.zarr.zip, with a modality among {', '.join(wanted)}."
         )
     kept = [m for m in wanted if any(there[m]) or modalities is not None]
-    return Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens))
+    index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens))
+    _check_declared(index)
+    return index
+
+
+def _check_declared(index: Index) -> None:
+    """A ValueError if the first sample of a user's own modality has other bands than declared: all of them would be bad."""
+    for name in declarations.of(index.modalities):
+        there = np.flatnonzero(index.available[:, index.modalities.index(name)])
+        stored, bands = index.stored_shape(int(there[0]), name) if len(there) else (), len(registry.get(name).bands)
+        if len(stored) > 2 and stored[-3] != bands:
+            raise ValueError(f"{name} is declared with {bands} bands, but its first sample in the shards has {stored[-3]}; correct one.")
 
 
 def _refuse_faults(found: Table, columns: Sequence[str]) -> None:
@@ -394,9 +412,17 @@ def _refuse_faults(found: Table, columns: Sequence[str]) -> None:
 
 
 def _reopen(
-    root: str, split: str, modalities: Sequence[str], files: tuple[str, str], tokens_root: str, ids: tuple[str, str], block: int
+    root: str,
+    split: str,
+    modalities: Sequence[str],
+    files: tuple[str, str],
+    tokens_root: str,
+    ids: tuple[str, str],
+    block: int,
+    own: Mapping[str, Mapping[str, Any]],
 ) -> Index:
-    """What unpickling does: maps the files that the index was made of, and no others."""
+    """What unpickling does: maps the files that the index was made of, and no others, and declares the user's own modalities."""
+    declarations.declare(own, root)
     tables = tuple(table.read(path) or Table({}, {}) for path in files)
     if tuple(t.meta.get("id") for t in tables) != ids:
         raise DataError(f"The index of {storage.join(root, split)} was built anew while it was in use; open it again.")

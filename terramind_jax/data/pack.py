@@ -1,7 +1,8 @@
 """Turns a folder of GeoTIFFs into shards: ``MODALITY/NAME.tif`` in, ``{split}/{modality}/packed_shard_000001.tar`` out.
 
-Pixel values are never shifted, scaled or filled: the +1000 offset of Sentinel-2 differs from product to product, so no rule can
-tell what to subtract. What cannot be stored as published is an error that says why.
+All files of one NAME come to one grid, north up and of 10 m pixels, and are cut into tiles of at most 264 pixels; a tile with a pixel
+that has no data is left out. What already lies on such a grid keeps every value. The +1000 offset of Sentinel-2 differs from product to
+product, so no rule can tell what to subtract: it is declared. What cannot be stored as published is an error that says why.
 """
 
 from __future__ import annotations
@@ -13,35 +14,30 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from terramind_jax import geo
+from terramind_jax import declarations, geo
 from terramind_jax import modalities as registry
-from terramind_jax.data.check import VALID_RANGE
+from terramind_jax.data import scan, splits
 from terramind_jax.data.shards import ShardWriter, new_folder, write_sample
+from terramind_jax.data.stored import LULC_CODES, File, converted, decibels, incomplete, known, look, to_stored
 
 INFO = "dataset_info.json"
 TILE_SIZE = 264  # TerraMesh's
 MIN_SIZE = registry.IMAGE_SIZE
 
-# From a product's codes to the classes of spec 1.6: 0 no data, 1 water, 2 trees, 3 flooded vegetation, 4 crops, 5 built area,
-# 6 bare ground, 7 snow/ice, 8 clouds, 9 rangeland.
-LULC_CODES: dict[str, dict[int, int]] = {
-    "terramesh": {i: i for i in range(len(registry.LULC_CLASSES))},
-    "esri": {0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9},
-    "dynamicworld": {0: 1, 1: 2, 2: 9, 3: 3, 4: 4, 5: 9, 6: 5, 7: 6, 8: 7},  # grass and shrub are both rangeland
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One NAME: its file in each modality, all on one grid."""
+    """One NAME: its file in each modality, and the grid that all of them come to."""
 
     name: str
-    files: dict[str, str]
+    files: dict[str, File]
     place: geo.Place
 
     @property
@@ -56,6 +52,9 @@ class Scene:
             for c in columns:
                 yield base if len(rows) == len(columns) == 1 else f"{base}_r{r:05d}_c{c:05d}", r, c
 
+    def window(self, row: int, column: int) -> geo.Place:
+        return self.place.window(row, column, self.side, self.side)
+
 
 def _starts(length: int, side: int) -> list[int]:
     return [min(i * side, length - side) for i in range(-(-length // side))]
@@ -66,6 +65,7 @@ def pack(
     out: str,
     *,
     lulc_codes: str | None = None,
+    offsets: Mapping[str, float] | None = None,
     val_fraction: float = 0.1,
     subset: str = "packed",
     seed: int = 0,
@@ -73,25 +73,49 @@ def pack(
 ) -> dict[str, Any]:
     """Packs ``src/MODALITY/NAME.tif`` into shards under `out`, which must not exist yet, and returns what it wrote.
 
-    Files of one NAME share a grid within 0.1 pixel; any of the modalities may be missing. Each is cut into square tiles of at
-    most 264 pixels. Splits are by location: tiles of one file, and files that cover one place, stay together; at least one
-    location is held out unless `val_fraction` is 0. `lulc_codes` declares the codes of LULC files: ``terramesh``, ``esri`` or
-    ``dynamicworld``. `out` appears whole or not at all. Raises ValueError or FileNotFoundError, one sentence naming the file.
+    Any of the modalities may be missing from a NAME, or cover a part of it. The grid of a NAME is that of its first file, in the order of
+    the registry, that is north up and of 10 m pixels; if there is none, one in the UTM zone of its first file. Other files are brought to
+    it: class maps from the nearest pixel, radar bilinearly in linear power, everything else bilinearly.
+
+    Splits are by place (`splits.assign`): files of one place stay together, and tiles next to held-out ones are left out.
+
+    Args:
+      lulc_codes: the codes of LULC files: ``terramesh``, ``esri`` or ``dynamicworld``.
+      offsets: what is added to the values of a modality, or of one file, ``{"S2L2A": -1000, "S2L2A/NAME": 0}``; data stays at least at the
+        lowest valid value.
+      val_fraction: share of the places that is held out, at least one unless it is 0.
+
+    Warns of files that look like linear radar power, which become decibels, of Sentinel-2 that looks like reflectance of 0-1, which is
+    multiplied by 10,000, and of values that are far from what the modality's mean and spread are. `out` appears whole or not at all. Raises
+    ValueError or FileNotFoundError, one sentence naming the file.
     """
     if os.path.isdir(out) and os.listdir(out):
         raise FileExistsError(f"{out} is not empty; give --out a new folder, or delete it first.")
     scenes = find_scenes(src)
     _check_codes(scenes, lulc_codes)
-    split_of = _assign_splits(scenes, val_fraction, seed)
-    counts = {}
+    scenes = _looked_at(_with_offsets(scenes, offsets or {}))
+    tiles = [list(scene.tiles()) for scene in scenes]
+    places = [[scene.window(*at) for _, *at in own] for scene, own in zip(scenes, tiles, strict=True)]
+    split_of = splits.assign([s.name for s in scenes], [s.place for s in scenes], places, val_fraction, seed)
+    flat = [
+        (scene, *tile, split) for scene, own, of in zip(scenes, tiles, split_of, strict=True) for tile, split in zip(own, of, strict=True)
+    ]
+    counts, report = {}, _Report()
     with new_folder(out) as partial:
         for split in ("train", "val"):
-            tiles = [(s, *t) for s in scenes if split_of[s.name] == split for t in s.tiles()]
-            counts[split] = _write_split(partial, split, subset, tiles, lulc_codes, shard_size)
+            own = [tile for *tile, of in flat if of == split]
+            counts[split] = _write_split(partial, split, subset, own, lulc_codes, shard_size, report)
+        dropped = {"next_to_val": sum(of == splits.DROPPED for *_, of in flat), "without_data": report.without_data}
+        for lost in sorted(report.reasons.keys() - report.written):
+            raise ValueError(report.reasons[lost])
         options = dict(subset=subset, lulc_codes=lulc_codes, val_fraction=val_fraction, seed=seed)
+        options |= {"offsets": dict(offsets)} if offsets else {}
+        options |= {"left_out": {k: n for k, n in dropped.items() if n}} if any(dropped.values()) else {}
         info = {**_describe(scenes, counts, options), "fingerprint": fingerprint(scenes)}
         with open(os.path.join(partial, INFO), "w", encoding="utf-8") as f:
             json.dump(info, f, indent=1)
+        if os.path.isfile(own := os.path.join(src, declarations.NAME)):
+            shutil.copyfile(own, os.path.join(partial, declarations.NAME))
     return info
 
 
@@ -99,8 +123,8 @@ def fingerprint(scenes: Sequence[Scene]) -> str:
     """Changes when a file is added, removed or written again; the folder may move."""
     digest = hashlib.sha256()
     for scene in scenes:
-        for modality, path in sorted(scene.files.items()):
-            status = os.stat(path)
+        for modality, file in sorted(scene.files.items(), key=lambda item: item[0]):
+            status = os.stat(file.path)
             digest.update(f"{modality}/{scene.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
@@ -130,7 +154,11 @@ def _describe(scenes: Sequence[Scene], counts: dict[str, dict[str, int]], option
 
 
 def find_scenes(src: str) -> list[Scene]:
-    """The scenes of a folder, sorted by name, with sizes, bands and grids checked from the headers alone."""
+    """The scenes of a folder, sorted by name, with sizes, bands and grids checked from the headers alone.
+
+    Modalities of the user's own that ``modalities.json`` in the folder declares are declared.
+    """
+    scan.declare(src)
     _check_folders(src)
     files: dict[str, dict[str, str]] = {}
     for modality in (m.name for m in registry.MODALITIES.values() if m.is_image):
@@ -162,112 +190,129 @@ def _check_folders(src: str) -> None:
 
 
 def _scene(name: str, files: dict[str, str]) -> Scene:
-    headers = {m: geo.read_header(path, m) for m, path in files.items()}
-    (first, place), *others = [(files[m], h.place) for m, h in headers.items()]
-    for path, other in others:
-        if not geo.same_grid(place, other):
-            raise ValueError(
-                f"{first} ({_grid(place)}) and {path} ({_grid(other)}) are not on one grid; "
-                "resample them to the same CRS, corner and size, within 0.1 pixel."
-            )
-    if min(place.height, place.width) < MIN_SIZE:
-        raise ValueError(f"{first} is {place.height}x{place.width} pixels; at least {MIN_SIZE}x{MIN_SIZE} are needed.")
-    return Scene(name, files, place)
+    headers = {m: File(path, geo.read_header(path, m)) for m, path in files.items()}
+    return Scene(name, headers, _grid([(f.path, f.header.place) for f in headers.values()]))
 
 
-def _grid(place: geo.Place) -> str:
-    x, y = place.xy(0, 0)
-    return f"{place.height}x{place.width} at {x:.2f}, {y:.2f}, {place.crs[:20] or 'no CRS'}"
+def _grid(files: Sequence[tuple[str, geo.Place]]) -> geo.Place:
+    """The grid that all files of a NAME come to; a ValueError if they have none, or lie apart."""
+    path, place = next(((p, where) for p, where in files if geo.is_metric(where)), files[0])
+    if not place.crs and all(geo.same_grid(place, other) for _, other in files):
+        grid = place  # nobody knows where: as it is
+    elif not geo.is_metric(place):
+        try:
+            outer, inner = geo.metric_grids(place)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}.") from None
+        # Around a small scene nothing but corners without data would be won; of a large one, tiles.
+        grid = inner if inner and min(outer.height, outer.width) < 3 * TILE_SIZE else outer
+    else:
+        grid = place
+    for other, where in files:
+        if not geo.same_grid(where, grid) and not geo.overlap(where, grid):
+            raise ValueError(f"{path} and {other} share a name but do not overlap; files of one place have one name.")
+    if min(grid.height, grid.width) < MIN_SIZE:
+        what = "" if grid is place else " once on a grid of 10 m"
+        raise ValueError(f"{path} is {grid.height}x{grid.width} pixels{what}; at least {MIN_SIZE}x{MIN_SIZE} are needed.")
+    return grid
+
+
+def _with_offsets(scenes: Sequence[Scene], offsets: Mapping[str, float]) -> list[Scene]:
+    known = {key for s in scenes for m in s.files for key in (m, f"{m}/{s.name}")}
+    if unknown := [key for key in offsets if key not in known]:
+        raise ValueError(f"An offset is given for {unknown[0]}, which is no modality or MODALITY/NAME among the files.")
+    made = []
+    for s in scenes:
+        own = {m: offsets.get(f"{m}/{s.name}", offsets.get(m, 0.0)) for m in s.files}
+        made.append(dataclasses.replace(s, files={m: dataclasses.replace(f, offset=own[m]) for m, f in s.files.items()}))
+    return made
 
 
 def _check_codes(scenes: Sequence[Scene], lulc_codes: str | None) -> None:
     if lulc_codes is not None and lulc_codes not in LULC_CODES:
         raise ValueError(f"Unknown LULC codes {lulc_codes!r}; expected one of {', '.join(LULC_CODES)}.")
-    path = next((s.files["LULC"] for s in scenes if "LULC" in s.files), None)
+    path = next((s.files["LULC"].path for s in scenes if "LULC" in s.files), None)
     if path is not None and lulc_codes is None:
         raise ValueError(f"{path} is a land-cover map and its codes are not declared; say which they are: {', '.join(LULC_CODES)}.")
 
 
-# ---- splits -----------------------------------------------------------------------------------------------------------------
+# ---- what the values look like ----------------------------------------------------------------------------------------------
 
 
-def _assign_splits(scenes: Sequence[Scene], val_fraction: float, seed: int) -> dict[str, str]:
-    """Scene name -> split. Locations are ordered by a hash of (seed, name), so adding a file moves few others."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}, expected at least 0 and below 1.")
-    locations = _locations(scenes)
-    if val_fraction and len(locations) < 2:
-        raise ValueError(
-            f"{next(iter(scenes[0].files.values()))} and the files beside it cover one location, and two are needed to hold one "
-            "out; add files from elsewhere, or set val_fraction to 0."
-        )
-    locations.sort(key=lambda names: hashlib.sha256(f"{seed}/{names[0]}".encode()).digest())
-    held_out = min(max(1, round(val_fraction * len(locations))), len(locations) - 1) if val_fraction else 0
-    return {name: "val" if i < held_out else "train" for i, names in enumerate(locations) for name in names}
-
-
-def _locations(scenes: Sequence[Scene]) -> list[list[str]]:
-    """Names grouped by place: scenes whose middles overlap are one location. Neighbours that only touch are two."""
-    boxes = [_middle(s.place) for s in scenes]
-    order = sorted((i for i in range(len(scenes)) if boxes[i] is not None), key=lambda i: boxes[i][0])
-    leader = list(range(len(scenes)))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = i = leader[leader[i]]
-        return i
-
-    for position, i in enumerate(order):
-        for j in order[position + 1 :]:
-            if boxes[j][0] >= boxes[i][1]:
-                break
-            if boxes[i][2] < boxes[j][3] and boxes[j][2] < boxes[i][3]:
-                leader[find(j)] = find(i)
-    groups: dict[int, list[str]] = {}
-    for i, scene in enumerate(scenes):
-        groups.setdefault(find(i), []).append(scene.name)
-    return list(groups.values())
-
-
-def _middle(place: geo.Place) -> tuple[float, float, float, float] | None:
-    """(west, east, south, north) in degrees of the middle 60 % of a scene; None where the CRS is unknown."""
-    if not place.crs:
-        return None
-    corners = [geo.lonlat(place, r * place.height, c * place.width) for r in (0.2, 0.8) for c in (0.2, 0.8)]
-    longitude, latitude = zip(*corners, strict=True)
-    return min(longitude), max(longitude), min(latitude), max(latitude)
+def _looked_at(scenes: Sequence[Scene]) -> list[Scene]:
+    """The scenes with what their values must be converted from; a warning a modality and kind of doubt, which names the first file."""
+    doubts: dict[tuple[str, str], list[str]] = {}
+    made = []
+    for scene in scenes:
+        files = {}
+        for modality, file in scene.files.items():
+            files[modality], doubt = look(modality, file)
+            if doubt:
+                doubts.setdefault((modality, doubt), []).append(file.path)
+        made.append(dataclasses.replace(scene, files=files))
+    for (_, doubt), paths in doubts.items():
+        others = f" (and {len(paths) - 1} other files)" if len(paths) > 1 else ""
+        warnings.warn(f"{paths[0]}{others} {doubt}", stacklevel=3)
+    return made
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class _Report:
+    """By name and modality: of which files tiles were written, and why first one was not; how many were left out for want of data."""
+
+    written: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    reasons: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    without_data: int = 0
+
+
+Tile = tuple[Scene, str, int, int]
+
+
 def _write_split(
-    root: str, split: str, subset: str, tiles: Sequence[tuple[Scene, str, int, int]], lulc_codes: str | None, shard_size: int
+    root: str, split: str, subset: str, tiles: Sequence[Tile], lulc_codes: str | None, shard_size: int, report: _Report
 ) -> dict[str, int]:
     """Writes the shards of a split; a location has the same shard number in every modality. Returns tiles a modality."""
     counts: dict[str, int] = {}
+    keys: set[str] = set()
     for number, start in enumerate(range(0, len(tiles), shard_size), 1):
         part = tiles[start : start + shard_size]
         for modality in sorted({m for scene, *_ in part for m in scene.files}):
             with ShardWriter(root, split, modality, subset, number) as shard:
                 for scene, key, row, column in part:
-                    if modality in scene.files:
-                        shard.add(key, _sample(scene, modality, row, column, lulc_codes))
-                        counts[modality] = counts.get(modality, 0) + 1
-    return {"locations": len(tiles), **counts}
+                    if modality not in scene.files:
+                        continue
+                    sample = _sample(scene, modality, row, column, lulc_codes)
+                    if isinstance(sample, str):
+                        report.without_data += 1
+                        report.reasons.setdefault((scene.name, modality), sample)
+                        continue
+                    shard.add(key, sample)
+                    keys.add(key)
+                    report.written.add((scene.name, modality))
+                    counts[modality] = counts.get(modality, 0) + 1
+    return {"locations": len(keys), **counts}
 
 
-def _sample(scene: Scene, modality: str, row: int, column: int, lulc_codes: str | None) -> bytes:
-    path, side = scene.files[modality], scene.side
-    header = geo.read_header(path, modality)
-    pixels = to_stored(geo.read_window(path, row, column, side, side), modality, path, nodata=header.nodata, lulc_codes=lulc_codes)
-    where = scene.place.window(row, column, side, side)
+def _sample(scene: Scene, modality: str, row: int, column: int, lulc_codes: str | None) -> bytes | str:
+    """The bytes of a sample, or why it has no data."""
+    file, where = scene.files[modality], scene.window(row, column)
+    pixels = _pixels(scene, modality, row, column)
+    if reason := incomplete(pixels, modality, file.path, file.header.nodata):
+        return reason
+    if count := int(registry.missing(modality, pixels).sum()):
+        return (
+            f"{file.path} has {count} pixels of {registry.get(modality).nodata:g} in all bands, which is no data; cut it to where it has."
+        )
+    pixels = to_stored(pixels, modality, file.path, lulc_codes=lulc_codes)
     longitude, latitude = geo.lonlat(where)
     arrays = {
         "bands": np.moveaxis(pixels, -1, 0)[None],
         "center_lon": np.float64(longitude),
         "center_lat": np.float64(latitude),
-        "time": np.array([_nanoseconds(header.tags)], np.int64),
+        "time": np.array([_nanoseconds(file.header.tags)], np.int64),
         "spatial_ref": np.int64(0),
     }
     array_attrs = {
@@ -275,7 +320,8 @@ def _sample(scene: Scene, modality: str, row: int, column: int, lulc_codes: str 
         "spatial_ref": geo.place_to_attributes(where),
         "time": {"units": "nanoseconds since 1970-01-01", "calendar": "proleptic_gregorian"},
     }
-    return write_sample(arrays, attrs={"source": f"{modality}/{os.path.basename(path)}"}, array_attrs=array_attrs)
+    attrs = {"source": f"{modality}/{os.path.basename(file.path)}"} | ({"offset": file.offset} if file.offset else {})
+    return write_sample(arrays, attrs=attrs, array_attrs=array_attrs)
 
 
 def _nanoseconds(tags: dict[str, str]) -> int:
@@ -291,47 +337,19 @@ def _nanoseconds(tags: dict[str, str]) -> int:
 # ---- values -----------------------------------------------------------------------------------------------------------------
 
 
-def to_stored(pixels: np.ndarray, modality: str, path: str, *, nodata: float | None = None, lulc_codes: str | None = None) -> np.ndarray:
-    """[H, W, C] of a file -> the dtype that shards store, with every value kept (float16 and whole metres of elevation round).
+def _pixels(scene: Scene, modality: str, row: int, column: int) -> np.ndarray:
+    """One tile ``[side, side, C]`` in the modality's unit: as in the file where its grid is the scene's, else float32, NaN without data."""
+    m, file, where = registry.get(modality), scene.files[modality], scene.window(row, column)
+    if geo.same_grid(file.header.place, scene.place):
+        pixels = geo.read_window(file.path, row, column, scene.side, scene.side)
+        return converted(m, file, known(modality, file, pixels)) if file.is_changed else pixels
+    in_power = m.kind == "sar"  # the mean of decibels is no mean
 
-    Raises a ValueError that names `path` for NaN or nodata pixels, values that the dtype or the modality cannot hold, reflectance
-    as fractions, linear SAR power, and undeclared LULC codes.
-    """
-    if modality == "LULC":
-        return _recode(pixels, path, lulc_codes or "terramesh")
-    missing = int(np.count_nonzero(~np.isfinite(pixels))) if pixels.dtype.kind == "f" else 0
-    if missing:
-        raise ValueError(f"{path} has {missing} NaN or infinite pixel values; fill them or cut the file to where it is complete.")
-    if nodata is not None and np.any(pixels == nodata):
-        count = int(np.count_nonzero(pixels == nodata))
-        raise ValueError(f"{path} has {count} pixel values without data ({nodata:g}); fill them or cut the file to where it is complete.")
-    low, high = VALID_RANGE[modality]
-    if pixels.min() < low or pixels.max() > high:
-        raise ValueError(
-            f"{path} holds values from {pixels.min():g} to {pixels.max():g}; {modality} is stored as {_expectation(modality)}."
-        )
-    if modality in ("S1GRD", "S1RTC") and pixels.min() >= 0:
-        raise ValueError(f"{path} has no negative value, so it looks like linear power; {modality} is stored as {_expectation(modality)}.")
-    dtype = np.dtype(registry.get(modality).dtype)
-    if dtype.kind in "iu" and pixels.dtype.kind == "f":
-        rounded = np.rint(pixels)
-        if modality != "DEM" and np.any(rounded != pixels):
-            raise ValueError(f"{path} holds fractions (up to {pixels.max():g}); {modality} is stored as {_expectation(modality)}.")
-        pixels = rounded
-    return pixels.astype(dtype)
+    def prepare(raw: np.ndarray) -> np.ndarray:
+        values = converted(m, file, known(modality, file, raw))
+        return np.power(10, values / 10, dtype=np.float32) if in_power else values
 
-
-def _expectation(modality: str) -> str:
-    low, high = VALID_RANGE[modality]
-    return f"{registry.get(modality).unit}, {registry.get(modality).dtype} from {low} to {high}"
-
-
-def _recode(pixels: np.ndarray, path: str, codes: str) -> np.ndarray:
-    table = LULC_CODES[codes]
-    found = np.unique(pixels)
-    strange = [v for v in found.tolist() if v not in table]
-    if strange:
-        raise ValueError(f"{path} holds the value {strange[0]:g}, which is not among the declared {codes} codes {sorted(table)}.")
-    lookup = np.zeros(max(table) + 1, np.uint8)
-    lookup[list(table)] = list(table.values())
-    return lookup[pixels.astype(np.intp)]
+    pixels = geo.read_onto(file.path, where, m.kind, prepare)
+    if in_power:
+        return decibels(pixels)
+    return np.rint(pixels) if np.dtype(m.dtype).kind in "iu" else pixels

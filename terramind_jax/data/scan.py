@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from terramind_jax import declarations
 from terramind_jax import modalities as registry
 from terramind_jax.data import layout, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
@@ -37,6 +38,19 @@ FIELDS = ("shard", "offset", "size", "start", "length", "layout")
 _TOKENS = "_tokens"
 _PIECE = 16 << 20  # bytes of one request to a remote store
 _THREADS = {True: 16, False: 8}  # remote, local
+
+
+def declare(root: str | os.PathLike) -> dict[str, Any]:
+    """Declares the modalities of ``{root}/modalities.json``, if there is one, and returns the declarations."""
+    path, text = storage.join(root, declarations.NAME), None
+    if not is_remote(root):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(path, encoding="utf-8") as f:
+            text = f.read()
+    elif (found := (store := storage.store(root)).find(path)) is not None:
+        text = store.read(path, 0, found.size)
+    own = {} if text is None else declarations.parse(text, path)
+    declarations.declare(own, path)
+    return own
 
 
 def columns() -> list[str]:
@@ -185,8 +199,8 @@ def is_current(found: Table | None, shards: Listing) -> bool:
     return {c: [s[:3] for s in known] for c, known in found.meta["shards"].items()} == {c: [list(o) for o in s] for c, s in shards.items()}
 
 
-def build(store: LocalStore | RemoteStore, root: str, split: str, shards: Listing, path: str) -> Table:
-    """Scans the shards that `path`, or an interrupted scan, does not know, and writes the index there."""
+def build(store: LocalStore | RemoteStore, root: str, split: str, shards: Listing, path: str, own: Mapping[str, Any]) -> Table:
+    """Scans the shards that `path`, or an interrupted scan, does not know, and writes the index there, with the declarations `own`."""
     parts_folder = f"{path}.parts"
     with contextlib.suppress(OSError):
         os.makedirs(parts_folder, exist_ok=True)
@@ -210,7 +224,7 @@ def build(store: LocalStore | RemoteStore, root: str, split: str, shards: Listin
         parts = dict(zip(jobs, progress, strict=True))
     meta, arrays = _join({c: [(o, parts[c, o]) for o in objects] for c, objects in shards.items()})
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    table.write(path, meta | {"coordinates": with_places}, arrays)
+    table.write(path, meta | {"coordinates": with_places, "modalities": dict(own)}, arrays)
     shutil.rmtree(parts_folder, ignore_errors=True)
     written = table.read(path)
     if written is None:
@@ -348,20 +362,22 @@ def open_table(root: str | os.PathLike, split: str, *, rebuild: bool = False) ->
     """The file with the index of ``{root}/{split}`` and its content, built first if it is missing or does not agree with the shards.
 
     It lies beside the modalities where that folder can be written to, else in the cache. Of a remote store it is only built with
-    `rebuild`, as that reads all of it, and is put there too; a FileNotFoundError says so.
+    `rebuild`, as that reads all of it, and is put there too; a FileNotFoundError says so. Modalities that the root declares are declared:
+    of a remote store, those that it had when it was indexed.
     """
     store, root = storage.store(root), os.fspath(root)
     if is_remote(root) and not rebuild:
         return _open_remote(store, root, split)
+    own = declare(root)
     folder = os.path.join(root, split)
     beside = not is_remote(root) and (os.access(folder, os.W_OK) or not os.path.isdir(folder))
     path = os.path.join(folder, NAME) if beside else _cached(root, split)
     shards = listing(store, root, split)
     found = table.read(path)
-    if not is_current(found, shards):
+    if not is_current(found, shards) or found.meta.get("modalities", {}) != own:
         if not any(shards.values()):
             return path, Table(*_join({}))
-        found = build(store, root, split, shards, path)
+        found = build(store, root, split, shards, path, own)
     if is_remote(root):
         store.put(path, storage.join(root, split, NAME))
     return path, found
@@ -392,6 +408,7 @@ def _open_remote(store: RemoteStore, root: str, split: str) -> tuple[str, Table]
     found = table.read(path)
     if found is None or found.meta.get("version") != VERSION:
         raise FileNotFoundError(f"There is no index of {storage.join(root, split)}; make it once with: terramind-jax data index {root}")
+    declarations.declare(found.meta.get("modalities", {}), storage.join(root, declarations.NAME))
     return path, found
 
 

@@ -60,10 +60,19 @@ def write_sample(
         metadata[f"{name}/.zarray"] = _array_metadata(array, codec)
         metadata[f"{name}/.zattrs"] = {"_ARRAY_DIMENSIONS": list(names), **(array_attrs or {}).get(name, {})}
         if array.size:
-            chunks[f"{name}/" + ".".join("0" * max(array.ndim, 1))] = array.tobytes() if codec is None else bytes(codec.encode(array))
+            chunks[f"{name}/" + ".".join("0" * max(array.ndim, 1))] = array.tobytes() if codec is None else _encoded(codec, array)
     files = {".zmetadata": json.dumps({"metadata": metadata, "zarr_consolidated_format": 1}).encode()}
     files |= {name: json.dumps(value).encode() for name, value in metadata.items()}
     return _stored_zip(files | chunks)
+
+
+def _encoded(codec: Any, array: np.ndarray) -> bytes:
+    """By one thread: several lay their blocks down as they finish them, so that equal arrays would not give equal bytes."""
+    before, numcodecs.blosc.use_threads = numcodecs.blosc.use_threads, False
+    try:
+        return bytes(codec.encode(array))
+    finally:
+        numcodecs.blosc.use_threads = before
 
 
 def _array_metadata(array: np.ndarray, codec: Any) -> dict[str, Any]:

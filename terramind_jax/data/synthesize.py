@@ -111,8 +111,7 @@ def _make(job: _Job) -> tuple[str, dict[str, bytes]]:
 
 def _place(scene: world.Scene, size: int) -> geo.Place:
     """The scene's grid: 10 m pixels of its UTM zone."""
-    zone = int((scene.lon + 180) // 6) % 60 + 1
-    crs = f"EPSG:{(32600 if scene.lat >= 0 else 32700) + zone}"
+    crs = geo.utm(scene.lon, scene.lat)
     (x,), (y,) = rasterio.warp.transform("EPSG:4326", crs, [scene.lon], [scene.lat])
     west, north = round(x / PIXEL - size / 2) * PIXEL, round(y / PIXEL + size / 2) * PIXEL
     return geo.Place(crs, (PIXEL, 0.0, west, 0.0, -PIXEL, north), size, size)

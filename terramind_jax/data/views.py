@@ -16,7 +16,7 @@ from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
 from terramind_jax.data.errors import DataError, fault, reading
 from terramind_jax.data.index import Index
-from terramind_jax.modalities import LULC_CLASSES, MODALITIES, PATCH_SIZE, Stream
+from terramind_jax.modalities import MODALITIES, PATCH_SIZE, Stream
 
 _NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
 
@@ -83,7 +83,7 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
 
 def is_empty(tile: np.ndarray, modality: str) -> bool:
     """Whether each band of an S1 or S2 tile has one value. Looks at few pixels first: hardly any tile is."""
-    if not modality.startswith(_NEVER_CONSTANT):
+    if modality not in RELEASED or not modality.startswith(_NEVER_CONSTANT):
         return False
     return bool((tile[::37, ::37] == tile[0, 0]).all() and (tile == tile[0, 0]).all())
 
@@ -104,8 +104,9 @@ def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple
 
 def _stored(x: np.ndarray, modality: str, key: str) -> np.ndarray:
     """Pixels in the type that travels; a `DataError` for values that are not finite and for classes that do not exist."""
-    if modality == "LULC" and not ((x >= 0) & (x < len(LULC_CLASSES))).all():
-        raise DataError(f"Sample {key}: LULC holds classes outside 0..{len(LULC_CLASSES) - 1}.", "value")
+    classes = MODALITIES[modality].classes if modality in MODALITIES else ()
+    if classes and not ((x >= 0) & (x < len(classes))).all():
+        raise DataError(f"Sample {key}: {modality} holds classes outside 0..{len(classes) - 1}.", "value")
     x = cast(x, stored_dtype(modality))
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise DataError(f"Sample {key}: {modality} has values that are not finite.", "nan")

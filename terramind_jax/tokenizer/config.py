@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from terramind_jax.modalities import MODALITIES
+
 GROUPS = 32  # of channels that the U-Net normalises together
 
 
@@ -70,4 +72,4 @@ class TokenizerConfig:
     @property
     def is_class_map(self) -> bool:
         """Whether images are classes, one-hot on input and logits on output, rather than measurements."""
-        return self.modality == "LULC"
+        return self.modality in MODALITIES and MODALITIES[self.modality].kind == "classes"

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
-from terramind_jax import files, processes, sharding
+from terramind_jax import declarations, files, modalities, processes, sharding
 from terramind_jax.checkpoint import Checkpoints, Terminated
+from terramind_jax.data import scan
 from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index
 from terramind_jax.train import state
@@ -46,6 +47,22 @@ class Training:
     validate: Callable[[state.State, Any], dict[str, float]] | None
     faults: Faults  # the samples that could not be read
     validate_first: bool = False  # also before the first step
+
+
+def with_modalities(config: ConfigDict, names: Iterable[str]) -> ConfigDict:
+    """The configuration with the declarations of those of `names` that are a user's own, from itself or beside the shards.
+
+    So a checkpoint knows them. Raises ValueError for one without statistics.
+    """
+    declarations.declare(config.modalities, "config.modalities")
+    if config.data.root:
+        scan.declare(config.data.root)
+    for name in sorted(own := declarations.of(names)):
+        modalities.statistics(name)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.modalities = ConfigDict(own)
+    return config.lock()
 
 
 def run(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, files, flops, modalities, sharding
+from terramind_jax import checkpoint, declarations, files, flops, modalities, sharding
 from terramind_jax import config as configuration
 from terramind_jax import model as networks
 from terramind_jax.data import scan, storage
@@ -42,7 +42,7 @@ def train(
     """
     # ---- Data ----
     configuration.check(config, "pretrain")
-    config = with_codebooks(config)
+    config = with_codebooks(loop.with_modalities(config, {*config.data.inputs, *config.data.targets}))
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
     loop.check_agreement(config, index, validation)
@@ -383,6 +383,7 @@ def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]:
     """The encoder's and the decoder's streams, alphabetical by key: inputs as pixels and as tokens, targets as tokens."""
+    declarations.declare(config.get("modalities", {}), "config.modalities")
     inputs = [modalities.get(name) for name in config.data.inputs]
     keys = {key for m in inputs for key in (m.pixels, m.tokens) if key}
     targets = {modalities.output_stream(name).key for name in config.data.targets}

@@ -18,7 +18,6 @@ import numpy as np
 
 from terramind_jax import metrics, modalities
 from terramind_jax import tokenizer as networks
-from terramind_jax.modalities import LULC_CLASSES
 from terramind_jax.tokenizer import fsq
 
 SHOWN = 8  # images in a picture
@@ -130,7 +129,7 @@ def summarize(config: networks.TokenizerConfig, batches: Iterable[Mapping[str, A
     """The figures of an evaluation from the sums of its batches.
 
     ``val/mae``, ``rmse`` (in the modality's unit), ``psnr`` and ``ssim``, over all bands and, where there are several, ``/BAND``; for
-    LULC ``val/accuracy``, ``miou`` and ``iou/CLASS`` of the classes that occur. ``val/block_mean/...`` is what the block mean has.
+    class maps ``val/accuracy``, ``miou`` and ``iou/CLASS`` of the classes that occur. ``val/block_mean/...`` is what the block mean has.
     ``val/codes`` is the share of the codebook that occurs and ``val/perplexity`` how many equally frequent codes would tell as much,
     means over the codebooks.
     """
@@ -139,7 +138,7 @@ def summarize(config: networks.TokenizerConfig, batches: Iterable[Mapping[str, A
         one = jax.tree.map(lambda x: np.asarray(x, np.float64), one)
         total = one if total is None else jax.tree.map(np.add, total, one)
     images = max(float(total["images"]), 1.0)
-    figures = class_figures if config.is_class_map else partial(band_figures, config.modality, images)
+    figures = partial(class_figures, config.modality) if config.is_class_map else partial(band_figures, config.modality, images)
     quality = {f"val/{name}": x for name, x in figures(total["made"]).items()}
     blocks = {f"val/block_mean/{name}": x for name, x in figures(total["blocks"]).items() if "/" not in name}
     share = total["codes"] / np.maximum(total["codes"].sum(1, keepdims=True), 1)
@@ -148,9 +147,9 @@ def summarize(config: networks.TokenizerConfig, batches: Iterable[Mapping[str, A
     return {"val/loss": float(total["loss"]) / images, **quality, **blocks, **codes}
 
 
-def class_figures(sums: Mapping[str, np.ndarray]) -> Figures:
+def class_figures(modality: str, sums: Mapping[str, np.ndarray]) -> Figures:
     confusion = sums["confusion"]
-    by_class = zip(LULC_CLASSES, metrics.intersection_over_union(confusion), strict=False)
+    by_class = zip(modalities.get(modality).classes, metrics.intersection_over_union(confusion), strict=False)
     iou = {f"iou/{name}": float(x) for name, x in by_class if not math.isnan(x)}
     return {"accuracy": metrics.accuracy(confusion), "miou": metrics.mean_iou(confusion), **iou}
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import checkpoint, files, flops, modalities, sampling, sharding
+from terramind_jax import checkpoint, declarations, files, flops, modalities, sampling, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
 from terramind_jax.data.errors import DataError
@@ -40,6 +40,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """
     # ---- Data ----
     configuration.check(config, "train-tokenizer")
+    config = loop.with_modalities(config, [config.model.modality])
     module = networks.Tokenizer(tokenizer_config(config))
     check_sizes(config, module.config)
     modality, index = config.model.modality, open_images(config, config.data.train_split)
@@ -201,10 +202,11 @@ def measure(module: networks.Tokenizer, draws: Draws, timesteps: int, params: An
 
 def tokenizer_config(config: ConfigDict) -> networks.TokenizerConfig:
     """The module's configuration; dtype ``auto`` is bfloat16 on accelerators and float32 on a CPU."""
+    declarations.declare(config.get("modalities", {}), "config.modalities")
     modality = modalities.get(config.model.modality)
     if not modality.levels:
         known = ", ".join(m.name for m in modalities.MODALITIES.values() if m.levels)
-        raise ValueError(f"{modality.name} has no tokenizer; tokenizers exist for {known}.")
+        raise ValueError(f"{modality.name} has no tokenizer, as it has no levels; tokenizers exist for {known}.")
     return networks.TokenizerConfig(
         channels=modality.channels, **{**config.model.to_dict(), "dtype": state.compute_dtype(config.model.dtype)}
     )
