@@ -92,7 +92,7 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     from terramind_jax import weights
     from terramind_jax.train import pretrain
 
-    return _train(partial(pretrain.train, initial=weights.initial), parsed)
+    return _train(partial(pretrain.train, initial=weights.initial, tokenizer=weights.tokenizer), parsed)
 
 
 def _train_tokenizer(parsed: argparse.Namespace) -> int:
@@ -150,6 +150,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 
     where = plan.parse(parsed.topology, parsed.num_slices)
     settings = config.load(parsed.config, parsed.overrides)
+    if settings.data.online_tokens:
+        print("Not counted: the tokenizers of data.online_tokens, their memory and operations; their images are.", file=sys.stderr)
     if parsed.search is None:
         facts = plan.run(settings, where, parsed.price)
         print(json.dumps(facts, indent=2) if parsed.json else plan.report.render(facts))

@@ -31,7 +31,7 @@ from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
 from terramind_jax.data.tars import scan_tar
 from terramind_jax.modalities import IMAGE_SIZE
-from terramind_jax.tokenizer import Tokenizer
+from terramind_jax.tokenizer import Tokenizer, encode_stored
 from terramind_jax.weights import tokenizer as load
 
 RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
@@ -157,11 +157,7 @@ def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
     batch_size = -(-batch_size // mesh.size) * mesh.size
     variables = jax.device_put(variables, everywhere)
 
-    @partial(jax.jit, out_shardings=spread)
-    def compiled(variables: Any, images: jax.Array) -> jax.Array:
-        config = module.config
-        images = images if config.is_class_map else registry.standardize(config.modality, images)
-        return module.apply(variables, images, method="encode")
+    compiled = jax.jit(partial(encode_stored, module), out_shardings=spread)
 
     def encode(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         while some := list(itertools.islice(images, batch_size)):

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -74,6 +75,8 @@ def test_any_program_reads_the_data_set_with_its_metadata(root, prepared):
     index = open_index(root, "train")
     assert [r["key"].decode() for r in source] == list(index.keys)
     assert "tensorflow" not in sys.modules
+    shuffled = grain.MapDataset.source(source).shuffle(seed=0)
+    assert sorted(shuffled[i]["key"].decode() for i in range(len(source))) == list(index.keys)
     found, place = source[2], index.place(2)
     assert found["subset"] == b"tiny" and found["coordinates"].tolist() == [2, -2]
     assert (found["crs"].decode(), *found["transform"]) == (place.crs, *place.transform) == ("EPSG:32632", 10, 0, 500000, 0, -10, 4000000)

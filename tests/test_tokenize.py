@@ -40,10 +40,10 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
-def random_tokenizer(modality, folder):
+def random_tokenizer(modality, folder, **options):
     """In the place of `tokenize.load`: other weights for each number in the file `seed`."""
     channels, workdir = modalities.get(modality).channels, folder / modality
-    module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE))
+    module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE, **options))
     shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
     rng = np.random.default_rng(int((workdir / "seed").read_text()))
     return module, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)

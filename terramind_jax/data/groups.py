@@ -16,7 +16,7 @@ import numpy as np
 from terramind_jax.data import crops, masks, order, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index
-from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
+from terramind_jax.modalities import IMAGE_SIZE, MODALITIES, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot
 FAULT = "S32"  # holds any modality and reason
@@ -51,6 +51,7 @@ class DataConfig:
     capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
     capacity_sigmas: float = 3.0
     threads: int = 2  # reading at once, in each process
+    online_tokens: bool = False  # the device makes the tokens, of whole crops that travel in ``images``; token shards are not looked at
     shuffle_window: int = 0  # 0: any order; else neighbours in the shards are visited together, so many at a time, for remote stores
     subset_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -79,7 +80,8 @@ class Availability:
         return first, inverse.reshape(-1)
 
 
-def availability_of(index: Index, encoder: Sequence[Stream], decoder: Sequence[Stream]) -> Availability:
+def availability_of(index: Index, encoder: Sequence[Stream], decoder: Sequence[Stream], online_tokens: bool = False) -> Availability:
+    """`online_tokens`: what has pixels has tokens."""
     names = list(index.modalities)
 
     def column(stream: Stream) -> int:
@@ -87,7 +89,7 @@ def availability_of(index: Index, encoder: Sequence[Stream], decoder: Sequence[S
             return 2 * len(names) + 1  # every sample is asked for its coordinates when it is read
         if stream.modality not in names:
             return 2 * len(names)
-        return names.index(stream.modality) + len(names) * (stream.kind == "tokens")
+        return names.index(stream.modality) + len(names) * (stream.kind == "tokens" and not online_tokens)
 
     return Availability(index, np.array([column(s) for s in encoder], int), np.array([column(s) for s in decoder], int))
 
@@ -171,6 +173,21 @@ def patch_capacity(
 # ---- masked views in groups -------------------------------------------------------------------------------------------------
 
 
+def tokenized(streams: Sequence[Stream], index: Index | None) -> tuple[str, ...]:
+    """The modalities of which tokens are made, where they are made online: those of token streams, as far as the index has pixels."""
+    names = {s.modality: None for s in streams if s.kind == "tokens"}
+    if index is None:
+        return tuple(sorted(names))
+    there = {m for m, some in zip(index.modalities, index.available.any(0), strict=True) if some}
+    return tuple(sorted(there & set(names)))
+
+
+def empty_images(names: Sequence[str], image_size: int, size: int) -> dict[str, dict[str, np.ndarray]]:
+    """What `empty_group` lacks for tokens made online: a group's whole crops."""
+    shapes = {m: (size, image_size, image_size, len(MODALITIES[m].bands)) for m in names}
+    return {"images": {m: np.zeros(shape, views.stored_dtype(m)) for m, shape in shapes.items()}} if names else {}
+
+
 def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[str, int], size: int) -> dict[str, Any]:
     """The arrays of a group of `size` views before anything is put in: shapes and types of all that travels to a device."""
     n, m = plan.input_tokens, plan.target_tokens
@@ -197,7 +214,9 @@ def template(
 ) -> dict[str, Any]:
     """An empty group of the batches that these settings give; without an `index`, as if every sample had every stream."""
     plan, patterns = _plan_and_patterns(encoder, decoder, config, mask_config, index)
-    return empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+    group = empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+    names = tokenized((*encoder, *decoder), index) if config.online_tokens else ()
+    return group | empty_images(names, config.image_size, config.patch_group)
 
 
 def filled_slots(
@@ -219,8 +238,8 @@ def _plan_and_patterns(
     plan = masks.plan_masks(encoder, decoder, mask_config)
     if index is None:
         return plan, [(np.ones(len(encoder), bool), np.ones(len(decoder), bool), 1)]
-    usable = usable_samples(availability_of(index, encoder, decoder), plan, encoder, decoder, config.subset_weights)
-    return plan, usable.patterns
+    available = availability_of(index, encoder, decoder, config.online_tokens)
+    return plan, usable_samples(available, plan, encoder, decoder, config.subset_weights).patterns
 
 
 class _Memo:
@@ -262,7 +281,8 @@ class ViewGroups:
         self.index, self.config, self.seed, self.train = index, config, seed, train
         self.encoder, self.decoder = (_at_size(streams, config.image_size) for streams in (encoder, decoder))
         self.plan = masks.plan_masks(self.encoder, self.decoder, mask_config)
-        self.available = availability_of(index, self.encoder, self.decoder)
+        self.available = availability_of(index, self.encoder, self.decoder, config.online_tokens)
+        self.tokenized = tokenized((*encoder, *decoder), index) if config.online_tokens else ()
         usable = usable_samples(self.available, self.plan, self.encoder, self.decoder, config.subset_weights if train else None)
         self.samples, self.sizes, self.weights = usable.samples, usable.sizes, usable.weights
         if train and config.shuffle_window:
@@ -276,6 +296,7 @@ class ViewGroups:
     def __call__(self, position: int) -> dict[str, Any]:
         places = [self._place(position + g) for g in range(self.config.patch_group)]
         group = empty_group(self.encoder, self.plan, self.capacity, self.config.patch_group)
+        group |= empty_images(self.tokenized, self.config.image_size, self.config.patch_group)
         used = collections.Counter()
         for g, place in enumerate(places):
             if place is not None:
@@ -302,7 +323,8 @@ class ViewGroups:
         i = int(self.samples[place.rank])
         has = self.available(i)
         drawn = [masks.draw(self.plan, *has, order.generator("mask", self.seed, place.epoch, i, v)) for v in range(place.view, self.views)]
-        sample = views.Sample(self.index, i, variant_of(self.seed, place.epoch, i, self.train), self.config.image_size)
+        variant = variant_of(self.seed, place.epoch, i, self.train)
+        sample = views.Sample(self.index, i, variant, self.config.image_size, self.config.online_tokens)
         return [self._fill(sample, mask) for mask in drawn]
 
     def _fill(self, sample: views.Sample, mask: masks.Masks) -> views.View:
@@ -326,6 +348,8 @@ class ViewGroups:
             inputs[2, at[: end - begin]] = np.arange(begin, end)
             keep[at[end - begin :]] = False
             used[stream.key] = end
+        for name, image in view.images.items():
+            group["images"][name][g] = image
         group["bad"][g], group["fault"][g], group["overflow"][g] = bool(view.fault), view.fault, np.count_nonzero(~keep)
         for names, columns in ((_INPUTS, inputs[:, keep]), (_TARGETS, view.targets)):
             for name, column in zip(names, columns, strict=True):

@@ -49,7 +49,7 @@ def make_dataset(
 ) -> grain.MapDataset:
     """The batches of `batches` by number: ``dataset[0]`` is the one at position `consumed`."""
     check_sizes(data_config, batch_size, consumed, host, hosts, train)
-    _check_samples(index, (*encoder, *decoder), data_config.image_size)
+    _check_samples(index, (*encoder, *decoder), data_config)
     readers = hosts * max(workers, 1)
     groups = ViewGroups(index, encoder, decoder, data_config, mask_config, seed=seed, train=train, readers=readers)
     length = _length(len(groups.samples), batch_size, consumed, train)
@@ -80,6 +80,7 @@ def batches(
       in the kept sequence; ``input_id`` int32 token id, or for pixels the row in the patch buffer of the view's group
     - ``patches`` {stream key: stored dtype [B / G, capacity, 16 * 16 * C]}, in (row, column, channel) order
     - ``target_modality``, ``target_position``, ``target_id`` [B, M] likewise for `decoder`; ``target_input`` the id before, sequences only
+    - ``images`` {modality: stored dtype [B, S, S, C]} whole crops, only with ``online_tokens``; the ids of token streams are zero then
     - ``sample`` int64 [B] position in the index; ``overflow`` int32 [B] patches that found no room; ``bad`` bool [B] could not be read
     - ``fault`` bytes [B] why: modality and reason, as `errors.fault` has them; empty where nothing is wrong
 
@@ -115,17 +116,18 @@ def check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, h
         )
 
 
-def _check_samples(index: Index, streams: Sequence[Stream], image_size: int) -> None:
+def _check_samples(index: Index, streams: Sequence[Stream], config: DataConfig) -> None:
     """Reads the first sample of each modality, so that what is wrong with all of them is said at once and not skipped for ever."""
     for stream in sorted({s for s in streams if s.modality in index.modalities}, key=lambda s: (s.kind, s.modality)):
-        table = index.available if stream.kind == "pixels" else index.has_tokens
+        pixels = stream.kind == "pixels" or config.online_tokens
+        table = index.available if pixels else index.has_tokens
         there = table[:, index.modalities.index(stream.modality)]
         if not there.any():
             continue
-        if stream.kind == "pixels":
-            _check_tile(index, int(there.argmax()), stream.modality, image_size)
+        if pixels:
+            _check_tile(index, int(there.argmax()), stream.modality, config.image_size)
         else:
-            _check_tokens(index, int(there.argmax()), stream, image_size)
+            _check_tokens(index, int(there.argmax()), stream, config.image_size)
 
 
 def _check_tile(index: Index, i: int, modality: str, image_size: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data import storage, table
+from terramind_jax.data import scan, storage, table
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Keys
 
@@ -134,6 +134,7 @@ def open_records(
     """The records of ``{root}/{split}`` as `index.open_index` opens shards; their tokens are inside, so `tokens_root` is refused."""
     if tokens_root and os.fspath(tokens_root) != os.fspath(root):
         raise ValueError(f"{root} is prepared data, which holds its tokens; leave data.tokens empty, or prepare again with --tokens.")
+    scan.declare(root)
     known = [m.name for m in registry.MODALITIES.values() if m.is_image]
     wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
     found = Records(root, split, wanted)

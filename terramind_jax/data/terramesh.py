@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from terramind_jax import files, modalities
+from terramind_jax import declarations, files, modalities
 from terramind_jax.data import records, scan, storage, table, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
@@ -186,6 +186,8 @@ def prepare(
         for split, index in indexes.items():
             _write_index(os.path.join(partial, split), index, form)
             _copy_tokenizers(source.tokens, partial, split, form["tokens"])
+        if own := declarations.of(source.modalities):
+            files.write_text(files.folder(partial) / declarations.NAME, json.dumps(own, indent=1))
         files.write_text(files.folder(partial) / INFO, json.dumps(made_from, indent=1))
     print(f"{os.path.join(out, records.DATASET)} holds {', '.join(f'{n} locations of {split}' for split, n in splits.items())}.")
 

@@ -16,7 +16,7 @@ from terramind_jax import coordinates
 from terramind_jax.data import crops, masks
 from terramind_jax.data.errors import DataError, fault, reading
 from terramind_jax.data.index import Index
-from terramind_jax.modalities import MODALITIES, PATCH_SIZE, Stream
+from terramind_jax.modalities import MODALITIES, PATCH_SIZE, RELEASED, Stream
 
 _NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
 
@@ -24,26 +24,41 @@ _NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the
 class Sample:
     """One sample seen through one crop variant; every array is read at most once. Raises `DataError` for what is not as it should be."""
 
-    def __init__(self, index: Index, i: int, variant: int, image_size: int):
-        self.index, self.i, self.variant, self.image_size = index, i, variant, image_size
+    def __init__(self, index: Index, i: int, variant: int, image_size: int, online_tokens: bool = False):
+        self.index, self.i, self.variant, self.image_size, self.online_tokens = index, i, variant, image_size, online_tokens
         self.side = image_size // PATCH_SIZE
         self._images: dict[str, np.ndarray] = {}
+        self._whole: dict[str, np.ndarray] = {}
         self._tokens: dict[str, np.ndarray] = {}
 
     def patches(self, stream: Stream, positions: np.ndarray) -> np.ndarray:
         """Selected patches ``[n, 16 * 16 * C]`` of a pixel stream."""
         name = stream.modality
-        if name not in self._images:
-            self._images[name] = crops.crop(read_tile(self.index, self.i, name, self.image_size), self.variant, self.image_size)
-        image = self._images[name]
+        image = self._crop(name)
         if image.shape[-1] != stream.channels:
             raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.", "shape")
         return _stored(crops.select_patches(image, positions, PATCH_SIZE), name, self._key)
 
+    def image(self, name: str) -> np.ndarray:
+        """The whole crop ``[S, S, C]`` of a modality, in the type that travels."""
+        if name not in self._whole:
+            self._whole[name] = _stored(np.ascontiguousarray(self._crop(name)), name, self._key)
+        return self._whole[name]
+
+    def _crop(self, name: str) -> np.ndarray:
+        if name not in self._images:
+            self._images[name] = crops.crop(read_tile(self.index, self.i, name, self.image_size), self.variant, self.image_size)
+        return self._images[name]
+
     def ids(self, stream: Stream, source: np.ndarray) -> np.ndarray | None:
-        """Token ids ``[n]`` of a token or sequence stream from the masks' sources; None if the sample has no such sequence."""
+        """Token ids ``[n]`` of a token or sequence stream from the masks' sources; None if the sample has no such sequence.
+
+        With `online_tokens` those of token streams are zeros, as the device makes them.
+        """
         if stream.kind == "sequence":
             return None if self._place is None else masks.resolve(source, self._place)
+        if self.online_tokens:
+            return np.zeros(len(source), int)
         name = stream.modality
         if name not in self._tokens:
             grid = self.index.tokens(self.i, name)
@@ -144,13 +159,15 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 class View:
     """One masked view: columns of its slots, and the patches that pixel slots point to, in the order of the slots.
 
-    `fault` tells why it could not be read: modality and reason (`errors.fault`).
+    `fault` tells why it could not be read: modality and reason (`errors.fault`). `images` are the whole crops ``[S, S, C]`` by modality of
+    which the device makes the tokens of its slots, if it does.
     """
 
     inputs: np.ndarray  # [3, <=N] stream, position, id
     targets: np.ndarray  # [4, <=M] stream, position, given id, id
     patches: dict[str, np.ndarray]
     fault: str = ""
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def bad(error: DataError | OSError) -> View:
@@ -181,4 +198,9 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
             targets[3, at] = found
             if decoder[t].kind == "sequence":
                 targets[2, at] = sample.ids(decoder[t], mask.target_previous[at])
-    return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches)
+    used = [*(encoder[e] for e in np.unique(mask.input_stream)), *(decoder[t] for t in np.unique(mask.target_stream))]
+    images = {}
+    for name in {s.modality for s in used if s.kind == "tokens"} if sample.online_tokens else ():
+        with reading(name):
+            images[name] = sample.image(name)
+    return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches, images=images)

@@ -2,7 +2,7 @@
 
 from terramind_jax.tokenizer.config import TokenizerConfig
 from terramind_jax.tokenizer.diffusion import TRAIN_STEPS, decode, denoise, noised, plan
-from terramind_jax.tokenizer.vqvae import Tokenizer, apply, init, prepare, reconstruction_loss
+from terramind_jax.tokenizer.vqvae import Tokenizer, apply, encode_stored, init, prepare, reconstruction_loss
 
 __all__ = [
     "TRAIN_STEPS",
@@ -11,6 +11,7 @@ __all__ = [
     "apply",
     "decode",
     "denoise",
+    "encode_stored",
     "init",
     "noised",
     "plan",

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from terramind_jax import modalities
 from terramind_jax.tokenizer import fsq
 from terramind_jax.tokenizer.config import TokenizerConfig
 from terramind_jax.tokenizer.unet import UNetDecoder
@@ -95,6 +96,12 @@ class Tokenizer(nn.Module):
 def apply(module: Tokenizer, variables: Mapping[str, Any], x: jax.Array, method: str, **options: str) -> Any:
     """One of `Tokenizer`'s methods, compiled: ``encode``, ``decode`` or, with a ``return_type``, ``features``."""
     return module.apply(variables, x, method=method, **options)
+
+
+def encode_stored(module: Tokenizer, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """Images ``[B, H, W, C]`` as shards store them -> tokens, as `Tokenizer.encode` gives them of standardised ones."""
+    images = images if module.config.is_class_map else modalities.standardize(module.config.modality, images)
+    return module.apply(variables, images, method="encode")
 
 
 def init(module: Tokenizer, key: jax.Array) -> dict:

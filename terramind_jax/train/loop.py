@@ -157,7 +157,7 @@ def check_agreement(config: ConfigDict, index: Index, validation: Index | None) 
 def _shared(config: ConfigDict) -> bytes:
     """What of a configuration all processes must have; each may find the data elsewhere."""
     config = config.copy_and_resolve_references().unlock()
-    for field in {"root", "tokens"} & set(config.data):
+    for field in {"root", "tokens", "tokenizers"} & set(config.data):
         del config.data[field]
     return configuration.to_json(config).encode()
 

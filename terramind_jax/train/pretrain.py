@@ -28,23 +28,29 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.masks import MaskConfig
 from terramind_jax.data.pipeline import DataConfig, batches
 from terramind_jax.modalities import Stream
-from terramind_jax.train import loop, optimizer, probe, state
+from terramind_jax.train import loop, online, optimizer, probe, state
 
 
 def train(
-    config: ConfigDict, workdir: str | os.PathLike, initial: Callable[[str, networks.TerraMind], Any] | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    initial: Callable[[str, networks.TerraMind], Any] | None = None,
+    tokenizer: online.Load | None = None,
 ) -> dict[str, float]:
     """Trains in `workdir`, continuing what is there, and returns the last metrics.
 
-    `initial` gives the variables that ``train.init`` names, as `weights.initial` does, where a run begins with it.
+    `initial` gives the variables that ``train.init`` names, as `weights.initial` does, where a run begins with it; `tokenizer` loads a
+    tokenizer, as `weights.tokenizer` does, where the run makes its tokens online.
 
     Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
     """
     # ---- Data ----
     configuration.check(config, "pretrain")
-    config = with_codebooks(loop.with_modalities(config, {*config.data.inputs, *config.data.targets}))
+    config = loop.with_modalities(config, {*config.data.inputs, *config.data.targets})
     index = open_tokenized(config, config.data.train_split)
     validation = open_validation(config)
+    tokenizers = online.load(config, sum(streams(config), ()), (index, validation), tokenizer)
+    config = with_codebooks(config, tokenizers)
     loop.check_agreement(config, index, validation)
 
     # ---- Model, optimizer and state, laid out on the mesh ----
@@ -63,14 +69,14 @@ def train(
     del given
 
     # ---- The compiled steps ----
-    step_fn = make_step(config, module, tx, mesh, layout)
-    validated = None if validation is None else make_validation(config, module, validation, mesh)
+    tokenizers = tokenizers and tokenizers.placed(mesh)
+    step_fn = make_step(config, module, tx, mesh, layout, tokenizers)
+    validated = None if validation is None else make_validation(config, module, validation, mesh, tokenizers)
     if validated is not None and config.train.init:
         validated = compared(validated, workdir)
 
     # ---- Loop ----
-    read = partial(read_streams, index, sum(streams(config), ()), config.model.image_size)
-    faults = Faults(index, read, workdir, jax.process_index())
+    faults = Faults(index, partial(read_streams, index, streams_read(config), config.model.image_size), workdir, jax.process_index())
     tokens, batch_size = config.mask.input_tokens + config.mask.target_tokens, config.train.batch_size
     training = loop.Training(
         title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
@@ -117,11 +123,19 @@ def length(config: ConfigDict) -> int:
     return math.ceil(total_samples(config) / config.train.batch_size)
 
 
-def make_step(config: ConfigDict, module: networks.TerraMind, tx: Any, mesh: jax.sharding.Mesh, layout: state.State) -> Any:
+def make_step(
+    config: ConfigDict,
+    module: networks.TerraMind,
+    tx: Any,
+    mesh: jax.sharding.Mesh,
+    layout: state.State,
+    tokenizers: online.Tokenizers | None = None,
+) -> Any:
     """The jitted (state, buffers, batch) -> (state, metrics) of a run: what `train` calls and `plan` compiles.
 
     Args:
       layout: shardings of the state, which the step keeps.
+      tokenizers: make the batch's tokens first.
     """
     batch_size = config.train.batch_size
     total = total_samples(config)
@@ -130,7 +144,7 @@ def make_step(config: ConfigDict, module: networks.TerraMind, tx: Any, mesh: jax
     loss_fn = partial(loss, module, config.train.loss)
     update = partial(state.apply, tx=tx, config=config.optimizer, batch_size=batch_size, total=total, warmup=warmup)
     step = partial(train_step, loss_fn, update, accumulate=config.train.accumulate)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+    return online.jit(step, tokenizers, *streams(config), donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
 
 
 def loss(
@@ -193,10 +207,13 @@ def train_step(
     return train_state, metrics
 
 
-def make_validation(config: ConfigDict, module: networks.TerraMind, index: Index, mesh: jax.sharding.Mesh) -> Any:
+def make_validation(
+    config: ConfigDict, module: networks.TerraMind, index: Index, mesh: jax.sharding.Mesh, tokenizers: online.Tokenizers | None = None
+) -> Any:
     """The (state, buffers) -> metrics on held-out samples: loss under fixed masks, and the `probe` of whole scenes."""
     kept, (encoder, decoder) = sharding.replicated(mesh), streams(config)
-    sums_fn = jax.jit(lambda params, buffers, batch: loss(module, config.train.loss, params, buffers, batch)[1], out_shardings=kept)
+    sums = lambda params, buffers, batch: loss(module, config.train.loss, params, buffers, batch)[1]  # noqa: E731
+    sums_fn = online.jit(sums, tokenizers, encoder, decoder, out_shardings=kept)
     scenes = probe.choose(index, encoder, decoder, config.data.inputs, config.model.image_size, config.run.probe_scenes)
     look_fn = scenes and jax.jit(partial(probe.look_at, module, scenes.source.key, [s.key for s in scenes.targets]), out_shardings=kept)
 
@@ -241,18 +258,16 @@ def validate(sums_fn, data: Iterator[Mapping[str, jax.Array]], n: int, decoder: 
 # ---- from a configuration ----
 
 
-def with_codebooks(config: ConfigDict) -> ConfigDict:
-    """The configuration with the vocabularies of the tokenizers that made the token shards, as recorded beside these."""
-    codebooks, root = config.model.codebooks.to_dict(), config.data.tokens or config.data.root
-    there = storage.store(root)
+def with_codebooks(config: ConfigDict, tokenizers: online.Tokenizers | None = None) -> ConfigDict:
+    """The configuration with the vocabularies of the tokenizers that made the token shards, as recorded beside these, or make tokens."""
+    codebooks = config.model.codebooks.to_dict()
     for name in sorted({*config.data.inputs, *config.data.targets}):
-        folder = storage.join(root, config.data.train_split, f"{name}_tokens")
-        record = json.loads(there.read_text(storage.join(folder, "tokenizer.json")) or "{}")
+        path, record = _tokenizer_of(config, name) if tokenizers is None else tokenizers.record(name)
         size = record.get("codebook_size", codebooks.get(name))
         if codebooks.get(name, size) != size:
-            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {folder} come from a codebook of {size}.")
+            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path} come from a codebook of {size}.")
         if record.get("num_codebooks", 1) != 1:
-            raise ValueError(f"The tokens in {folder} have {record['num_codebooks']} codebooks; the transformer takes one token a patch.")
+            raise ValueError(f"The tokens in {path} have {record['num_codebooks']} codebooks; the transformer takes one token a patch.")
         if size is not None:
             codebooks[name] = size
     config = config.copy_and_resolve_references()
@@ -261,12 +276,21 @@ def with_codebooks(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def _tokenizer_of(config: ConfigDict, name: str) -> tuple[str, dict[str, Any]]:
+    """The folder of a modality's token shards, and what is recorded there of the tokenizer that made them."""
+    root = config.data.tokens or config.data.root
+    folder = storage.join(root, config.data.train_split, f"{name}_tokens")
+    return folder, json.loads(storage.store(root).read_text(storage.join(folder, "tokenizer.json")) or "{}")
+
+
 def open_tokenized(config: ConfigDict, split: str) -> Index:
-    """The samples of one split with their tokens; an error if there are none."""
+    """The samples of one split with their tokens; an error if there are none, unless tokens are made online."""
     root, tokens = config.data.root, config.data.tokens or config.data.root
     if not root:
         raise ValueError("config.data.root is empty; set it to a folder of shards with --config.data.root=DIR.")
     index = open_index(root, split, [*config.data.inputs, *config.data.targets], tokens_root=tokens)
+    if config.data.online_tokens:
+        return index
     index.check_tokens()
     if not index.has_tokens.any():
         raise ValueError(
@@ -325,7 +349,7 @@ def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...], DataConfig, MaskConfig]:
     """Streams of the encoder and the decoder, how samples become batches, and how they are masked."""
-    fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window")
+    fields = ("views_per_sample", "view_window", "patch_group", "capacity_sigmas", "shuffle_window", "online_tokens")
     given = {name: config.data[name] for name in fields} | {"subset_weights": config.data.subset_weights.to_dict()}
     data = DataConfig(image_size=config.model.image_size, threads=config.run.threads, **given)
     return *streams(config), data, MaskConfig(**config.mask.to_dict())
@@ -394,6 +418,12 @@ def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]
         return dataclasses.replace(stream, vocab_size=size) if stream.kind == "tokens" else stream
 
     return tuple(map(sized, sorted(keys))), tuple(map(sized, sorted(targets)))
+
+
+def streams_read(config: ConfigDict) -> tuple[Stream, ...]:
+    """All streams as they are read: where tokens are made online, as pixels."""
+    every = sum(streams(config), ())
+    return tuple(dataclasses.replace(s, kind="pixels") if config.data.online_tokens and s.kind == "tokens" else s for s in every)
 
 
 def transformer_config(config: ConfigDict, platform: str | None = None) -> networks.TransformerConfig:

@@ -62,10 +62,10 @@ def choose(
 ) -> Probe | None:
     """The first `limit` scenes with the first of the modalities `names` that the model reads as pixels; None if there are none."""
     pixels = {s.modality: s for s in encoder if s.kind == "pixels"}
-    for name in names:
+    for name in (n for n in names if n in pixels):
         scenes = np.flatnonzero(index.available[:, index.modalities.index(name)])[:limit]
         targets = tuple(s for s in decoder if s.kind == "tokens" and s.modality != name)
-        if name in pixels and targets and len(scenes):
+        if targets and len(scenes):
             return Probe(index, scenes, pixels[name], targets, image_size)
     return None
 
