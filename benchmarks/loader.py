@@ -1,11 +1,16 @@
-"""Samples a second and core that the reader takes from local shards, as published: eight modalities of 264 pixels, batches of 8.
+"""What the reader of pretraining takes and gives, on 48 scenes of the embedded world in TerraMesh's layout, 264 pixels a side.
 
-    python benchmarks/loader.py                    # a minute; 48 scenes of the embedded world in a temporary folder
-    python benchmarks/loader.py --root DIR         # the train split of shards that are there
+    python benchmarks/loader.py --out benchmarks/results/loader.md     # about ten minutes
+    python benchmarks/loader.py --only rates --root DIR                # the train split of shards that are there
 
-``index`` reads pixels by what the index knows, ``zipfile`` the same samples through the zip and its metadata, and ``published`` by
-TerraMesh's own ``terramesh.py`` where that can be imported (put it in the path; it needs torch, webdataset, zarr 2 and xarray). One
-process, one thread, the page cache warm; the best of three passes.
+Four tables (`--only` makes one, and `--out` replaces it alone):
+
+``rates``   samples a second and core, as published: eight modalities, batches of 8; the best of three passes of one thread, the page
+            cache warm. ``index`` reads pixels by what the index knows, ``zipfile`` the same samples through the zip and its metadata,
+            ``published`` by TerraMesh's own ``terramesh.py`` where that can be imported (it needs torch, webdataset, zarr 2, xarray).
+``bytes``   read from storage and sent to the device for a training token, counted as they pass.
+``memory``  of a process that has read so many batches.
+``store``   samples a second from a local object store that is slow or fails, by turns.
 """
 
 from __future__ import annotations
@@ -13,32 +18,67 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+import jax
 import numpy as np
 import process
+import reader
+from etils import epath
+from ml_collections import ConfigDict
 
+from terramind_jax import config as configuration
+from terramind_jax import files, modalities
+from terramind_jax.data import pipeline, views
+from terramind_jax.data.groups import ViewGroups
 from terramind_jax.data.index import Index, open_index
+from terramind_jax.data.scan import open_table
 from terramind_jax.data.shards import read_sample
 from terramind_jax.data.synthesize import synthesize
+from terramind_jax.train import pretrain
 
 SCENES, BATCH, PASSES = 48, 8, 3
+VIEWS = (1, 4, 8)
+MARKS = (1_000, 5_000, 10_000)
+THREADS, ROUNDS, SETTLE, SLICE = (2, 32), 11, 1.0, 4.0  # seconds
+
+# TerraMind's own are not published; it follows 4M, whose default is 0.5. 4M's mixture joins sharper and flatter draws and one of nothing
+# but its RGB, here S2L2A; the two that lean on captions are left out.
+ALPHAS = {
+    "0.5": ((0.5,), (0.5,)),
+    "4M's mixture": ((0.01, 0.1, 1.0, 10.0, {"untok_sen2l2a@224": 1000.0}), (0.01, 0.1, 1.0, 10.0, 0.5)),
+}
 
 
-def batches(index: Index, modalities: Sequence[str], read: Callable[[int, str], np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# ---- samples a second and core ----------------------------------------------------------------------------------------------
+
+
+def batches(index: Index, names: Sequence[str], read: Callable[[int, str], np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """Whole tiles in batches of `BATCH`; a modality that a sample lacks is left out of its batch."""
     for first in range(0, len(index), BATCH):
         rows = range(first, min(first + BATCH, len(index)))
-        there = {m: [i for i in rows if index.available[i, index.modalities.index(m)]] for m in modalities}
+        there = {m: [i for i in rows if index.available[i, index.modalities.index(m)]] for m in names}
         yield {m: np.stack([read(i, m) for i in having]) for m, having in there.items() if having}
 
 
-def published(root: str, modalities: Sequence[str]) -> Iterator[dict]:
+def published(root: str, names: Sequence[str]) -> Iterator[dict]:
     """Batches of TerraMesh's loader."""
     build = importlib.import_module("terramesh").build_terramesh_dataset
-    return iter(build(path=root, modalities=list(modalities), split="train", batch_size=BATCH, shuffle=False))
+    return iter(build(path=root, modalities=list(names), split="train", batch_size=BATCH, shuffle=False))
 
 
 def rate(make: Callable[[], Iterator], samples: int) -> float:
@@ -52,32 +92,243 @@ def rate(make: Callable[[], Iterator], samples: int) -> float:
     return samples / best
 
 
-def measure(root: str) -> None:
-    index = open_index(root, "train")
-    print(f"{process.where()}; {len(index)} samples of {index.stored_bytes() / len(index) / 1e6:.2f} MB")
+def rates(root: str) -> str:
+    index, rows = open_index(root, "train"), []
 
     def through_zip(i: int, modality: str) -> np.ndarray:
         return np.moveaxis(read_sample(index._payload(index._pixels, i, modality), ("bands",))["bands"][0], 0, -1)
 
-    for modalities in (index.modalities, ("S2L2A",)):
-        readers = {"index": index.read, "zipfile": through_zip}
-        rates = {name: rate(lambda r=read, m=modalities: batches(index, m, r), len(index)) for name, read in readers.items()}
+    for names in (index.modalities, ("S2L2A",)):
+        found = [rate(lambda r=read, m=names: batches(index, m, r), len(index)) for read in (index.read, through_zip)]
         try:
-            rates["published"] = rate(lambda m=modalities: published(root, m), len(index))
+            theirs = f"{rate(lambda m=names: published(root, m), len(index)):.0f}"
         except ImportError as error:
-            print(f"(published loader not measured: {error})")
-        print(f"{', '.join(modalities)}: " + ", ".join(f"{name} {value:.0f}/s" for name, value in rates.items()))
+            theirs = f"not measured: {error}"
+        rows.append([", ".join(names), *(f"{value:.0f}" for value in found), theirs])
+    size = index.stored_bytes() / len(index) / 1e6
+    return f"Samples a second and core; {size:.2f} MB a sample.\n\n" + table(["modalities", "index", "zipfile", "published"], rows)
+
+
+# ---- bytes a training token -------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A store that counts the bytes that are read."""
+
+    def __init__(self, store):
+        self.store, self.bytes = store, 0
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        self.bytes += size
+        return self.store.read(path, offset, size)
+
+
+def settings(root: str, alphas: str = "0.5", **data: int) -> ConfigDict:
+    """The configuration of the base model for these shards."""
+    config = configuration.load(str(reader.CONFIG), [f"--config.data.root={root}"])
+    config.data.update(data)
+    config.mask.input_alphas, config.mask.target_alphas = ALPHAS[alphas]
+    config.mask.mixture_weights = ()
+    return config
+
+
+def masked_first(root: str, alphas: str, k: int, epochs: int = 4) -> tuple[float, float]:
+    """Bytes read and bytes sent for a token of the budgets, over some epochs."""
+    config = settings(root, alphas, views_per_sample=k, view_window=SCENES)
+    index = pretrain.open_tokenized(config, "train")
+    groups = ViewGroups(index, *pretrain.data_settings(config), seed=0, train=True)
+    counters = index._stores = {side: Counting(store) for side, store in index._stores.items()}
+    sent, size = 0, config.data.patch_group
+    for position in range(0, epochs * len(index) * k, size):
+        sent += sum(x.nbytes for x in jax.tree.leaves(pretrain.on_device(groups(position))))
+    tokens = epochs * len(index) * k * (config.mask.input_tokens + config.mask.target_tokens)
+    return sum(c.bytes for c in counters.values()) / tokens, sent / tokens
+
+
+def everything(root: str, k: int) -> tuple[float, float]:
+    """The same for a loader that reads each sample whole and sends its whole crop with every view, by the sizes of what there is."""
+    config = settings(root)
+    index = pretrain.open_tokenized(config, "train")
+    encoder, decoder, data, mask = pretrain.data_settings(config)
+    crop = 0.0
+    for stream in {s.key: s for s in (*encoder, *decoder) if s.kind != "sequence" and s.modality in index.modalities}.values():
+        there = (index.available if stream.kind == "pixels" else index.has_tokens)[:, index.modalities.index(stream.modality)].mean()
+        pixels = data.image_size**2 * stream.channels * views.stored_dtype(stream.modality).itemsize
+        crop += there * (pixels if stream.kind == "pixels" else 2 * stream.max_tokens)
+    budget = mask.input_tokens + mask.target_tokens
+    return index.stored_bytes() / len(index) / (k * budget), crop / budget
+
+
+def bytes_a_token(root: str) -> str:
+    rows = []
+    for k in VIEWS:
+        for alphas in ALPHAS:
+            (read, sent), (whole_read, whole_sent) = masked_first(root, alphas, k), everything(root, k)
+            numbers = (read, whole_read, whole_read / read, sent, whole_sent, whole_sent / sent)
+            rows.append([k, alphas, *(f"{n:,.1f}" if i in (2, 5) else f"{n:,.0f}" for i, n in enumerate(numbers))])
+    head = ["views a sample", "alphas", "read", "read, everything", "ratio", "sent", "sent, everything", "ratio"]
+    return (
+        "Bytes for each of the 128 + 128 tokens of a view. Masks are drawn first, and only what they select is read and sent: counted over "
+        "four epochs. *Everything*: each sample read whole, its whole crop of 224 pixels sent with every view; not a switch of the reader, "
+        "but reckoned from the sizes.\n\n" + table(head, rows)
+    )
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """MB that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def memory(root: str) -> dict[int, float]:
+    """MB after so many batches of 2 views."""
+    config = settings(root, views_per_sample=4, view_window=32, patch_group=2)
+    data = pipeline.batches(pretrain.open_tokenized(config, "train"), *pretrain.data_settings(config), batch_size=2)
+    found = {}
+    for number in range(1, MARKS[-1] + 1):
+        next(data)
+        if number in MARKS:
+            found[number] = resident()
+    return found
+
+
+def memory_table(root: str) -> str:
+    found = process.measure(__file__, "--only", "memory", "--root", root, "--json")
+    rows = [[f"{int(n):,}", f"{size:.0f}"] for n, size in found.items()]
+    return "Resident memory of a process that reads batches of 2 views, 4 a sample, in 2 threads.\n\n" + table(["batches", "MB"], rows)
+
+
+# ---- a store that is slow or fails ------------------------------------------------------------------------------------------
+
+
+def serve(root: str, pipe) -> None:
+    """An object store in a process of its own: sends its address, then takes its faults."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import object_store
+
+    with object_store.serve(Path(root)) as (address, faults):
+        pipe.send(address)
+        for wanted in iter(pipe.recv, None):
+            for name, value in wanted.items():
+                setattr(faults, name, value)
+            pipe.send("done")
+
+
+CASES: dict[str, dict[str, float]] = {
+    "none": {},
+    "20 ms": {"latency": 0.02},
+    "5 % errors": {"errors": 0.05},
+    "20 ms and 5 % errors": {"latency": 0.02, "errors": 0.05},
+}
+
+
+class Reading:
+    """Threads that read a view of one sample after the other, epoch after epoch, until they are stopped."""
+
+    def __init__(self, groups: ViewGroups, threads: int):
+        self.groups, self.positions, self.done, self.on = groups, itertools.count(), {}, True
+        self.threads = [threading.Thread(target=self.work) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def work(self) -> None:
+        while self.on:
+            position = next(self.positions)
+            group = self.groups(position)
+            self.done[position] = -1 if group["bad"][0] else int(group["sample"][0])
+
+    def speed(self) -> float:
+        """Samples a second, once what the server does has been so for a while."""
+        time.sleep(SETTLE)
+        before, start = len(self.done), time.perf_counter()
+        time.sleep(SLICE)
+        return (len(self.done) - before) / (time.perf_counter() - start)
+
+    def stop(self) -> None:
+        """Raises RuntimeError if a sample was bad, lost or repeated in any whole epoch."""
+        self.on = False
+        for thread in self.threads:
+            thread.join()
+        n = len(self.groups.samples)
+        seen = [self.done[p] for p in range(len(self.done) // n * n)]
+        if (np.sort(np.reshape(seen, (-1, n))) != np.sort(self.groups.samples)).any():
+            raise RuntimeError("A sample was bad, lost or repeated.")
+
+
+def store(root: str) -> str:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(root, theirs), daemon=True)
+    server.start()
+    address, rows, epochs = ours.recv(), [], 0
+    config = settings(address, views_per_sample=1, patch_group=1)
+    open_table(address, "train", rebuild=True)
+    index = pretrain.open_tokenized(config, "train")
+    for threads in THREADS:
+        reading = Reading(ViewGroups(index, *pretrain.data_settings(config), seed=0, train=True), threads)
+        speeds = {name: [] for name in CASES}
+        for _, name in itertools.product(range(ROUNDS), CASES):
+            ours.send({"latency": 0.0, "errors": 0.0, **CASES[name]})
+            ours.recv()
+            speeds[name].append(reading.speed())
+        reading.stop()
+        epochs += len(reading.done) // len(index)
+        for name, found in speeds.items():
+            share = statistics.median(a / b for a, b in zip(found, speeds["none"], strict=True))
+            median, span = f"{statistics.median(found):.0f}", f"{min(found):.0f} to {max(found):.0f}"
+            rows.append([threads, name, median, span, f"{100 * share:.0f} %"])
+    ours.send(None)
+    server.join()
+    return (
+        f"A view of each of {len(index)} samples, epoch after epoch, from a server on the same machine whose faults change every "
+        f"{SETTLE + SLICE:.0f} seconds: medians of {ROUNDS} rounds, and of the share of no faults in the same round. All {epochs} epochs "
+        "were every sample once, none of them bad.\n\n" + table(["threads", "faults", "samples/s", "range", "share of no faults"], rows)
+    )
+
+
+# ---- all --------------------------------------------------------------------------------------------------------------------
+
+TABLES: Mapping[str, Callable[[str], str]] = {"rates": rates, "bytes": bytes_a_token, "memory": memory_table, "store": store}
+
+
+def with_tokens(root: str) -> None:
+    """Scenes of the embedded world, and random tokens: reading them costs the same."""
+    synthesize(root, scenes=SCENES, val_scenes=0)
+    index = open_index(root, "train")
+    for name in index.modalities:
+        if modalities.get(name).tokens:
+            reader.write_tokens(Path(root), index, name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", metavar="DIR", help="folder of shards; default: the embedded world")
-    root = parser.parse_args().root
-    if root:
-        return measure(root)
+    parser.add_argument("--only", choices=TABLES, help="one table")
+    parser.add_argument("--out", metavar="FILE", help="write the tables there, too")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)  # what a measurement in a process of its own gives
+    parsed = parser.parse_args()
+    if parsed.json:
+        return print(json.dumps(memory(parsed.root)))
     with tempfile.TemporaryDirectory() as folder:
-        synthesize(folder, scenes=SCENES, val_scenes=0)
-        measure(folder)
+        os.environ["TERRAMIND_JAX_CACHE"] = os.path.join(folder, "cache")  # the index of the object store
+        root = parsed.root or os.path.join(folder, "shards")
+        if not parsed.root:
+            with_tokens(root)
+        made = {name: TABLES[name](root) for name in ([parsed.only] if parsed.only else TABLES)}
+    print("\n".join(made.values()))
+    if parsed.out:
+        write(files.folder(parsed.out), made)
+
+
+def write(path: epath.Path, made: Mapping[str, str]) -> None:
+    """A file with a section for each table; those that were not made now stay as they are."""
+    old = dict(part.split("\n\n", 1) for part in path.read_text().split("## ")[1:]) if path.exists() else {}
+    new = old | {name: f"{text}\n\nOn {process.where()}: `python benchmarks/loader.py --only {name}`.\n\n" for name, text in made.items()}
+    text = "".join(f"## {name}\n\n{new[name]}" for name in TABLES if name in new)
+    files.write_text(path, f"# The reader\n\n{text.rstrip()}\n")
 
 
 if __name__ == "__main__":
