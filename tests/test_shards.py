@@ -68,10 +68,11 @@ def test_equal_arrays_give_equal_bytes_in_an_uncompressed_zip():
         assert {".zgroup", ".zattrs", ".zmetadata", "bands/.zarray", "bands/.zattrs", "bands/0.0.0.0"} <= set(z.namelist())
 
 
-def test_equal_arrays_of_many_blocks_give_equal_bytes():
+def test_equal_arrays_of_many_blocks_give_equal_bytes(monkeypatch):
     """Blosc's threads would lay the blocks down as they finish them."""
+    monkeypatch.setattr(numcodecs.blosc, "use_threads", None)  # as it comes: zarr turns them off
     bands = (np.arange(264) * 9 + np.random.default_rng(0).integers(0, 99, (1, 12, 264, 264))).astype(np.uint16)
-    assert len({write_sample({"bands": bands}) for _ in range(60)}) == 1
+    assert len({write_sample({"bands": bands}) for _ in range(30)}) == 1
 
 
 def test_zarr_reads_what_we_write(tmp_path):
