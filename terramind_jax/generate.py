@@ -127,6 +127,7 @@ def encode_input(
     is_class_map = modalities.get(stream.modality).kind == "classes"
     x = x[..., None] if is_class_map and x.ndim == 3 else x
     modalities.check_image(stream.modality, x)
+    modalities.check_scale(stream.modality, x, standardised=not standardize)
     if is_class_map:
         check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
     elif standardize:

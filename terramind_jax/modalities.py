@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -372,6 +373,24 @@ def check_finite(name: str, image) -> None:
     """Raises a ValueError for NaN in an array of the host; arrays on devices are not fetched."""
     if isinstance(image, np.ndarray) and image.dtype.kind == "f" and np.isnan(image).any():
         raise ValueError(f"{name} has {int(np.isnan(image).sum())} NaN pixels; fill or crop them first.")
+
+
+def check_scale(name: str, image, *, standardised: bool) -> None:
+    """Warns of an array of the host whose values are not on the scale that is expected: standardised, or in the modality's unit."""
+    m = get(name)
+    if not isinstance(image, np.ndarray) or not image.size or m.kind == "classes":
+        return
+    low, high, middle = image.min(), image.max(), image.mean(dtype=np.float64)
+    wanted = "standardised values" if standardised else m.unit or "its own unit"
+    if standardised and abs(middle) > 10:
+        looks = f"looks unstandardised (its mean is {middle:.4g}); standardise it"
+    elif m.kind == "sar" and 0 <= low and high > 0:
+        looks = "has no negative value, like linear power; take 10 log10 of it first"
+    elif name in ("S2L2A", "S2L1C") and image.dtype.kind == "f" and 0 <= low and 0 < high <= (1 if standardised else 2):
+        looks = "looks like reflectance of 0-1; multiply it by 10000 first"
+    else:
+        return
+    warnings.warn(f"{name} {looks}: {wanted} are expected.", stacklevel=4)
 
 
 def statistics(name: str, version: str = "v1", offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -134,6 +134,8 @@ class FeatureExtractor(Model):
     def _encode(self, stream: Stream, x: np.ndarray | Sequence[str]) -> np.ndarray | jax.Array:
         if stream.kind == "pixels":
             modalities.check_finite(stream.modality, x)
+            if stream.modality in modalities.MODALITIES:
+                modalities.check_scale(stream.modality, x, standardised=True)
             return x  # of any bands, and of modalities of the user's own
         return generate.encode_input(stream, x, self.tokenizers, vocabulary=self.vocabulary, standardize=False)
 
@@ -281,6 +283,7 @@ class ImageTokenizer(Model):
 
     def encode(self, x: np.ndarray) -> jax.Array:
         """Standardised ``[B, H, W, C]``, of LULC also classes ``[B, H, W]`` -> int32 tokens ``[B, h, w]``."""
+        modalities.check_scale(self.module.config.modality, x, standardised=True)
         self._check_classes(x)
         return tokenizer.apply(self.module, self.variables, x, "encode")
 

@@ -1,5 +1,7 @@
 """The registry: the reference's identifiers, names, shapes and statistics (spec section 1)."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,28 @@ def test_nan_pixels_are_refused_and_counted():
     image[3, 4] = np.nan
     with pytest.raises(ValueError, match="1 NaN pixels"):
         modalities.check_image("DEM", image)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "standardised", "message"),
+    [
+        ("S2L2A", 200, 3000, True, r"S2L2A looks unstandardised \(its mean is 1\d{3}\); standardise it: standardised values are expected"),
+        ("S1GRD", -25, -5, True, "S1GRD looks unstandardised"),
+        ("S1GRD", 0.001, 0.3, True, "S1GRD has no negative value, like linear power"),
+        ("S1RTC", 0.001, 0.3, False, "S1RTC has no negative value, like linear power; take 10 log10 of it first: dB are expected"),
+        ("S2L1C", 0.0, 0.9, False, "S2L1C looks like reflectance of 0-1; multiply it by 10000 first: reflectance x 10000 are expected"),
+        ("S2L2A", 0.0, 0.9, True, "S2L2A looks like reflectance of 0-1"),
+        ("S2L2A", 200, 3000, False, ""),
+        ("S2L2A", -1, 3, True, ""),
+        ("S1GRD", -25, 5, False, ""),
+        ("DEM", 0, 900, False, ""),
+        ("LULC", 0, 9, True, ""),
+    ],
+)
+def test_values_on_another_scale_are_said(recwarn, name, low, high, standardised, message):
+    image = np.random.default_rng(0).uniform(low, high, (8, 8, len(MODALITIES[name].bands))).astype(np.float32)
+    modalities.check_scale(name, image, standardised=standardised)
+    assert len(recwarn) == bool(message) and all(re.search(message, str(w.message)) for w in recwarn)
 
 
 def test_an_unknown_modality_names_the_known_ones():

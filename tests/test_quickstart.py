@@ -10,6 +10,7 @@ import pytest
 
 from terramind_jax import cli, geo, metrics, quickstart
 from terramind_jax import config as configuration
+from terramind_jax.modalities import LULC_CLASSES
 from terramind_jax.quickstart import evaluate
 
 
@@ -19,7 +20,7 @@ def _errors(rmse):
 
 
 def _classes(right):
-    confusion = np.zeros((evaluate.CLASSES, evaluate.CLASSES), np.int64)
+    confusion = np.zeros((len(LULC_CLASSES), len(LULC_CLASSES)), np.int64)
     confusion[1, 1], confusion[1, 2] = right, 100 - right
     return evaluate.Scores(confusion=confusion)
 

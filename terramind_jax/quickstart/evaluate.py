@@ -11,9 +11,8 @@ import numpy as np
 from terramind_jax import baselines, generate, geo, metrics, modalities, plot
 from terramind_jax.data import crops
 from terramind_jax.data.index import Index, open_index
-from terramind_jax.train import pretrain, tokenizer
+from terramind_jax.train import pretrain, reconstruction, tokenizer
 
-CLASSES = len(modalities.LULC_CLASSES)
 PICTURED = 4  # scenes in the picture
 FIT_SCENES = 96  # training scenes that the baselines are fitted on
 
@@ -29,7 +28,7 @@ class Scores:
         if self.errors is not None:
             self.errors.add(prediction, truth)
         else:
-            self.confusion += metrics.confusion_matrix(prediction, truth, CLASSES)
+            self.confusion += metrics.confusion_matrix(prediction, truth, len(self.confusion))
 
 
 def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None:
@@ -39,7 +38,7 @@ def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None
     targets = [s.modality for s in module.config.decoder if s.kind == "tokens" and s.modality != source]
     tokenizers = {m: tokenizer.load(folder / "tokenizers" / m) for m in targets}
     fitted = {m: fit(train, source, m) for m in targets}
-    scores = {m: {method: _empty(m) for method in ("generated", *METHODS[m == "LULC"], "noise floor")} for m in targets}
+    scores = {m: {method: _empty(m) for method in ("generated", *METHODS[_is_class_map(m)], "noise floor")} for m in targets}
     scenes: list[plot.Scene] = []
     for i in range(len(held_out)):
         there = [m for m in targets if _has(held_out, i, m)]
@@ -66,7 +65,11 @@ def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None
 def _generate(module, variables, tokenizers, source: str, image: np.ndarray, modality: str) -> np.ndarray:
     """One modality from `source` alone: chained, a wrong one would mislead those after it."""
     out = generate.generate(module, variables, tokenizers, {source: image[None]}, [modality], seed=0, temperature=0.0)[modality][0]
-    return classes(out) if modality == "LULC" else out
+    return classes(out) if _is_class_map(modality) else out
+
+
+def _is_class_map(modality: str) -> bool:
+    return modalities.get(modality).kind == "classes"
 
 
 # ---- held-out arrays ----
@@ -79,7 +82,7 @@ def _has(index: Index, i: int, modality: str) -> bool:
 def center(index: Index, i: int, modality: str) -> np.ndarray:
     """The centre crop of one sample, ``[224, 224, C]``; LULC ``[224, 224]`` classes, the rest float32 in the unit, S2 as stored."""
     image = np.ascontiguousarray(crops.crop(index.read(i, modality), 0))
-    return image[..., 0] if modality == "LULC" else image.astype(np.float32)
+    return image[..., 0] if _is_class_map(modality) else image.astype(np.float32)
 
 
 def noise_free(index: Index, i: int, modality: str) -> np.ndarray | None:
@@ -88,7 +91,7 @@ def noise_free(index: Index, i: int, modality: str) -> np.ndarray | None:
     if truth is None:
         return None
     image = crops.crop(np.moveaxis(truth[0] if truth.ndim == 4 else truth, 0, -1), 0)
-    return image[..., 0] if modality == "LULC" else image.astype(np.float32)
+    return image[..., 0] if _is_class_map(modality) else image.astype(np.float32)
 
 
 def classes(logits: np.ndarray) -> np.ndarray:
@@ -104,12 +107,13 @@ def fit(train: Index, source: str, modality: str) -> dict[str, object]:
     """What predicts `modality` without context: a constant, and a regression that sees one pixel of `source`."""
     scenes = [i for i in range(len(train)) if _has(train, i, source) and _has(train, i, modality)][:FIT_SCENES]
     bands = len(modalities.get(source).bands)
-    if modality == "LULC":
+    if _is_class_map(modality):
         rng = np.random.default_rng(0)
         pixels = [baselines.sample_pixels(rng, (center(train, i, source), center(train, i, modality)), 500) for i in scenes]
         x, y = (np.concatenate(parts) for parts in zip(*pixels, strict=True))
-        counts = np.bincount(y, minlength=CLASSES)
-        regression = baselines.logistic_regression(x, y, CLASSES)
+        count = len(modalities.get(modality).classes)
+        counts = np.bincount(y, minlength=count)
+        regression = baselines.logistic_regression(x, y, count)
         return {"majority class": baselines.majority_class(counts), "logistic regression": lambda image: classes(regression(image))}
     moments = baselines.LinearRegression(bands, len(modalities.get(modality).bands))
     for i in scenes:
@@ -118,15 +122,15 @@ def fit(train: Index, source: str, modality: str) -> dict[str, object]:
 
 
 def _empty(modality: str) -> Scores:
-    if modality == "LULC":
-        return Scores(confusion=np.zeros((CLASSES, CLASSES), np.int64))
-    return Scores(errors=metrics.Errors(metrics.DATA_RANGE[modality]))
+    if _is_class_map(modality):
+        return Scores(confusion=np.zeros((len(modalities.get(modality).classes),) * 2, np.int64))
+    return Scores(errors=metrics.Errors(float(reconstruction.data_range(modality).max())))
 
 
 def record(scores: dict[str, Scores], modality: str, made, truth, image, fitted: dict[str, object], clean: np.ndarray | None) -> None:
     """Adds one scene to every method's scores."""
     scores["generated"].add(made, truth)
-    for method in METHODS[modality == "LULC"]:
+    for method in METHODS[_is_class_map(modality)]:
         predict = fitted[method]
         constant = not callable(predict)
         scores[method].add(np.broadcast_to(np.asarray(predict, truth.dtype), truth.shape) if constant else predict(image), truth)
@@ -193,14 +197,14 @@ def _verdict(modality: str, by_method: dict[str, Scores]) -> str:
     """One sentence: which baselines the generated modality beats, and why a regression may win."""
     if not _filled(by_method["generated"]):
         return ""
-    constant, regression = METHODS[modality == "LULC"]
+    constant, regression = METHODS[_is_class_map(modality)]
 
     def value(method: str) -> float:
         s = by_method[method]
         return -metrics.mean_iou(s.confusion) if s.errors is None else s.errors.rmse
 
     made = value("generated")
-    unit = "mIoU" if modality == "LULC" else "RMSE"
+    unit = "mIoU" if _is_class_map(modality) else "RMSE"
     text = f"- {modality}: generated {'beats' if made < value(constant) else 'does NOT beat'} the {constant} in {unit}"
     if made == value(constant):
         text = f"- {modality}: generated equals the {constant} in {unit}"
@@ -208,10 +212,11 @@ def _verdict(modality: str, by_method: dict[str, Scores]) -> str:
         return f"{text} and beats the per-pixel {regression}."
     if made == value(regression):
         return f"{text} and equals the per-pixel {regression}."
-    return f"{text}; the per-pixel {regression} is better: {WHY_REGRESSION[modality]}."
+    return f"{text}; the per-pixel {regression} is better: {WHY_REGRESSION.get(modality, _OWN)}."
 
 
 _SPECTRAL = "much of it follows from the spectrum of the same pixel, which a regression reads at full resolution and a small codebook blurs"
+_OWN = "it reads single pixels at full resolution, which 196 tokens cannot"
 _RADAR = "what radar and optics share sits in single pixels, at full resolution, and a patch has one of a dozen codes"
 WHY_REGRESSION = {
     "NDVI": "NDVI is a function of two bands of the same pixel, which a regression reads at full resolution and 196 tokens cannot",
