@@ -44,6 +44,10 @@ class Scene:
     def side(self) -> int:
         return min(TILE_SIZE, self.place.height, self.place.width)
 
+    @property
+    def is_one_tile(self) -> bool:
+        return self.side == self.place.height == self.place.width
+
     def tiles(self) -> Iterator[tuple[str, int, int]]:
         """(key, row, column) of each tile; the last of a row or column is shifted inward, so no pixel is lost."""
         rows, columns = _starts(self.place.height, self.side), _starts(self.place.width, self.side)
@@ -285,6 +289,8 @@ def _write_split(
                     if modality not in scene.files:
                         continue
                     sample = _sample(scene, modality, row, column, lulc_codes)
+                    if isinstance(sample, str) and scene.is_one_tile:
+                        raise ValueError(sample)
                     if isinstance(sample, str):
                         report.without_data += 1
                         report.reasons.setdefault((scene.name, modality), sample)

@@ -37,7 +37,8 @@ def assign(
         raise ValueError(f"val_fraction is {val_fraction}, expected at least 0 and below 1.")
     if not val_fraction:
         return [["train"] * len(own) for own in tiles]
-    cells = _cells(names, scenes, tiles, val_fraction)
+    middles = [[geo.lonlat(tile) for tile in own] for own in tiles]
+    cells = _cells(names, scenes, middles, val_fraction)
     order = sorted({cell for own in cells for cell in own}, key=lambda cell: hashlib.sha256(f"{seed}/{cell}".encode()).digest())
     if len(order) < 2:
         raise ValueError(
@@ -45,26 +46,28 @@ def assign(
         )
     held_out = set(order[: min(max(1, round(val_fraction * len(order))), len(order) - 1)])
     splits = [["val" if cell in held_out else "train" for cell in own] for own in cells]
-    return _without_margin(tiles, splits)
+    margin = 2 * geo.PIXEL * max(max(tile.height, tile.width) for own in tiles for tile in own)
+    return _without_margin(middles, splits, margin)
 
 
-def _cells(names: Sequence[str], scenes: Sequence[geo.Place], tiles: Sequence[Sequence[geo.Place]], val_fraction: float) -> list[list[str]]:
+Middles = Sequence[Sequence[tuple[float, float]]]  # longitude and latitude of every tile of every scene
+
+
+def _cells(names: Sequence[str], scenes: Sequence[geo.Place], middles: Middles, val_fraction: float) -> list[list[str]]:
     """The cell of every tile."""
     groups = locations(scenes)
-    middles = [geo.lonlat(scenes[groups[i]]) for i in range(len(scenes))]
+    leaders = [geo.lonlat(scenes[groups[i]]) for i in range(len(scenes))]
     side = CELL
     while side > SMALLEST:
         cells = []
-        for i, (scene, own) in enumerate(zip(scenes, tiles, strict=True)):
+        for i, (scene, own) in enumerate(zip(scenes, middles, strict=True)):
             is_small = max(scene.height, scene.width) * geo.PIXEL <= side
-            places = [middles[i] if is_small else geo.lonlat(tile) for tile in own]
-            cells.append(
-                [names[groups[i]] if math.isnan(longitude) else _cell(longitude, latitude, side) for longitude, latitude in places]
-            )
+            places = [leaders[i]] * len(own) if is_small else own
+            cells.append([names[groups[i]] if math.isnan(lon) else _cell(lon, lat, side) for lon, lat in places])
         if len({cell for own in cells for cell in own}) >= 1 / val_fraction:
             return cells
         side /= 2
-    return [[names[groups[i]]] * len(own) for i, own in enumerate(tiles)]
+    return [[names[groups[i]]] * len(own) for i, own in enumerate(middles)]
 
 
 def _cell(longitude: float, latitude: float, side: float) -> str:
@@ -105,11 +108,9 @@ def _middle(place: geo.Place) -> tuple[float, float, float, float] | None:
     return min(longitude), max(longitude), min(latitude), max(latitude)
 
 
-def _without_margin(tiles: Sequence[Sequence[geo.Place]], splits: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The same splits, with `DROPPED` for training tiles less than two sides of a tile from a held-out one, middle to middle."""
-    margin = 2 * geo.PIXEL * max(max(tile.height, tile.width) for own in tiles for tile in own)
-    places = [geo.lonlat(tile) for own in tiles for tile in own]
-    flat, points = np.array([s for own in splits for s in own]), np.array([_on_the_globe(*p) for p in places])
+def _without_margin(middles: Middles, splits: Sequence[Sequence[str]], margin: float) -> list[list[str]]:
+    """The same splits, with `DROPPED` for training tiles less than `margin`, two sides of a tile, from a held-out one, middle to middle."""
+    flat, points = np.array([s for own in splits for s in own]), np.array([_on_the_globe(*p) for own in middles for p in own])
     known = ~np.isnan(points).any(1)
     val = known & (flat == "val")
     at = np.flatnonzero(known & (flat == "train"))
