@@ -76,7 +76,8 @@ def test_the_batch_becomes_that_of_the_stored_tokens(root, weights, train, group
             "DEM": ((4, SIZE, SIZE, 1), np.int16),
             "LULC": ((4, SIZE, SIZE, 1), np.uint8),
         }
-        found = fill(tokenizers.variables, {name: value for name, value in raw.items() if name != "sample"}) | {"sample": raw["sample"]}
+        np.testing.assert_array_equal(raw["sample"], expected["sample"])
+        found, expected = fill(tokenizers.variables, pretrain.on_device(raw)), pretrain.on_device(expected)
         assert found.keys() == expected.keys()
         jax.tree.map(np.testing.assert_array_equal, dict(found), expected)
         seen += np.isin(expected["target_id"], raw["target_id"], invert=True).sum()

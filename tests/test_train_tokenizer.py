@@ -200,7 +200,7 @@ def test_what_cannot_work_is_one_sentence(root, tmp_path):
         config = unet_training(root)
         config.model.model_channels = 40
         tokenizer.train(config, tmp_path)
-    with pytest.raises(ValueError, match="S2RGB has no tokenizer; tokenizers exist for S2L2A"):
+    with pytest.raises(ValueError, match="S2RGB has no tokenizer, as it has no levels; tokenizers exist for S2L2A"):
         tokenizer.train(tiny_run.tokenizer_training(root, "S2RGB"), tmp_path)
     with pytest.raises(FileNotFoundError, match="No samples"):
         tokenizer.train(tiny_run.tokenizer_training(root, "NDVI"), tmp_path)

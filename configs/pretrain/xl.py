@@ -3,7 +3,7 @@
     terramind-jax pretrain --config=configs/pretrain/xl.py --workdir=DIR --config.data.root=SHARDS --config.run.workers=8
 
 Machine: a pod slice of a multiple of 16 chips; each holds a sixteenth of parameters and moments, 2.3 GiB.
-Expected for 500 B tokens, by `plan` and not yet measured: 3.12 days on v5e:16x16, 4.11 on v5p:4x4x4, 1.66 on v6e:16x16.
+Expected for 500 B tokens, by `plan` and not yet measured: 2.94 days on v5e:16x16, 4.15 on v5p:4x4x4, 1.51 on v6e:16x16.
 There is no original of this size, and so no recipe: it is 4M's XL, to show where FSDP and tensor parallelism matter.
 """
 
