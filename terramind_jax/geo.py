@@ -98,6 +98,14 @@ def read_window(path: str | os.PathLike, row: int, column: int, height: int, wid
         return np.moveaxis(source.read(window=rasterio.windows.Window(column, row, width, height)), 0, -1)
 
 
+def read_thinned(path: str | os.PathLike, side: int) -> np.ndarray:
+    """A raster for a look at it: every n-th pixel, or of its overviews, at most `side` along each side, ``[h, w, C]``."""
+    with _open(path) as source:
+        step = max(1.0, max(source.height, source.width) / side)
+        size = [max(1, round(n / step)) for n in (source.height, source.width)]
+        return np.moveaxis(source.read(out_shape=(source.count, *size)), 0, -1)
+
+
 def read_onto(
     path: str | os.PathLike, where: Place, kind: registry.Kind = "continuous", prepare: Callable[[np.ndarray], np.ndarray] = np.float32
 ) -> np.ndarray:

@@ -83,15 +83,15 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
     if modality == "NDVI":
         return tuple(np.float32(NDVI_LIMITS))
     if modality == "DEM":
-        low, high = np.percentile(shown, [1, 99])
+        low, high = np.nanpercentile(shown, [1, 99])
         spread = max(high - low, MIN_RELIEF)
         return (low + high - spread) / 2, (low + high + spread) / 2
     if modality == "S2RGB":
         return np.zeros(3), np.full(3, 255.0)
     if shown.ndim == 3:  # one stretch for the three bands keeps their hue
-        low, high = np.percentile(shown, [1, 98.5])
+        low, high = np.nanpercentile(shown, [1, 98.5])
         return np.full(3, low), np.full(3, max(high, low + 1))
-    low, high = np.percentile(shown, [2, 98])
+    low, high = np.nanpercentile(shown, [2, 98])
     return low, max(high, low + (1 if modality in modalities.RELEASED else modalities.statistics(modality)[1][0] / 10))
 
 

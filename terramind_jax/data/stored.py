@@ -71,11 +71,11 @@ def _doubt(m: registry.Modality, values: np.ndarray) -> str:
 def known(modality: str, file: File, pixels: np.ndarray) -> np.ndarray:
     """As float32, NaN in all bands of pixels without data."""
     values = pixels.astype(np.float32)
-    values[registry.missing(modality, pixels) | _is_nodata(modality, pixels, file.header.nodata).any(-1)] = np.nan
+    values[registry.missing(modality, pixels) | is_nodata(modality, pixels, file.header.nodata).any(-1)] = np.nan
     return values
 
 
-def _is_nodata(modality: str, pixels: np.ndarray, nodata: float | None) -> np.ndarray:
+def is_nodata(modality: str, pixels: np.ndarray, nodata: float | None) -> np.ndarray:
     """Where a file says that it has no data ``[..., C]``, unless that is what `registry.missing` judges by all bands together."""
     if nodata is None or nodata == registry.get(modality).nodata or registry.get(modality).classes:
         return np.zeros(pixels.shape, bool)
@@ -102,7 +102,7 @@ def incomplete(pixels: np.ndarray, modality: str, path: str, nodata: float | Non
     missing = int(np.count_nonzero(~np.isfinite(pixels))) if pixels.dtype.kind == "f" else 0
     if missing:
         return f"{path} has {missing} NaN or infinite pixel values; {advice}"
-    count = int(np.count_nonzero(_is_nodata(modality, pixels, nodata)))
+    count = int(np.count_nonzero(is_nodata(modality, pixels, nodata)))
     return f"{path} has {count} pixel values without data ({nodata:g}); {advice}" if count else ""
 
 

@@ -1,0 +1,304 @@
+"""One scene, generated: its tokens, target after target, then the pixels of each.
+
+Tokens first: all that is random is keyed by place, and each token comes from the window in which it lies most central, so that a scene
+has one map of tokens for each target, which conditions the targets after it. Then windows of the map are decoded with noise that they
+share, and blended. One row of windows is in memory at a time, and the journal counts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from terramind_jax import coordinates, files, generate, geo, modalities
+from terramind_jax.decoding import generate_tokens
+from terramind_jax.model import TerraMind
+from terramind_jax.modalities import Stream
+from terramind_jax.scenes import reading, windows, writing
+from terramind_jax.scenes.journal import Journal
+from terramind_jax.scenes.reading import PATCH, Scene
+from terramind_jax.scenes.windows import Cut
+
+NO_CLASS = 255  # no data, in class maps
+DECODING = ("timesteps", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What generates. `sharding` spreads windows over several devices."""
+
+    module: TerraMind
+    variables: Mapping[str, Any]
+    tokenizers: generate.Tokenizers
+    version: str = "v1"
+    sharding: jax.sharding.NamedSharding | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What holds for all scenes of a command; see `predict.run`."""
+
+    network: Network
+    to: Sequence[str]
+    seed: int
+    samples: int
+    batch_size: int
+    options: Mapping[str, Any]
+    out: Path
+    journal: Journal
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One scene, how it is cut, and which of its windows hold data, ``[rows, columns]``."""
+
+    scene: Scene
+    cut: Cut
+    live: np.ndarray
+
+
+def spread(network: Network) -> Network:
+    """The network on all devices of this machine, if they are several."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return network
+    mesh = jax.sharding.Mesh(np.array(devices), ("windows",))
+    everywhere, parted = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("windows",)))
+    tokenizers = {name: (module, jax.device_put(variables, everywhere)) for name, (module, variables) in network.tokenizers.items()}
+    return dataclasses.replace(network, variables=jax.device_put(network.variables, everywhere), tokenizers=tokenizers, sharding=parted)
+
+
+def generate_scene(job: Job, scene: Scene, cut: Cut) -> None:
+    """Writes all targets of one scene; goes on where the journal says."""
+    work = Work(scene, cut, reading.measured(scene, cut))
+    streams = {name: modalities.output_stream(name) for name in job.to}
+    passes = len({s.key for s in streams.values()}) + sum(s.kind != "sequence" for s in streams.values())
+    with tqdm(desc=scene.name, total=passes * job.samples * int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
+        maps: dict[str, np.ndarray] = {}
+        for name, stream in streams.items():
+            if stream.key not in maps:
+                maps[stream.key] = _write_tokens(job, work, name, maps, bar)
+        for name, stream in streams.items():
+            (_write_sequence if stream.kind == "sequence" else _write_image)(job, work, name, maps[stream.key], bar)
+
+
+def output_paths(out: Path, scene: str, name: str, samples: int) -> list[Path]:
+    """What is written of one target: a GeoTIFF, with several samples also that of their spread, or of a sequence JSON."""
+    if modalities.output_stream(name).kind == "sequence":
+        return [out / name / f"{scene}.json"]
+    return [out / folder / f"{scene}.tif" for folder in (name, f"{name}_std")[: 1 if samples == 1 else 2]]
+
+
+# ---- tokens ----
+
+
+def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray], bar: tqdm) -> np.ndarray:
+    """The ids of one target, on disk: ``[K, h, w]`` int32 of an image, ``[K, windows, L]`` of a sequence."""
+    stream, c = modalities.output_stream(name), work.cut
+    is_sequence = stream.kind == "sequence"
+    shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else c.grid
+    path, done = job.journal.of_scene(work.scene.name) / f"{name}.npy", job.journal.get(work.scene.name, name, "tokens")
+    with writing.space(path):
+        ids = np.lib.format.open_memmap(path, "r+" if done else "w+", np.int32, (job.samples, *shape))
+    owner = windows.owners(c, work.live)
+    bar.update(job.samples * int(work.live[:done].sum()))
+    for i in range(done, len(c.rows)):
+        strip = _read(work, i)
+        for k, js in _batches(job, work, i):
+            made = _sample(job, work, stream, k, i, js, strip, maps)
+            for j, new in zip(dict.fromkeys(js), made, strict=False):
+                number = i * len(c.columns) + j
+                if is_sequence:
+                    ids[k, number] = new
+                else:
+                    mine = owner[_window(c, i, j)] == number
+                    ids[k][_window(c, i, j)][mine] = new[mine]
+                bar.update()
+        with writing.space(path):
+            ids.flush()
+        job.journal.set(work.scene.name, name, "tokens", count=i + 1)
+    return ids
+
+
+def _sample(job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[int], strip, maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Ids of some windows of row `i` of windows, given the inputs and the maps of the targets before."""
+    network, c = job.network, work.cut
+    values = {}
+    for name, rows in strip.items():
+        x = _positions(work, i, js) if rows is None else np.stack([rows[:, _pixels(c, j)] for j in js])
+        own = generate.input_stream(network.module, name)
+        values[own.key] = _put(network, generate.encode_input(own, x, network.tokenizers, version=network.version))
+    known = {}
+    for key, ids in maps.items():
+        is_sequence = modalities.output_stream(key).kind == "sequence"
+        at = [i * len(c.columns) + j if is_sequence else _window(c, i, j) for j in js]
+        known[key] = _put(network, np.stack([ids[k][part] for part in at]))
+    targets = list(dict.fromkeys(modalities.output_stream(name).key for name in job.to))
+    options = {name: value for name, value in job.options.items() if name not in DECODING}
+    how = dict(seed=_seed(job, k), at=_at(c, i, js), known_tokens=known, only=stream.key)
+    return np.asarray(generate_tokens(network.module, network.variables, values, targets, **how, **options)[stream.key])
+
+
+def _read(work: Work, i: int) -> dict[str, np.ndarray | None]:
+    """The pixels of every input under row `i` of windows, ``[L, w, C]``; None of one that only gives its position."""
+    c, images = work.cut, set(work.scene.images)
+    if not work.live[i].any():
+        return {}
+    where = c.rows[i] * PATCH, c.size * PATCH
+    return {name: reading.read(work.scene, name, *where)[0] if name in images else None for name in work.scene.paths}
+
+
+def _positions(work: Work, i: int, js: Sequence[int]) -> np.ndarray:
+    """(longitude, latitude) of the middles of windows ``[B, 2]``."""
+    middle = [(start + work.cut.size / 2) * PATCH for start in (work.cut.rows[i], *(work.cut.columns[j] for j in js))]
+    return np.array([geo.lonlat(work.scene.place, middle[0], column) for column in middle[1:]])
+
+
+# ---- pixels ----
+
+
+def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
+    """Decodes, blends and writes one target, and the spread of its samples."""
+    scene, c, piece = work.scene, work.cut, (work.scene.name, name, "pixels")
+    paths = output_paths(job.out, scene.name, name, job.samples)
+    layers = [_layer(job, scene, name), _spread_layer(job, scene, name)][: len(paths)]
+    parts = [job.journal.of_scene(scene.name) / f"{path.parent.name}.tif" for path in paths]
+    tops = np.array([*(row * PATCH for row in c.rows), c.grid[0] * PATCH])
+    done = job.journal.get(*piece)
+    if not done:
+        for part, layer in zip(parts, layers, strict=True):
+            writing.create(part, layer)
+    bar.update(job.samples * int(work.live[:done].sum()))
+    # What is final of a row of windows also depends on those before it that reach into it: they are decoded again, and not written.
+    again = [i for i in range(done) if tops[i] + c.size * PATCH > tops[done]] if done < len(c.rows) else []
+    todo = [*again, *range(done, len(c.rows))]
+    rows = ((tops[i], tops[i + 1], _decode(job, work, name, ids, i, bar if i >= done else None)) for i in todo)
+    tokenizer = job.network.tokenizers[modalities.output_stream(name).modality][0]
+    weight = windows.weights(c.size * PATCH, c.overlap * PATCH)
+    blended = windows.blend(rows, weight, (job.samples, c.grid[1] * PATCH, tokenizer.config.channels))
+    for i, (top, pixels) in zip(todo, blended, strict=True):
+        if i < done or top >= scene.place.height:
+            continue
+        pixels = pixels[:, : scene.place.height - top, : scene.place.width]
+        pixels[:, reading.missing(scene, top, pixels.shape[1])[:, : scene.place.width]] = np.nan
+        for part, rows_of in zip(parts, _rasters(pixels, tokenizer.config.is_class_map), strict=False):
+            writing.write_rows(part, top, rows_of)
+        job.journal.set(*piece, count=i + 1)
+    for part, path, layer in zip(parts, paths, layers, strict=True):
+        if part.exists():  # else it is finished since the last time
+            writing.finish(part, path, layer)
+
+
+def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm | None) -> Iterator[windows.Tile]:
+    """The windows of a row, in physical units, of class maps probabilities."""
+    network, stream = job.network, modalities.output_stream(name)
+    options = {name: value for name, value in job.options.items() if name in DECODING}
+    is_class_map = network.tokenizers[stream.modality][0].config.is_class_map
+    for k, js in _batches(job, work, i):
+        tokens = _put(network, np.stack([ids[k][_window(work.cut, i, j)] for j in js]))
+        how = dict(version=network.version, seed=_seed(job, k), at=_at(work.cut, i, js), **options)
+        images = generate.decode_output(stream, tokens, network.tokenizers, **how)
+        for j, image in zip(dict.fromkeys(js), images, strict=False):
+            yield k, work.cut.columns[j] * PATCH, _probabilities(image) if is_class_map else image
+            if bar is not None:
+                bar.update()
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
+    """Of samples ``[K, n, W, C]``, NaN where there is no data: what is written, and their spread."""
+    if not is_class_map:
+        yield pixels[0]
+        yield pixels.std(0)
+        return
+    nothing = np.isnan(pixels[0]).any(-1, keepdims=True)
+    yield np.where(nothing, NO_CLASS, pixels[0].argmax(-1)[..., None]).astype(np.uint8)
+    mean = pixels.mean(0)
+    yield -(mean * np.log(np.maximum(mean, 1e-12))).sum(-1, keepdims=True)
+
+
+def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
+    m = modalities.get(modalities.output_stream(name).modality, job.network.version)
+    if m.kind == "classes":
+        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, {**_tags(job), "classes": ", ".join(m.classes)})
+    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, _tags(job))
+
+
+def _tags(job: Job) -> dict[str, str]:
+    """What a file was made from: the whole command, as the journal has it."""
+    return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in job.journal.command.items()}
+
+
+def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:
+    layer = _layer(job, scene, name)
+    if layer.is_class_map:
+        return dataclasses.replace(layer, bands=("entropy",), dtype="float32", unit="nat", nodata=np.nan)
+    return dataclasses.replace(layer, bands=tuple(f"{band} standard deviation" for band in layer.bands))
+
+
+def _write_sequence(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
+    """Coordinates as JSON, one ``{"lon", "lat"}`` a window with data, row by row, of the first sample; null where none were written."""
+    (path,) = output_paths(job.out, work.scene.name, name, job.samples)
+    lons, lats = coordinates.decode(ids[0][work.live.ravel()])
+    places = [{"lon": _number(lon), "lat": _number(lat)} for lon, lat in zip(lons, lats, strict=True)]
+    files.write_text(files.folder(path), json.dumps(places) + "\n")
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+# ---- windows ----
+
+
+def _batches(job: Job, work: Work, i: int) -> Iterator[tuple[int, list[int]]]:
+    """(sample, columns of windows) of row `i`, all of one length: the last window of a batch is repeated. One shape, one program.
+
+    No batch holds windows of two rows or samples, so that a window has the same neighbours whatever was done before.
+    """
+    devices = 1 if job.network.sharding is None else job.network.sharding.num_devices
+    size = -(-min(job.batch_size, len(work.cut.columns)) // devices) * devices
+    columns = [int(j) for j in np.flatnonzero(work.live[i])]
+    for k in range(job.samples):
+        for start in range(0, len(columns), size):
+            part = columns[start : start + size]
+            yield k, part + part[-1:] * (size - len(part))
+
+
+def _window(c: Cut, i: int, j: int) -> tuple[slice, slice]:
+    return slice(c.rows[i], c.rows[i] + c.size), slice(c.columns[j], c.columns[j] + c.size)
+
+
+def _pixels(c: Cut, j: int) -> slice:
+    return slice(c.columns[j] * PATCH, (c.columns[j] + c.size) * PATCH)
+
+
+def _at(c: Cut, i: int, js: Sequence[int]) -> np.ndarray:
+    return np.array([(c.rows[i], c.columns[j]) for j in js], np.int32)
+
+
+def _seed(job: Job, k: int) -> int:
+    """Of sample `k`; the first has the seed itself."""
+    return job.seed if k == 0 else _seeds(job.seed, job.samples)[k]
+
+
+@functools.cache
+def _seeds(seed: int, samples: int) -> list[int]:
+    return [int(word) for word in np.random.SeedSequence(seed).generate_state(samples, np.uint64)]
+
+
+def _put(network: Network, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    return x if network.sharding is None else jax.device_put(x, network.sharding)
+

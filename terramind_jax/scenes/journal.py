@@ -1,0 +1,84 @@
+"""What a command has done, in a folder of its own beside its outputs, so that the same command goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from terramind_jax import files
+from terramind_jax.convert.files import check_free
+
+FOLDER = "unfinished"
+
+
+@dataclasses.dataclass
+class Journal:
+    """`done` tells of each piece of work how far it is; `folder` holds it and half-made files, and goes when all is done."""
+
+    folder: Path
+    command: Mapping[str, Any]
+    done: dict[str, int]
+
+    def of_scene(self, name: str) -> Path:
+        """A folder for what is half made of one scene."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+    def finish_scene(self, name: str) -> None:
+        self.set(name, count=1)
+        shutil.rmtree(self.of_scene(name))
+
+    def get(self, *piece: str) -> int:
+        return self.done.get("/".join(piece), 0)
+
+    def set(self, *piece: str, count: int) -> None:
+        """The work up to `count` is on disk."""
+        self.done["/".join(piece)] = count
+        self.save()
+
+    def save(self) -> None:
+        text = json.dumps({"command": self.command, "done": self.done}, indent=2)
+        files.write_text(files.folder(self.folder / "journal.json"), text)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Tells what is left of what was stopped; nothing is left of what was finished, or failed before anything was done."""
+        if kind is None or (not self.done and not issubclass(kind, KeyboardInterrupt)):
+            shutil.rmtree(self.folder)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(f"\nStopped. What is done stays in {self.folder}; the same command goes on from there.", flush=True)
+
+
+def check_outputs(out: Path, outputs: Iterable[Path]) -> None:
+    """Raises FileExistsError if an output is there already, unless a stopped command may have written it."""
+    if not (out / FOLDER / "journal.json").is_file():
+        for path in outputs:
+            check_free(path)
+
+
+def start(out: Path, command: Mapping[str, Any]) -> Journal:
+    """A new journal in `out`, or the old one if the same command was stopped; FileExistsError if that was another."""
+    folder, command = out / FOLDER, json.loads(json.dumps(command))
+    if (folder / "journal.json").is_file():
+        found = json.loads((folder / "journal.json").read_text())
+        _check_same(folder, found["command"], command)
+        print(f"Going on with what is unfinished in {folder}", flush=True)
+        return Journal(folder, command, found["done"])
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder, command, {})
+    journal.save()
+    return journal
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in dict.fromkeys((*before, *now)):
+        was, is_now = before.get(name), now.get(name)
+        if was != is_now:
+            differs = f"its {name} was {json.dumps(was)}, now it is {json.dumps(is_now)}"
+            raise FileExistsError(f"{folder} holds the work of another command: {differs}; repeat that one, or delete the folder.")

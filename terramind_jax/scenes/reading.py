@@ -1,0 +1,145 @@
+"""What a scene's rasters hold, window by window: values as a model takes them, and where there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from terramind_jax import geo, modalities
+from terramind_jax.data.stored import LULC_CODES, is_nodata, to_stored
+from terramind_jax.scenes.windows import Cut
+
+PATCH = modalities.PATCH_SIZE
+SUFFIXES = (".tif", ".tiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Rasters of one place on one grid by user name; ``coords`` is a raster that only gives its position."""
+
+    name: str
+    paths: Mapping[str, Path]
+    place: geo.Place
+    nodata: Mapping[str, float | None]  # what each file says
+    lulc_codes: str | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; the last ones may reach over the edge."""
+        return -(-self.place.height // PATCH), -(-self.place.width // PATCH)
+
+    @property
+    def images(self) -> list[str]:
+        return [name for name in self.paths if modalities.input_stream(name).kind != "sequence"]
+
+
+def find(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, Path]]:
+    """``{scene: {modality: file}}`` of files, which make one scene, or of folders, whose equal file names do."""
+    paths = {name: Path(path) for name, path in inputs.items()}
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"There is no file or folder {missing[0]}; expected a GeoTIFF or a folder of GeoTIFFs.")
+    if all(path.is_file() for path in paths.values()):
+        return {next(iter(paths.values())).stem: paths}
+    if any(path.is_file() for path in paths.values()):
+        raise ValueError("The inputs mix files and folders; give files for one scene, or folders for many.")
+    files = {name: {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES} for name, path in paths.items()}
+    empty = [str(paths[name]) for name, found in files.items() if not found]
+    if empty:
+        raise ValueError(f"The folder {empty[0]} is empty: it holds no GeoTIFF ({', '.join(SUFFIXES)}).")
+    shared = sorted(set.intersection(*(set(found) for found in files.values())))
+    if not shared:
+        raise ValueError(f"The folders {', '.join(map(str, paths.values()))} share no file name; a scene has one name in all of them.")
+    return {scene: {name: found[scene] for name, found in files.items()} for scene in shared}
+
+
+def check_names(inputs: Mapping[str, object], lulc_codes: str | None) -> None:
+    """Raises a ValueError for modalities that are no rasters, and for undeclared codes of land cover."""
+    if not inputs:
+        raise ValueError("No input is named; at least one is needed.")
+    if lulc_codes is not None and lulc_codes not in LULC_CODES:
+        raise ValueError(f"Unknown LULC codes {lulc_codes!r}; expected one of {', '.join(LULC_CODES)}.")
+    for name in inputs:
+        modality = modalities.input_stream(name).modality
+        if modality == "caption":
+            raise ValueError("A caption is text, which this command neither reads nor writes; load the model in Python for it.")
+        if modality == "LULC" and lulc_codes is None:
+            raise ValueError(f"The codes of {name} are not declared; say with --lulc_codes what they are: {', '.join(LULC_CODES)}.")
+
+
+def open_scene(name: str, paths: Mapping[str, Path], side: int, lulc_codes: str | None = None) -> Scene:
+    """One scene, checked without reading pixels: bands, one grid for all, at least a window of `side` pixels."""
+    first, nodata = None, {}
+    for modality, path in paths.items():
+        stream = modalities.input_stream(modality)
+        header = geo.read_header(path, None if stream.kind == "sequence" else stream.modality)
+        first, nodata[modality] = first or (path, header.place), header.nodata
+        if not geo.same_grid(header.place, first[1]):
+            raise ValueError(f"{path} and {first[0]} do not lie on one grid; resample one of them to the other.")
+    path, place = first
+    if min(place.height, place.width) < side:
+        raise ValueError(f"{path} is {place.height}x{place.width} pixels; expected at least {side}x{side}.")
+    return Scene(name, paths, place, nodata, lulc_codes)
+
+
+def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of pixels of one raster ``[height, w, C]`` as shards store it, and where it has no data, ``[height, w]`` bool.
+
+    Both reach to the end of the grid of patches, where the image is mirrored. Pixels without data hold the mean of their band, of class
+    maps class 0. Values are checked, and rounded, as `data.pack` does, so that a model sees what it was trained on.
+    """
+    inside, width = min(height, scene.place.height - row), scene.place.width
+    stored, missing = _values(scene, name, geo.read_window(scene.paths[name], row, 0, inside, width))
+    over = [(0, height - inside), (0, scene.grid[1] * PATCH - width)]
+    return np.pad(stored, [*over, (0, 0)], mode="reflect"), np.pad(missing, over, mode="reflect")
+
+
+def glance(scene: Scene, name: str, side: int) -> np.ndarray:
+    """One raster for a picture, thinned to `side` pixels at most: ``[h, w, C]``, NaN where there is no data, of class maps class 0."""
+    stored, missing = _values(scene, name, geo.read_thinned(scene.paths[name], side))
+    return stored if _is_class_map(name) else np.where(missing[..., None], np.nan, stored)
+
+
+def _values(scene: Scene, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of a file as shards store them, filled, and where they have no data."""
+    m, nodata, path = modalities.get(modalities.input_stream(name).modality), scene.nodata[name], str(scene.paths[name])
+    if _is_class_map(name):
+        missing, fill = np.zeros(pixels.shape[:2], bool) if nodata is None else (pixels == nodata).any(-1), 0
+    else:
+        missing, mean = modalities.missing(m.name, pixels) | is_nodata(m.name, pixels, nodata).any(-1), np.array(m.mean or 0.0)
+        fill = np.rint(mean) if np.dtype(m.dtype).kind in "iu" else mean
+    if missing.any():
+        pixels = np.where(missing[..., None], np.asarray(fill, pixels.dtype), pixels)
+    stored = to_stored(pixels, m.name, path, lulc_codes=scene.lulc_codes)
+    if _is_class_map(name):
+        stored[missing] = 0
+    return stored, missing
+
+
+def _is_class_map(name: str) -> bool:
+    return modalities.get(modalities.input_stream(name).modality).kind == "classes"
+
+
+def missing(scene: Scene, row: int, height: int) -> np.ndarray:
+    """Where no raster of a scene has data, in rows of pixels: ``[height, w]`` bool as `read` gives it. Without images, nowhere."""
+    found = [read(scene, name, row, height)[1] for name in scene.images]
+    return np.logical_and.reduce(found) if found else np.zeros((height, scene.grid[1] * PATCH), bool)
+
+
+def measured(scene: Scene, cut: Cut) -> np.ndarray:
+    """Which windows hold any data: ``[rows, columns]`` bool. Reads all once, and so finds what cannot be read before work begins.
+
+    Raises a ValueError for a scene without any.
+    """
+    patches = np.zeros(scene.grid, bool)
+    for row in range(0, scene.grid[0], cut.size):
+        n = min(cut.size, scene.grid[0] - row)
+        there = ~missing(scene, row * PATCH, n * PATCH)
+        patches[row : row + n] = there.reshape(n, PATCH, -1, PATCH).any((1, 3))
+    if not patches.any():
+        raise ValueError(f"{next(iter(scene.paths.values()))} is empty: none of its pixels has data.")
+    return np.array([[patches[r : r + cut.size, c : c + cut.size].any() for c in cut.columns] for r in cut.rows])
