@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -12,14 +13,17 @@ from pathlib import Path
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
 LULC_CODES = ("terramesh", "esri", "dynamicworld")
+STOPPED = 130  # what the shell reports for Ctrl-C
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 143 when stopped by SIGTERM."""
+    """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
         return parsed.command(parsed) or 0
+    except KeyboardInterrupt:
+        return STOPPED
     except Exception as error:
         if not _told(error):
             raise
@@ -39,7 +43,8 @@ def _is_users(error: Exception) -> bool:
     from terramind_jax.data.errors import DataError
 
     known = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError | ConnectionError | DataError
-    return isinstance(error, known) or type(error) is ImportError  # an extra that is not installed
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return isinstance(error, known) or full or type(error) is ImportError  # an extra that is not installed
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -202,7 +207,22 @@ def _add_generate(commands) -> None:
     parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
-    parser.epilog = "Scenes are cut into tiles of the model's size, 224 pixels; a side shorter than 1.25 of them gives only its middle."
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
+    _add_windows(parser)
+    parser.add_argument("--no-quicklook", dest="quicklook", action="store_false", help="draw no picture")
+    parser.epilog = (
+        "A scene of any size, from 224 pixels on, is seen through windows of the model's size that overlap; if its sides are no multiples "
+        "of 16 pixels, it is mirrored at the right and lower edge. Where no input has data, outputs have none. Ctrl-C or a kill "
+        "leaves what is done in DIR/unfinished, from which the same command goes on."
+    )
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    text = "pixels that windows share with their neighbours, a multiple of 16; default: half a window"
+    parser.add_argument("--overlap", type=int, metavar="PIXELS", help=text)
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="windows at once, on all devices of this machine; default: 8"
+    )
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
 
 
@@ -220,6 +240,10 @@ def _generate(parsed: argparse.Namespace) -> None:
         model=parsed.model,
         lulc_codes=parsed.lulc_codes,
         seed=parsed.seed,
+        overlap=parsed.overlap,
+        samples=parsed.samples,
+        batch_size=parsed.batch_size,
+        quicklook=parsed.quicklook,
         timesteps=parsed.timesteps,
         steps=parsed.steps,
         temperature=parsed.temperature,

@@ -96,11 +96,19 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
 
 
 def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.ndarray:
-    """An image ``[H, W, C]`` of modality `name` as colours ``[H, W, 3]`` in 0-1; `within` are the limits of another image."""
+    """An image ``[H, W, C]`` of modality `name` as colours ``[H, W, 3]`` in 0-1, white for NaN; `within`: limits of another image."""
     modality, shown = modalities.input_stream(name).modality, bands(name, image)
     if modalities.get(modality).kind == "classes":
         return np.array([class_colour(modality, c) for c in range(len(modalities.get(modality).classes))])[shown.astype(int)]
     low, high = within if within is not None else limits(name, image)
+    nothing = np.isnan(shown).reshape(*shown.shape[:2], -1).any(-1)
+    shown = np.where(np.isnan(shown), low, shown)
+    colours = _coloured(modality, shown, low, high)
+    colours[nothing] = 1
+    return colours
+
+
+def _coloured(modality: str, shown: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     scaled = np.clip((shown - low) / (high - low), 0, 1)
     if scaled.ndim == 3:
         return scaled if modality == "S2RGB" else scaled ** (1 / 1.25)

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from terramind_jax import coordinates, files, generate, geo, modalities
 from terramind_jax.decoding import generate_tokens
-from terramind_jax.model import TerraMind
 from terramind_jax.modalities import Stream
+from terramind_jax.model import TerraMind
 from terramind_jax.scenes import reading, windows, writing
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
@@ -301,4 +301,3 @@ def _seeds(seed: int, samples: int) -> list[int]:
 
 def _put(network: Network, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     return x if network.sharding is None else jax.device_put(x, network.sharding)
-
