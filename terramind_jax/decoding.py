@@ -51,6 +51,9 @@ def generate_tokens(
     top_k: PerTarget[int | float] = 0,
     top_p: PerTarget[float] = 0.8,
     guidance_scale: PerTarget[float] = 1.0,
+    known_tokens: Mapping[str, jax.Array] | None = None,
+    only: str | None = None,
+    at: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
     """Samples the streams `targets` in their order (spec 8.1-8.4).
 
@@ -66,9 +69,13 @@ def generate_tokens(
       temperature: 0 takes the most probable token.
       top_k, top_p: filters of `sampling.filter_logits`.
       guidance_scale: ``u + (c - u) * scale`` of the logits with (c) and without (u) the inputs and the finished targets; 1 is off.
+      known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here.
+      only: the one target to sample now. Target after target, each with `known_tokens` of those before, gives what one call gives.
+      at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the random
+        material of each token there. None: zeros.
 
     Returns:
-      ``{target: ids}``, int32 ``[B, s, s]`` for images and ``[B, L]``, right-padded with 0, for sequences.
+      ``{target: ids}`` of what was sampled, int32 ``[B, s, s]`` for images and ``[B, L]``, right-padded with 0, for sequences.
 
     Raises:
       ValueError: a stream that the model lacks or that is both input and target, wrong shapes, images of different sizes, settings out
@@ -76,12 +83,16 @@ def generate_tokens(
     """
     encoder = {s.key: s for s in module.config.encoder}
     decoder = {s.key: s for s in module.config.decoder}
+    finished = {key: jnp.asarray(value) for key, value in (known_tokens or {}).items()}
     known = {key: jnp.asarray(value) for key, value in inputs.items()}
-    batch_size = _check(known, targets, encoder, decoder, seed)
+    batch_size = _check(known, targets, encoder, decoder, seed, finished, only)
+    known |= {key: value for key, value in finished.items() if key in encoder}
     module, variables = transformer.at_size(module, variables, _image_size(module, known))
-    words = jnp.asarray(sampling.seed_words(seed, batch_size))
+    words, at = jnp.asarray(sampling.seed_words(seed, batch_size)), jnp.asarray(sampling.corners(at, batch_size))
     outputs = {}
     for i, target in enumerate(targets):
+        if target in finished or only not in (None, target):
+            continue
         option = functools.partial(_option, target=target)
         settings = dict(top_k=option(top_k), top_p=float(option(top_p)), guided=option(guidance_scale) != 1)
         sampling.check_filters(settings["top_k"], settings["top_p"])
@@ -94,9 +105,9 @@ def generate_tokens(
         temperatures = sampling.temperature_schedule(option(temperature_schedule), option(temperature), counts)
         settings["greedy"] = option(temperature) <= sampling.GREEDY_TEMPERATURE
         plan = (jnp.asarray(counts), jnp.asarray(temperatures), jnp.float32(option(guidance_scale)))
-        later = [key for key in targets[i + 1 :] if key in encoder and encoder[key].kind == "sequence"]
+        later = [key for key in targets[i + 1 :] if key in encoder and key not in finished and encoder[key].kind == "sequence"]
         seen = known | {key: jnp.full((batch_size, 1), START) for key in later}
-        outputs[target] = run(variables, seen, words, *plan, module=module, target=target, **settings)
+        outputs[target] = run(variables, seen, words, at, *plan, module=module, target=target, **settings)
         if target in encoder:
             known[target] = outputs[target]
     return outputs
@@ -109,14 +120,14 @@ _STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "schedule", "width", "even"))
 def _write_image(
-    variables, inputs, words, counts, temperatures, guidance_scale, *, module, target, schedule, width, even, guided, **settings
+    variables, inputs, words, at, counts, temperatures, guidance_scale, *, module, target, schedule, width, even, guided, **settings
 ) -> jax.Array:
     """All steps of one image stream -> ids ``[B, h, w]``. `counts` and `temperatures` ``[steps]``; `width` is the largest count."""
     b, grid, length = words.shape[0], module.config.grid, module.config.grid**2
-    keys = sampling.sample_keys(words, target)
+    keys, places = sampling.sample_keys(words, target), sampling.places(at, grid, grid)
     slots = _embed(module, variables, inputs)
     sees_itself = target in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
-    order = jnp.pad(sampling.random_orders(keys, length), ((0, 0), (0, width)))
+    order = jnp.pad(sampling.random_orders(keys, places), ((0, 0), (0, width)))
 
     def body(state, plan):
         ids, written = state
@@ -134,7 +145,10 @@ def _write_image(
         contexts = _encode(module, variables, slots, own, guided)
         y = [module.apply(variables, queries, *context, self_mask, method="decode") for context in contexts]
         logits = _logits(module, variables, target, y, guidance_scale)
-        new, confidence = _sample(sampling.step_keys(keys, step), logits, temperature, **settings)
+        # A step that draws each token once needs no number: windows of a scene may come to a token in different steps.
+        drawn = sampling.step_keys(keys, step if schedule == "maskgit" else 0)
+        drawn = sampling.place_keys(drawn, jnp.take_along_axis(places, positions, axis=1))
+        new, confidence = _sample(drawn, logits, temperature, **settings)
         chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
         return _write(ids, written, positions, new, chosen), None
 
@@ -145,8 +159,9 @@ def _write_image(
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _write_sequence(variables, inputs, words, counts, temperatures, guidance_scale, *, module, target, guided, **settings) -> jax.Array:
+def _write_sequence(variables, inputs, words, at, counts, temperatures, guidance_scale, *, module, target, guided, **settings) -> jax.Array:
     """One sequence stream, token after token -> ids ``[B, L]`` (spec 8.4). Ends at the first sentinel; the rest is padding."""
+    del at, counts  # a sequence lies on no grid, and is written token by token
     b = words.shape[0]
     total = next(s.max_tokens for s in module.config.decoder if s.key == target)
     length = total - 1  # the first place is the input's [S_1]
@@ -163,7 +178,7 @@ def _write_sequence(variables, inputs, words, counts, temperatures, guidance_sca
         y = [module.apply(variables, queries, *context, future, method="decode") for context in contexts]
         last = [jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1) for x in y]
         logits = _logits(module, variables, target, last, guidance_scale)
-        new, _ = _sample(sampling.step_keys(keys, step), logits, temperatures[0], **settings)
+        new, _ = _sample(sampling.step_keys(keys, step)[:, None], logits, temperatures[0], **settings)
         return jax.lax.dynamic_update_slice_in_dim(ids, new, step + 1, axis=1), None
 
     ids = jnp.full((b, total), coordinates.PAD).at[:, 0].set(START)
@@ -279,9 +294,9 @@ def _check_schedule(schedule: str) -> str:
     return schedule
 
 
-def _check(inputs, targets, encoder, decoder, seed) -> int:
+def _check(inputs, targets, encoder, decoder, seed, finished, only) -> int:
     """Raises unless these streams can be generated from those; returns the batch size."""
-    for role, keys, known in (("input", inputs, encoder), ("target", targets, decoder)):
+    for role, keys, known in (("input", inputs, encoder), ("target", targets, decoder), ("target", finished, decoder)):
         unknown = [key for key in keys if key not in known]
         if unknown:
             raise ValueError(f"This model has no {role} stream {unknown[0]!r}; it has {', '.join(known)}.")
@@ -290,9 +305,14 @@ def _check(inputs, targets, encoder, decoder, seed) -> int:
         raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one.")
     if len(set(targets)) != len(targets):
         raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
-    if not inputs and targets and targets[0] not in encoder:
+    if only is not None and only not in targets:
+        raise ValueError(f"The option only is {only!r}, which is no target; targets: {', '.join(targets)}.")
+    both = [key for key in finished if key in inputs or key == only]
+    if both:
+        raise ValueError(f"The known tokens are of {both[0]!r}, which is {'to be sampled' if both[0] == only else 'an input'}.")
+    if not inputs | finished and targets and targets[0] not in encoder:
         raise ValueError(f"{targets[0]!r} needs at least one input: this model cannot encode it, so there is nothing to start from.")
-    sizes = {key: value.shape[0] for key, value in inputs.items()}
+    sizes = {key: value.shape[0] for key, value in (inputs | finished).items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The inputs differ in batch size: {', '.join(f'{key} {size}' for key, size in sizes.items())}.")
     return next(iter(sizes.values()), np.size(seed))

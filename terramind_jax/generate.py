@@ -38,6 +38,7 @@ def generate(
     timesteps: int = 10,
     noise: Mapping[str, np.ndarray] | None = None,
     clip: bool = True,
+    at: np.ndarray | None = None,
     **options: Any,
 ) -> dict[str, np.ndarray | list[str]]:
     """Generates modalities from modalities (spec 8.5).
@@ -51,6 +52,8 @@ def generate(
       standardize: False if the inputs are standardised already; then the outputs are, too.
       version, offset: whose statistics standardise, and by how much they move a modality's mean, by user name.
       timesteps, noise, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
+      at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
+        all random material where they overlap.
       **options: those of `decoding.generate_tokens`; mappings are keyed by the names in `outputs`.
 
     Returns:
@@ -63,8 +66,8 @@ def generate(
     offset, noise = offset or {}, noise or {}
     _check_outputs("Noise", noise, outputs)
     scale = dict(vocabulary=vocabulary, standardize=standardize, version=version)
-    tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, offset=offset, **scale, **options)
-    decoding = dict(seed=seed, timesteps=timesteps, clip=clip)
+    tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, at=at, offset=offset, **scale, **options)
+    decoding = dict(seed=seed, at=at, timesteps=timesteps, clip=clip)
 
     def finish(name: str, ids: jax.Array) -> np.ndarray | list[str]:
         own = dict(offset=offset.get(name, 0.0), noise=noise.get(name))
@@ -85,19 +88,25 @@ def output_tokens(
     standardize: bool = True,
     version: str = "v1",
     offset: Mapping[str, float] | None = None,
+    known_tokens: Mapping[str, np.ndarray] | None = None,
+    only: str | None = None,
     **options: Any,
 ) -> dict[str, jax.Array]:
-    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids."""
+    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids.
+
+    With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of those before it; `outputs` stay the same.
+    """
     check_by_name(inputs)
     read, made = {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
     _check_names(module, read, made, tokenizers)
     _check_sizes(inputs, read)
-    options = {name: _by_stream(value, made) for name, value in options.items()}
+    _check_known(known_tokens or {}, only, made)
+    options = {name: _by_stream(value, made) for name, value in (options | {"known_tokens": known_tokens}).items()}
     encode = functools.partial(encode_input, tokenizers=tokenizers, vocabulary=vocabulary, standardize=standardize, version=version)
     values = {stream.key: encode(stream, inputs[name], offset=(offset or {}).get(name, 0.0)) for name, stream in read.items()}
     targets = list(dict.fromkeys(stream.key for stream in made.values()))
-    tokens = generate_tokens(module, variables, values, targets, seed=seed, **options)
-    return {name: tokens[stream.key] for name, stream in made.items()}
+    tokens = generate_tokens(module, variables, values, targets, seed=seed, only=only and made[only].key, **options)
+    return {name: tokens[stream.key] for name, stream in made.items() if stream.key in tokens}
 
 
 def input_stream(module: TerraMind, name: str) -> Stream:
@@ -176,6 +185,14 @@ def _check_outputs(what: str, given: Mapping[str, Any], outputs: Iterable[str]) 
     unknown = sorted(set(given) - set(outputs))
     if unknown:
         raise ValueError(f"{what} is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(outputs)}.")
+
+
+def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mapping[str, Stream]) -> None:
+    """Errors in tokens that are known, and in the one output to be sampled."""
+    _check_outputs("The option only", [] if only is None else [only], made)
+    _check_outputs("known_tokens", tokens, made)
+    for name, ids in tokens.items():
+        check_integers(f"known_tokens of {name}", ids, made[name].vocab_size, "tokens")
 
 
 def _check_names(module: TerraMind, read: Mapping[str, Stream], made: Mapping[str, Stream], tokenizers: Tokenizers) -> None:

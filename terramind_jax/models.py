@@ -213,8 +213,8 @@ class Generator(Model):
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
           clip: the published limit of diffusion decoders, one standard deviation around the mean; False lifts it.
-          **options: of `decoding.generate_tokens`, also under the names that the model is built with (`SAMPLING`), and over what it was
-            built with; a mapping gives each output its own.
+          **options: `at` of `generate.generate`, for windows of a scene, and those of `decoding.generate_tokens`, also under the names that
+            the model is built with (`SAMPLING`), and over what it was built with; a mapping gives each output its own.
 
         Returns:
           ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where

@@ -1,7 +1,8 @@
 """How tokens are drawn: schedules, filters and the random material of each draw (spec 8.1, 8.2).
 
-Every draw of a sample depends on that sample's seed, the target and the step, and on nothing else: not on the batch around it, nor on
-what was generated before. Keys are arrays ``[B]``, one key a sample, and all random functions here are mapped over them.
+Every draw depends on the sample's seed, the target, the step and the token's place on the grid of its scene, and on nothing else: not on
+the batch around it, nor on what was generated before, nor on the window in which a scene is seen. So windows that overlap share what is
+random. Keys are arrays ``[B]``, one key a sample, and all random functions here are mapped over them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ TemperatureSchedule = Literal["constant", "linear"]
 
 MIN_TEMPERATURE = 1e-9  # floor of the linear temperature schedule
 GREEDY_TEMPERATURE = 1e-10  # at or below it the most probable token is taken
+SCENE_SIDE = 2**16  # tokens along the largest scene
 
 
 def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> tuple[int, ...]:
@@ -83,11 +85,41 @@ def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
 
-def random_orders(keys: jax.Array, length: int) -> jax.Array:
-    """One random order of ``0 ... length - 1`` a sample: ``[B, length]`` int32."""
+def corners(at: np.ndarray | None, batch_size: int) -> np.ndarray:
+    """`at` as ``[B, 2]`` int32: row and column of each window's first token on the grid of its scene; None: the windows are the scenes."""
+    at = np.zeros((batch_size, 2), np.int32) if at is None else np.asarray(at)
+    if at.shape != (batch_size, 2) or at.dtype.kind not in "iu":
+        raise ValueError(f"The option at is {at.dtype} of shape {list(at.shape)}; expected integers [{batch_size}, 2], row and column.")
+    if at.min(initial=0) < 0 or at.max(initial=0) >= SCENE_SIDE:
+        raise ValueError(f"The option at goes from {at.min()} to {at.max()}; expected tokens of a scene's grid, 0-{SCENE_SIDE - 1}.")
+    return at.astype(np.int32)
+
+
+def places(at: jax.Array, height: int, width: int) -> jax.Array:
+    """Numbers of all tokens of windows on the grids of their scenes, the same whatever a scene's width: ``[B, height * width]`` uint32."""
+    rows, columns = (at[:, i, None, None].astype(jnp.uint32) for i in range(2))
+    rows, columns = rows + jnp.arange(height, dtype=jnp.uint32)[:, None], columns + jnp.arange(width, dtype=jnp.uint32)
+    return (rows * SCENE_SIDE + columns).reshape(at.shape[0], -1)
+
+
+def place_keys(keys: jax.Array, places: jax.Array) -> jax.Array:
+    """The keys ``[B, n]`` of the tokens at `places` ``[B, n]``."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, places)
+
+
+def random_orders(keys: jax.Array, places: jax.Array) -> jax.Array:
+    """One random order of ``0 ... n - 1`` a sample, ``[B, n]`` int32; two tokens come in the same order in every window that holds them."""
     # Step 2**31 - 1 is never reached, so the order shares no key with a draw.
-    bits = jax.vmap(lambda key: jax.random.bits(key, (length,)))(step_keys(keys, 2**31 - 1))
+    bits = jax.vmap(jax.vmap(jax.random.bits))(place_keys(step_keys(keys, 2**31 - 1), places))
     return jnp.argsort(bits, axis=1).astype(jnp.int32)
+
+
+def normal(keys: jax.Array, at: jax.Array, shape: tuple[int, int], patch_size: int, channels: int) -> jax.Array:
+    """Normal noise of images of `shape` patches whose first lies at `at` ``[B, 2]``, patch by patch: ``[B, H, W, C]`` float32."""
+    patch = (patch_size, patch_size, channels)
+    own = place_keys(keys, places(at, *shape))
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, patch)))(own).reshape(-1, *shape, *patch)
+    return noise.swapaxes(2, 3).reshape(-1, shape[0] * patch_size, shape[1] * patch_size, channels)
 
 
 def check_filters(top_k: int | float, top_p: float) -> None:
@@ -137,10 +169,10 @@ def _least_kept(probability: jax.Array, top_p: float) -> jax.Array:
 def draw(keys: jax.Array, logits: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """Draws from ``[B, n, V]`` filtered logits: ids ``[B, n]`` int32 and their probabilities ``[B, n]`` after tempering (spec 8.2).
 
-    `temperature` must be positive; temperature 0 is `most_probable`.
+    `keys` are ``[B, n]``, one a token. `temperature` must be positive; temperature 0 is `most_probable`.
     """
     logits = logits / temperature
-    ids = jax.vmap(jax.random.categorical)(keys, logits)
+    ids = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
     chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     return ids.astype(jnp.int32), jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
 

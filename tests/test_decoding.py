@@ -60,7 +60,8 @@ def plain_logits(network, inputs, target, positions, own=None, ids=None, self_ma
 
 def plain_loop(network, inputs, target, counts, schedule, seed=0):
     """Spec 8.3 for one sample at temperature 0, written down as it reads."""
-    order = sampling.random_orders(sampling.sample_keys(jnp.asarray(sampling.seed_words(seed, 1)), target), LENGTH)[0]
+    places = sampling.places(jnp.zeros((1, 2), int), SIDE, SIDE)
+    order = sampling.random_orders(sampling.sample_keys(jnp.asarray(sampling.seed_words(seed, 1)), target), places)[0]
     written = {}
     for count in counts:
         if schedule == "roar":
@@ -132,6 +133,34 @@ def test_a_finished_target_is_an_input_of_the_next(network):
     np.testing.assert_array_equal(chained["tok_b"], explicit["tok_b"])
     other = run(network, pixels(2) | {"tok_a": (chained["tok_a"] + 1) % 40}, ("tok_b",), temperature=0)
     assert (chained["tok_b"] != other["tok_b"]).any()
+
+
+def test_target_after_target_equals_one_call(network):
+    """With all that is random, and a sequence to come in between."""
+    targets, options = ("tok_a", "coords", "tok_b", "tok_c"), dict(seed=np.array([5, 6]), steps=2, at=np.array([[1, 2], [0, 7]]))
+    together, known = run(network, pixels(2), targets, **options), {}
+    for target in targets:
+        made = run(network, pixels(2), targets, known_tokens=known, only=target, **options)
+        assert list(made) == [target]
+        known |= made
+    for target in targets:
+        np.testing.assert_array_equal(known[target], together[target])
+    rest = run(network, pixels(2), targets, known_tokens={key: known[key] for key in targets[:2]}, **options)
+    assert list(rest) == ["tok_b", "tok_c"]
+    np.testing.assert_array_equal(rest["tok_c"], together["tok_c"])
+
+
+@pytest.mark.parametrize("schedule", ["roar", "maskgit"])
+def test_windows_of_a_scene_share_its_draws(network, schedule):
+    """All content is zero and all places alike, so that tokens differ by their draws alone."""
+    module, variables = network
+    flat = jax.tree.map(jnp.zeros_like, {"buffers": variables["buffers"]}) | {"params": variables["params"]}
+    options = dict(schedule=schedule, top_p=0.0, temperature=5.0)
+    blank = {PIXELS.key: np.zeros((1, 48, 48, 1))}
+    whole = run((module, flat), blank, at=np.array([[4, 9]]), **options)["tok_a"]
+    moved = run((module, flat), blank, at=np.array([[5, 8]]), **options)["tok_a"]
+    np.testing.assert_array_equal(whole[:, 1:, :2], moved[:, :2, 1:])
+    assert len(np.unique(whole)) > 3 and (run((module, flat), blank, **options)["tok_a"] != whole).any()
 
 
 def test_a_target_without_encoder_stream_conditions_nothing(network):
@@ -223,6 +252,11 @@ def test_padding_of_a_sequence_input_is_hidden(network):
         ({PIXELS.key: np.zeros((1, 40, 40, 1))}, ("tok_a",), {}, r"expected \[B, S, S, 1\], S a multiple of the patch size 16"),
         ({"tok_b": np.zeros((1, 8), int)}, ("tok_a",), {}, r"shape \[1, 8\]; expected the ids of a square of tokens"),
         (pixels(1) | {"tok_b": np.zeros((1, 2, 2), int)}, ("tok_a",), {}, "untok_dem@224 48 pixels, tok_b 32 pixels"),
+        (pixels(1), ("tok_a",), {"only": "tok_b"}, "option only is 'tok_b', which is no target; targets: tok_a"),
+        (pixels(1), ("tok_a",), {"known_tokens": {"tok_x": np.zeros((1, SIDE, SIDE), int)}}, "no target stream 'tok_x'"),
+        (pixels(1), ("tok_a",), {"known_tokens": {"tok_a": np.zeros((2, SIDE, SIDE), int)}}, "differ in batch size"),
+        (pixels(1), ("tok_a",), {"only": "tok_a", "known_tokens": {"tok_a": np.zeros((1, 3, 3), int)}}, "'tok_a', which is to be sampled"),
+        (pixels(1), ("tok_a",), {"at": np.zeros((2, 2), int)}, r"expected integers \[1, 2\], row and column"),
         (pixels(1), ("tok_a",), {"steps": 0}, "must be at least 1"),
         (pixels(1), ("tok_a",), {"schedule": "raster"}, "known schedules: roar, maskgit"),
         (pixels(1), ("tok_a",), {"top_p": 2.0}, "top_p is 2.0"),

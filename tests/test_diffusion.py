@@ -160,6 +160,16 @@ def test_given_noise_replaces_the_seed(decode):
     assert np.abs(decode(tokens(), noise=noise) - decode(tokens())).max() > 1e-2
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_windows_of_a_scene_share_its_noise(scheduler):
+    """With a network that predicts nothing, the image is what the noise makes of it."""
+    variables = jax.tree.map(jnp.zeros_like, test_unet.build(SMALL))
+    decode = functools.partial(tokenizer.decode, tokenizer.Tokenizer(SMALL), variables, timesteps=2, scheduler=scheduler, spacing="leading")
+    whole = decode(tokens(1, 4, 6), seed=3, at=np.array([[10, 5]]))
+    np.testing.assert_allclose(whole[:, 16:48, 32:], decode(tokens(1, 2, 4), seed=3, at=np.array([[11, 7]])), atol=1e-6)
+    assert np.abs(whole - decode(tokens(1, 4, 6), seed=3)).max() > 0.1
+
+
 def test_images_are_clipped_unless_asked_otherwise(decode):
     assert np.abs(decode(tokens())).max() == 1
     assert np.abs(decode(tokens(), clip=False)).max() > 1.1
@@ -194,6 +204,7 @@ def test_a_decoder_of_one_pass_ignores_the_options():
         ({"spacing": "karras"}, "Unknown spacing 'karras' of timesteps; known spacings: trailing, leading, linspace"),
         ({"timesteps": 0}, "number of timesteps is 0; it must be between 1 and 1000"),
         ({"timesteps": 1001}, "number of timesteps is 1001"),
+        ({"at": [[0, 0]]}, r"option at is int64 of shape \[1, 2\]; expected integers \[2, 2\]"),
         ({"seed": [1, 2, 3]}, r"seed has shape \(3,\)"),
     ],
 )

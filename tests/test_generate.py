@@ -55,7 +55,16 @@ def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
     generate.generate(*system, scene(), ["NDVI"], seed=np.array([4, 5]), temperature=0)
     generate.generate(*system, scene(), ["NDVI"], seed=6, timesteps=3, clip=False, temperature=0)
     assert calls[0]["seed"].tolist() == [4, 5] and calls[0]["timesteps"] == 10 and calls[0]["clip"]
-    assert calls[1] == {"seed": 6, "timesteps": 3, "clip": False, "noise": None}
+    assert calls[1] == {"seed": 6, "timesteps": 3, "clip": False, "noise": None, "at": None}
+
+
+def test_output_after_output_equals_one_call(system):
+    outputs, options = ["NDVI", "coords", "LULC"], dict(seed=np.array([4, 5]), at=np.array([[0, 3], [2, 1]]))
+    together, known = generate.output_tokens(*system, scene(), outputs, **options), {}
+    for name in outputs:
+        known |= generate.output_tokens(*system, scene(), outputs, known_tokens=known, only=name, **options)
+    for name in outputs:
+        np.testing.assert_array_equal(known[name], together[name])
 
 
 def test_tokenised_inputs_and_coordinates_condition(system):
@@ -86,6 +95,9 @@ def test_unwritten_coordinates_are_nan(system):
         ({"DEM": np.full((1, 48, 48, 1), np.nan)}, ["NDVI"], {}, "NaN"),
         ({"LULC": np.full((1, 48, 48), 10)}, ["NDVI"], {}, "from 10 to 10; expected integer classes 0-9"),
         (scene(), ["NDVI"], {"steps": {"S1GRD": 2}}, "S1GRD, which is no output; outputs: NDVI"),
+        (scene(), ["NDVI"], {"only": "DEM"}, "The option only is given for DEM, which is no output; outputs: NDVI"),
+        (scene(), ["NDVI"], {"known_tokens": {"DEM": np.zeros((2, 3, 3), int)}}, "known_tokens is given for DEM, which is no output"),
+        (scene(), ["NDVI"], {"known_tokens": {"NDVI": np.full((2, 3, 3), 10**6)}}, "known_tokens of NDVI holds .* integer tokens 0-"),
         (scene(), ["NDVI"], {"noise": {"DEM": 0}}, "Noise is given for DEM, which is no output; outputs: NDVI"),
         (scene() | {"tok_ndvi@224": 0, "NDVI": 0}, ["LULC"], {}, "The inputs tok_ndvi@224 and NDVI are one stream"),
         (scene() | {"coords": np.zeros((1, 2))}, ["NDVI"], {}, "differ in batch size: DEM 2, coords 1"),

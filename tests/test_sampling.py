@@ -93,7 +93,7 @@ def test_filter_errors():
 
 
 def test_draws_follow_the_probabilities():
-    keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(3, 1)), "coords")
+    keys = jax.random.split(jax.random.key(3), (1, 4000))
     logits = jnp.broadcast_to(sampling.filter_logits(jnp.asarray(SPEC_PROBABILITIES), top_p=0.8), (1, 4000, 5))
     ids, confidence = sampling.draw(keys, logits, 1.0)
     share = np.bincount(np.asarray(ids[0]), minlength=5) / 4000
@@ -116,10 +116,37 @@ def test_keys_depend_on_seed_target_and_step_alone():
 
 def test_orders_are_permutations_of_their_own():
     keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(np.arange(3), 3)), "coords")
-    orders = np.asarray(sampling.random_orders(keys, 50))
+    places = sampling.places(jnp.zeros((3, 2), int), 5, 10)
+    orders = np.asarray(sampling.random_orders(keys, places))
     assert (np.sort(orders, axis=1) == np.arange(50)).all()
     assert (orders[0] != orders[1]).any() and (orders[1] != orders[2]).any()
-    np.testing.assert_array_equal(orders[1:2], sampling.random_orders(keys[1:2], 50))
+    np.testing.assert_array_equal(orders[1:2], sampling.random_orders(keys[1:2], places[1:2]))
+
+
+def test_a_window_sees_the_random_material_of_its_scene():
+    """At (r, c) it is what the whole scene has there: places, draws, the order of tokens, and noise; at 2**15 rows, too."""
+    keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(7, 1)), "tok_dem@224")
+    for first in (0, 40_000):
+        scene, at = np.array([[first, first]]), np.array([[first + 2, first + 1]])
+        whole, inside = np.asarray(sampling.places(scene, 6, 8)), np.asarray(sampling.places(at, 4, 4))
+        np.testing.assert_array_equal(whole.reshape(6, 8)[2:, 1:5].ravel(), inside[0])
+        assert len(np.unique(whole)) == 48
+        ids = [np.asarray(sampling.draw(sampling.place_keys(keys, x), jnp.zeros((1, x.size, 500)), 1.0)[0])[0] for x in (whole, inside)]
+        np.testing.assert_array_equal(ids[0].reshape(6, 8)[2:, 1:5].ravel(), ids[1])
+        orders = [[int(x[0, i]) for i in sampling.random_orders(keys, jnp.asarray(x))[0]] for x in (whole, inside)]
+        assert [place for place in orders[0] if place in orders[1]] == orders[1]
+        noise = [sampling.normal(keys, x, shape, 16, 2) for x, shape in ((scene, (6, 8)), (at, (4, 4)))]
+        assert noise[0].shape == (1, 96, 128, 2) and abs(float(noise[0].std()) - 1) < 0.02
+        np.testing.assert_array_equal(noise[0][:, 32:, 16:80], noise[1])
+
+
+def test_corner_errors():
+    with pytest.raises(ValueError, match=r"option at is int64 of shape \[2\]; expected integers \[2, 2\], row and column"):
+        sampling.corners(np.zeros(2, int), 2)
+    with pytest.raises(ValueError, match="option at is float64"):
+        sampling.corners(np.zeros((2, 2)), 2)
+    with pytest.raises(ValueError, match="option at goes from -1 to 0; expected tokens of a scene's grid, 0-65535"):
+        sampling.corners(np.array([[0, -1]]), 1)
 
 
 def test_seed_errors():

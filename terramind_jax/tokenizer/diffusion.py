@@ -35,6 +35,7 @@ def decode(
     scheduler: Scheduler = "ddim",
     spacing: Spacing = "trailing",
     clip: bool = True,
+    at: np.ndarray | None = None,
 ) -> jax.Array:
     """Tokens as `Tokenizer.encode` gives them -> standardised image, or logits, ``[B, H, W, C]`` float32 (spec 6.7).
 
@@ -48,6 +49,8 @@ def decode(
       spacing: which of the 1000 timesteps are taken. DDPM always takes "leading", as the reference does.
       clip: limits each prediction to -1 ... 1, as published. Images then stay within one standard deviation of the mean: elevation
         between -281 and 1622 m. False lifts the limit; the reference cannot.
+      at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the noise of
+        each patch there. None: zeros.
 
     Raises:
       ValueError: tokens whose image the decoder cannot halve often enough, noise of another shape, an unknown scheduler or spacing.
@@ -57,10 +60,9 @@ def decode(
     shape = image_shape(module, tokens.shape)
     if noise is not None and tuple(noise.shape) != shape:
         raise ValueError(f"The starting noise has shape {list(noise.shape)}; these tokens decode to {list(shape)}.")
-    words = jnp.asarray(sampling.seed_words(seed, shape[0]))
-    return _denoise(
-        variables, tokens, words, noise, plan(timesteps, scheduler, spacing), module=module, clip=clip, noisy=scheduler == "ddpm"
-    )
+    words, at = jnp.asarray(sampling.seed_words(seed, shape[0])), jnp.asarray(sampling.corners(at, shape[0]))
+    steps = plan(timesteps, scheduler, spacing)
+    return _denoise(variables, tokens, words, at, noise, steps, module=module, clip=clip, noisy=scheduler == "ddpm")
 
 
 def image_shape(module: Tokenizer, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -74,13 +76,13 @@ def image_shape(module: Tokenizer, shape: tuple[int, ...]) -> tuple[int, int, in
 
 
 @functools.partial(jax.jit, static_argnames=("module", "clip", "noisy"))
-def _denoise(variables, tokens, words, noise, steps, *, module, clip, noisy) -> jax.Array:
+def _denoise(variables, tokens, words, at, noise, steps, *, module, clip, noisy) -> jax.Array:
     """All steps in one program."""
-    shape = image_shape(module, tokens.shape)
-    keys = sampling.sample_keys(words, f"{module.config.modality} pixels")
+    c = module.config
+    keys = sampling.sample_keys(words, f"{c.modality} pixels")
 
     def draw(t: jax.Array) -> jax.Array:
-        return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(sampling.step_keys(keys, t))
+        return sampling.normal(sampling.step_keys(keys, t), at, tokens.shape[1:3], c.patch_size, c.channels)
 
     codes = module.apply(variables, tokens, method="codes")
     start = draw(TRAIN_STEPS) if noise is None else noise
