@@ -97,8 +97,8 @@ def output_tokens(
     With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of those before it; `outputs` stay the same.
     """
     check_by_name(inputs)
-    read, made = {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
-    _check_names(module, read, made, tokenizers)
+    check_names(module, inputs, outputs, tokenizers)
+    read, made = _streams(module, inputs, outputs)
     _check_sizes(inputs, read)
     _check_known(known_tokens or {}, only, made)
     options = {name: _by_stream(value, made) for name, value in (options | {"known_tokens": known_tokens}).items()}
@@ -195,8 +195,13 @@ def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mappi
         check_integers(f"known_tokens of {name}", ids, made[name].vocab_size, "tokens")
 
 
-def _check_names(module: TerraMind, read: Mapping[str, Stream], made: Mapping[str, Stream], tokenizers: Tokenizers) -> None:
-    """Errors in the user's names, before anything is computed."""
+def _streams(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
+    return {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
+
+
+def check_names(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str], tokenizers: Tokenizers) -> None:
+    """Raises a ValueError for user names that a model does not know or that do not go together, before anything is computed."""
+    read, made = _streams(module, inputs, outputs)
     encoder = {s.key: s.modality for s in module.config.encoder}
     decoder = {s.key: s.modality for s in module.config.decoder}
     modalities.check_distinct(read)

@@ -1,4 +1,4 @@
-"""GeoTIFF in, GeoTIFF out: tiling, place, files and errors, with networks of random weights."""
+"""GeoTIFF in, GeoTIFF out: windows, place, files, errors and a run that is stopped, with networks of random weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from terramind_jax import generate, geo, modalities, model, predict, tokenizer
 from terramind_jax.modalities import STREAMS
+from terramind_jax.scenes import generating
 
 TILE = 48
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -38,34 +39,53 @@ def fill(init, module):
 
 @pytest.fixture
 def weights(networks, monkeypatch, tmp_path):
-    """A folder as training leaves it, with `load` of both kinds replaced."""
+    """A folder as training leaves it, with `load` of both kinds replaced; of the eight devices one is used."""
     trained, tokenizers = networks
     for name in tokenizers:
         (tmp_path / "weights" / "tokenizers" / name).mkdir(parents=True)
     monkeypatch.setattr(predict.pretrain, "load", lambda workdir: (*trained, None))
     monkeypatch.setattr(predict.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
+    monkeypatch.setattr(predict, "spread", lambda network: network)
     return tmp_path / "weights"
 
 
 @pytest.fixture
 def copies(monkeypatch):
-    """Generation replaced by something whose place in the output can be seen: NDVI is the elevation over 1000."""
+    """Generation replaced by something whose place can be seen: tokens are the patches' numbers, NDVI and the class follow from them."""
     calls = []
 
-    def fake(module, variables, tokenizers, inputs, outputs, *, seed, **options):
-        calls.append({"seed": np.asarray(seed).tolist(), "inputs": inputs, **options})
-        makes = {"NDVI": inputs["DEM"] / 1000, "LULC": np.eye(10)[inputs["DEM"][..., 0].astype(int) % 10]}
-        makes["coords"] = np.full((len(inputs["DEM"]), 2), np.nan)
-        return {name: np.asarray(makes[name], np.float32) for name in outputs}
+    def tokens(module, variables, inputs, targets, *, seed, at, known_tokens, only, **options):
+        calls.append({"seed": seed, "inputs": inputs, "at": at.tolist(), "only": only, "known": sorted(known_tokens), **options})
+        if only == "coords":
+            return {only: np.zeros((len(at), 4), np.int32)}
+        return {only: numbers(at)}
 
-    monkeypatch.setattr(generate, "generate", fake)
+    def pixels(stream, ids, tokenizers, *, seed, at, **options):
+        calls.append({"seed": seed, "at": at.tolist(), **options})
+        np.testing.assert_array_equal(ids, numbers(at))  # the map of the scene holds each window's tokens
+        image = np.kron(ids, np.ones((1, 16, 16)))[..., None].astype(np.float32)
+        return image if stream.modality == "NDVI" else 50 * (image % 10 == np.arange(10)).astype(np.float32)
+
+    monkeypatch.setattr(generating, "generate_tokens", tokens)
+    monkeypatch.setattr(generate, "decode_output", pixels)
     return calls
 
 
-def elevation(path, height=100, width=59, seed=0):
-    array = np.random.default_rng(seed).integers(0, 2000, (height, width, 1)).astype(np.int16)
-    place = geo.Place(PLACE.crs, PLACE.transform, height, width)
-    geo.write(path, array, like=place)
+def numbers(at):
+    rows, columns = np.asarray(at).T[:, :, None, None]
+    return (rows + np.arange(3)[:, None]) * 10 + columns + np.arange(3)
+
+
+def patches(height, width):
+    """What `copies` makes of a scene."""
+    return (np.arange(height)[:, None] // 16 * 10 + np.arange(width) // 16)[..., None]
+
+
+def elevation(path, height=100, width=59, seed=0, hole=None):
+    array = np.random.default_rng(seed).integers(0, 2000, (height, width, 1)).astype(np.float32)
+    if hole is not None:
+        array[hole] = np.nan
+    geo.write(path, array, like=geo.Place(PLACE.crs, PLACE.transform, height, width))
     return array
 
 
@@ -80,23 +100,135 @@ def test_real_networks_write_every_kind_of_output(weights, tmp_path):
     assert ndvi.dtype == np.float32 and np.isfinite(ndvi).all()
     assert lulc.dtype == np.uint8 and lulc.max() < 10
     assert set(json.loads(written[2].read_text())[0]) == {"lon", "lat"}
-    assert (tmp_path / "out" / "a.png").is_file()
+    assert (tmp_path / "out" / "a.png").is_file() and not (tmp_path / "out" / "unfinished").exists()
 
 
-def test_a_long_side_is_covered_and_a_short_one_centred(weights, copies, tmp_path):
-    array = elevation(tmp_path / "a.tif")  # 100 x 59 pixels: three tiles of 48, the last shifted back, in the middle 48 columns
-    (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", seed=7)
-    ndvi = geo.read(path)
-    np.testing.assert_allclose(ndvi, array[:, 5:53] / 1000, rtol=1e-6)
-    assert ndvi.place == PLACE.window(0, 5, 100, 48)
-    assert [call["seed"] for call in copies] == [[7, 8, 9]]
+def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
+    array = elevation(tmp_path / "a.tif", TILE, TILE)
+    (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
+    written = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
+    made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5)
+    np.testing.assert_allclose(geo.read(written[0]), made["NDVI"][0], atol=1e-4)
+    np.testing.assert_array_equal(geo.read(written[2])[..., 0], made["LULC"][0].argmax(-1))
 
 
-def test_what_is_cut_off_is_said_and_nothing_is_replaced(weights, copies, tmp_path, capsys):
+@pytest.mark.parametrize("overlap, batch_size", [(None, 8), (32, 2), (0, 1)])
+def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
+    elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
+    paths = predict.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5)
+    np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
+    np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
+    assert geo.read(paths[0]).place == PLACE
+    assert all(call["seed"] == 7 and len(call["at"]) == min(batch_size, 2) for call in copies)
+    assert all((call.get("steps"), call.get("timesteps")) in ((3, None), (None, 5)) for call in copies)
+    assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch, tmp_path, capsys):
+    elevation(tmp_path / "a.tif", hole=np.s_[70:, :20])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], overlap=32, samples=2)
+    whole = predict.run(**call, out=tmp_path / "whole")
+    left = []
+
+    def stop(*args, original=None, **options):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return original(*args, **options)
+
+    for where, name in ((generating, "generate_tokens"), (generate, "decode_output")):
+        original = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, original=original, **options: stop(*args, original=original, **options))
+    stops, parts = 0, None
+    while parts is None:
+        left[:] = [None] * 11
+        try:
+            parts = predict.run(**call, out=tmp_path / "parts")
+        except KeyboardInterrupt:
+            stops += 1
+            assert "the same command goes on from there" in capsys.readouterr().out
+    assert stops > 4
+    for a, b in zip(whole, parts, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]
+
+
+def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "decode_output", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(**call)
+    with pytest.raises(FileExistsError, match="holds the work of another command: its seed was 0, now it is 1"):
+        predict.run(**call, seed=1)
+    with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
+        predict.run(**call, steps=2)
+
+
+def test_no_data_stays_no_data(weights, copies, tmp_path):
+    hole = np.zeros((100, 112), bool)
+    hole[:, 60:], hole[3, 4] = True, True
+    elevation(tmp_path / "a.tif", width=112, hole=hole)
+    ndvi, lulc = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out")
+    np.testing.assert_array_equal(np.isnan(geo.read(ndvi)[..., 0]), hole)
+    np.testing.assert_array_equal(geo.read(lulc)[..., 0] == 255, hole)
+    np.testing.assert_allclose(geo.read(ndvi)[~hole], patches(100, 112)[~hole], rtol=1e-5)
+    assert geo.read_header(lulc).nodata == 255 and np.isnan(geo.read_header(ndvi).nodata)
+    assert max(column for call in copies for _, column in call["at"]) == 2  # windows from columns 0, 2, 4; the last has no data
+    assert all(np.isfinite(x).all() for call in copies for x in call.get("inputs", {}).values())
+
+
+def test_the_spread_of_samples(weights, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE + 16)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], seed=3, quicklook=False)
+    one = predict.run(**call, out=tmp_path / "one")
+    several = predict.run(**call, out=tmp_path / "several", samples=3)
+    assert [p.parent.name for p in several] == ["NDVI", "NDVI_std", "LULC", "LULC_std"]
+    for a, b in zip(one, several[::2], strict=True):
+        np.testing.assert_array_equal(geo.read(a), geo.read(b))
+    spread, entropy = geo.read(several[1]), geo.read(several[3])
+    assert spread.min() >= 0 and spread.max() > 0 and np.isfinite(spread).all()
+    assert entropy.min() >= 0 and 0 < entropy.max() <= np.log(10) + 1e-6
+    assert geo.read_header(several[1]).descriptions == ("NDVI standard deviation",)
+
+
+def test_files_tell_what_they_were_made_from(weights, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    ndvi, lulc = predict.run(
+        weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
+    )
+    tags = geo.read_header(ndvi).tags
+    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "inputs", "version")}
+    assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
+    assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
+    assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
+
+
+def test_weights_are_known_by_their_bytes():
+    a, b = {"x": np.arange(3.0), "y": np.ones(2)}, {"x": np.arange(3.0), "y": np.array([1, 1.0000001])}
+    assert predict.digest(a) == predict.digest({k: v.copy() for k, v in a.items()})
+    assert len({predict.digest(x) for x in (a, b, {"x": a["y"], "y": a["x"]})}) == 3
+
+
+def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE + 32)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], quicklook=False)
+    one = predict.run(**call, out=tmp_path / "one")
+    monkeypatch.setattr(predict, "spread", generating.spread)
+    several = predict.run(**call, out=tmp_path / "several")
+    np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
+    np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
+
+
+def test_nothing_is_replaced(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     predict.run(**call)
-    assert "a: of 100x59 pixels only 100x48 in the middle\n" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"out/a\.png exists already; choose another name"):
         predict.run(**call)
     (tmp_path / "out" / "a.png").unlink()
@@ -104,40 +236,29 @@ def test_what_is_cut_off_is_said_and_nothing_is_replaced(weights, copies, tmp_pa
         predict.run(**call)
 
 
-def test_batches_have_one_shape(weights, copies, monkeypatch, tmp_path):
-    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
-    array = elevation(tmp_path / "a.tif")
-    (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["LULC"], out=tmp_path / "out", steps=3, timesteps=5)
-    np.testing.assert_array_equal(geo.read(path), array[:, 5:53] % 10)
-    assert [call["seed"] for call in copies] == [[0, 1], [2, 2]]
-    assert all(call["inputs"]["DEM"].shape == (2, TILE, TILE, 1) and (call["steps"], call["timesteps"]) == (3, 5) for call in copies)
+def test_a_scene_without_crs_is_said(weights, copies, tmp_path, capsys):
+    geo.write(tmp_path / "a.tif", np.ones((TILE, TILE, 1), np.int16))
+    predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+    assert "a: the input does not say where it lies (it has no CRS), so the outputs do not either.\n" in capsys.readouterr().out
 
 
 def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copies, tmp_path):
     for folder, names in (("dem", "abc"), ("where", "bcd")):
         for name in names:
             (tmp_path / folder).mkdir(exist_ok=True)
-            elevation(tmp_path / folder / f"{name}.tif", TILE, TILE)
+            elevation(tmp_path / folder / f"{name}.tif", TILE, TILE + 16)
     inputs = {"DEM": tmp_path / "dem", "coords": tmp_path / "where"}
     written = predict.run(weights=weights, inputs=inputs, to=["NDVI"], out=tmp_path / "out")
     assert [p.name for p in written] == ["b.tif", "c.tif"]
-    expected = geo.lonlat(geo.Place(PLACE.crs, PLACE.transform, TILE, TILE))
-    np.testing.assert_allclose(copies[0]["inputs"]["coords"], [expected])
+    where = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE + 16)
+    expected = generate.encode_input(STREAMS["coords"], np.array([geo.lonlat(where, 24, 24), geo.lonlat(where, 24, 40)]), {})
+    np.testing.assert_array_equal(copies[0]["inputs"]["coords"], expected)
 
 
-def test_missing_coordinates_are_null(weights, copies, tmp_path):
-    elevation(tmp_path / "a.tif", TILE, TILE)
+def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE + 16)
     (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
-    assert json.loads(path.read_text()) == [{"lon": None, "lat": None}]
-
-
-@pytest.mark.parametrize("height, width", [(48, 48), (49, 130), (96, 96)])
-def test_tiles_cover_every_pixel(height, width):
-    seen = np.zeros((height, width), int)
-    for window in predict.tiles(height, width, TILE):
-        assert seen[window].shape == (TILE, TILE)
-        seen[window] += 1
-    assert seen.min() >= 1
+    assert json.loads(path.read_text()) == [{"lon": None, "lat": None}] * 2
 
 
 @pytest.mark.parametrize(
@@ -154,7 +275,9 @@ def test_tiles_cover_every_pixel(height, width):
         ({"DEM": "one", "coords": "two"}, ["NDVI"], "share no file name"),
         ({"DEM": "a.tif", "coords": "shifted.tif"}, ["NDVI"], "do not lie on one grid"),
         ({"DEM": "small.tif"}, ["NDVI"], "is 47x48 pixels; expected at least 48x48"),
-        ({"DEM": "nan.tif"}, ["NDVI"], "nan.tif has 1 NaN or infinite pixel values"),
+        ({"DEM": "nothing.tif"}, ["NDVI"], "nothing.tif is empty: none of its pixels has data"),
+        ({"DEM": "text.tif"}, ["NDVI"], "text.tif is no raster that GDAL can read"),
+        ({"DEM": "a.tif"}, ["NDVI", "DEM"], "This model makes no DEM; it makes NDVI, LULC, coords"),
         ({"S1GRD": "a.tif"}, ["NDVI"], "a.tif has 1 bands, expected 2 for S1GRD"),
     ],
 )
@@ -169,11 +292,18 @@ def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message
     geo.write(
         tmp_path / "shifted.tif", np.zeros((TILE, TILE)), like=geo.Place(PLACE.crs, (10, 0, 500_003.0, 0, -10, 5_300_000.0), TILE, TILE)
     )
-    hole = np.where(np.arange(TILE * TILE).reshape(TILE, TILE) == 7, -32768, 100).astype(np.int16)
-    geo.write(tmp_path / "hole.tif", hole, like=square, nodata=-32768)
-    geo.write(tmp_path / "nan.tif", np.where(np.eye(TILE) * (np.arange(TILE) == 3), np.nan, 1.0).astype(np.float32), like=square)
+    geo.write(tmp_path / "nothing.tif", np.full((TILE, TILE), np.nan, np.float32), like=square)
+    (tmp_path / "text.tif").write_text("hello")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         predict.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, to=to, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+@pytest.mark.parametrize("options, message", [({"overlap": 8}, "The overlap is 8 pixels"), ({"samples": 0}, "samples is 0")])
+def test_options_that_cannot_be(weights, tmp_path, options, message):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    with pytest.raises(ValueError, match=message):
+        predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", **options)
 
 
 def test_a_missing_or_foreign_tokenizer_is_named(weights, networks, monkeypatch, tmp_path):
