@@ -1,9 +1,9 @@
 """Pictures: scenes with their inputs, truth and generated modalities, and loss curves. Matplotlib without a display.
 
-A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as VV in dB, elevation
-as a shaded relief, land cover in its classes' colours, NDVI from brown to green, and a user's own modality by its first band, or by its
-classes. Within a scene truth and generated share
-their colour limits, which come from the truth; those of elevation span both, as a wrong level would be one flat colour otherwise.
+A modality is drawn one way everywhere: Sentinel-2 as a stretched true-colour image, radar as VV in dB, elevation as a shaded relief,
+land cover in its classes' colours, NDVI from brown to green, and a user's own modality by its first band, or by its classes. A name may
+ask for another view of a modality: "S2L2A IRRG", "S1GRD false colour"; see `views`. Within a scene truth and generated share their
+colour limits, which come from the truth; those of elevation span both, as a wrong level would be one flat colour otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CLASS_COLOURS = colormaps["tab20"].colors  # of class maps but land cover, again
 COLOURS = {"NDVI": NDVI_COLOURS, "DEM": DEM_COLOURS, "S1GRD": colormaps["gray"], "S1RTC": colormaps["gray"]}
 MIN_RELIEF = 20.0  # metres: flat scenes are not stretched until only noise is left
 NDVI_LIMITS = (-0.2, 1.0)
+IRRG, FALSE_COLOUR = "IRRG", "false colour"  # views: near infrared, red, green; VV, VH, VV / VH, each stretched
 RADAR = ("VV {:.0f}", "{:.0f} dB")  # lowest and highest value beside the colour bar
 
 
@@ -50,7 +51,7 @@ class Scene:
     def limits(self, name: str) -> Limits | None:
         """Of the truth where there is one (for elevation together with what was generated), else of what was generated or given."""
         found = [limits(name, arrays[name]) for arrays in (self.truth, self.generated, self.inputs) if name in arrays]
-        if modalities.input_stream(name).modality == "DEM" and name in self.truth:
+        if _modality(name) == "DEM" and name in self.truth:
             lows, highs = zip(*found, strict=True)
             return min(lows), max(highs)
         return found[0] if found else None
@@ -62,22 +63,36 @@ Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value displayed, a 
 # ---- one image ----
 
 
+def views(name: str) -> tuple[str, ...]:
+    """The names under which a scene's picture shows a modality: Sentinel-2 in true colour and IRRG, radar in false colour."""
+    modality = _modality(name)
+    if modality in ("S2L2A", "S2L1C"):
+        return name, f"{name} {IRRG}"
+    return (f"{name} {FALSE_COLOUR}",) if modality in ("S1GRD", "S1RTC") else (name,)
+
+
+def _modality(name: str) -> str:
+    return modalities.input_stream(name.partition(" ")[0]).modality
+
+
 def bands(name: str, image: np.ndarray) -> np.ndarray:
-    """What is displayed: ``[H, W, 3]`` true colour, or one band ``[H, W]`` (of radar VV), or classes ``[H, W]``."""
-    stream = modalities.input_stream(name)
-    image = np.asarray(image)
-    if modalities.get(stream.modality).kind == "classes":
+    """What is displayed: ``[H, W, 3]`` colours, or one band ``[H, W]`` (of radar VV), or classes ``[H, W]``."""
+    modality, image = _modality(name), np.asarray(image)
+    if modalities.get(modality).kind == "classes":
         return image if image.ndim == 2 else image[..., 0] if image.shape[-1] == 1 else image.argmax(-1)
     image = image.astype(np.float32)
-    if stream.modality in ("S2L2A", "S2L1C"):
-        names = modalities.get(stream.modality).bands
-        return image[..., [names.index(band) for band in ("RED", "GREEN", "BLUE")]]
-    return image if stream.modality == "S2RGB" else image[..., 0]
+    if modality in ("S2L2A", "S2L1C"):
+        names = modalities.get(modality).bands
+        shown = ("NIR_BROAD", "RED", "GREEN") if name.endswith(f" {IRRG}") else ("RED", "GREEN", "BLUE")
+        return image[..., [names.index(band) for band in shown]]
+    if name.endswith(f" {FALSE_COLOUR}"):
+        return np.stack([image[..., 0], image[..., 1], image[..., 0] - image[..., 1]], axis=-1)  # decibels: a ratio is a difference
+    return image if modality == "S2RGB" else image[..., 0]
 
 
 def limits(name: str, image: np.ndarray) -> Limits | None:
     """Colour limits of an image; None for classes. Elevation keeps at least 20 m, NDVI is always drawn from -0.2 to 1."""
-    modality, shown = modalities.input_stream(name).modality, bands(name, image)
+    modality, shown = _modality(name), bands(name, image)
     if modalities.get(modality).kind == "classes":
         return None
     if modality == "NDVI":
@@ -88,6 +103,9 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
         return (low + high - spread) / 2, (low + high + spread) / 2
     if modality == "S2RGB":
         return np.zeros(3), np.full(3, 255.0)
+    if name.endswith(f" {FALSE_COLOUR}"):
+        low, high = np.nanpercentile(shown, [2, 98], axis=(0, 1))
+        return low, np.maximum(high, low + 1)
     if shown.ndim == 3:  # one stretch for the three bands keeps their hue
         low, high = np.nanpercentile(shown, [1, 98.5])
         return np.full(3, low), np.full(3, max(high, low + 1))
@@ -97,7 +115,7 @@ def limits(name: str, image: np.ndarray) -> Limits | None:
 
 def render(name: str, image: np.ndarray, within: Limits | None = None) -> np.ndarray:
     """An image ``[H, W, C]`` of modality `name` as colours ``[H, W, 3]`` in 0-1, white for NaN; `within`: limits of another image."""
-    modality, shown = modalities.input_stream(name).modality, bands(name, image)
+    modality, shown = _modality(name), bands(name, image)
     if modalities.get(modality).kind == "classes":
         return np.array([class_colour(modality, c) for c in range(len(modalities.get(modality).classes))])[shown.astype(int)]
     low, high = within if within is not None else limits(name, image)
@@ -160,7 +178,7 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
         sheet.text(LEFT, 0.24, title, size=12.5, weight="bold", ha="left")
     for column, name in enumerate(columns):
         label = f"{name} (input)" if column < len(inputs) else name
-        sheet.text(_x(column, inputs) + TILE / 2, top - 0.13, label, size=9.5, weight="bold")
+        sheet.text(_x(column, inputs) + TILE / 2, top - 0.13, label, size=9.5 if len(label) < 22 else 7.5, weight="bold")
     for scene in scenes:
         _draw_scene(sheet, top, scene)
         top += _height(scene)
@@ -228,7 +246,7 @@ def _draw_scene(sheet: Sheet, y: float, scene: Scene) -> None:
 
 def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -> None:
     """The colour bar of a modality that is drawn as one band."""
-    modality = modalities.input_stream(name).modality
+    modality = _modality(name)
     if within is None or np.ndim(within[0]):
         return
     axes = sheet.axes(x + 0.45, y + 0.03, TILE - 0.9, 0.07)
@@ -243,7 +261,7 @@ def _scale(sheet: Sheet, x: float, y: float, name: str, within: Limits | None) -
 
 def _classes(scenes: Sequence[Scene], name: str) -> list[tuple[str, int]]:
     """(modality, class) of those that occur in these scenes; none of what is no class map."""
-    modality = modalities.get(modalities.input_stream(name).modality)
+    modality = modalities.get(_modality(name))
     if modality.kind != "classes":
         return []
     maps = [bands(name, a[name]) for scene in scenes for a in (scene.inputs, scene.truth, scene.generated) if name in a]

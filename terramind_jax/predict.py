@@ -79,12 +79,14 @@ def run(
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []
     journal.check_outputs(out, [*pictures, *written])
+    scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
     print(f"Loading {model or weights}", flush=True)
     network = _released(model, weights, inputs, to, tokenizers) if model else _trained(weights, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers)
     side = network.module.config.image_size
     overlap = side // 2 // PATCH * PATCH if overlap is None else overlap
-    scenes = [reading.open_scene(name, paths, side, lulc_codes) for name, paths in found.items()]
+    for scene in scenes:
+        reading.check_size(scene, side)
     cuts = [windows.cut(scene.grid, side // PATCH, overlap) for scene in scenes]
     command = dict(
         version=metadata.version("terramind_jax"),
@@ -186,6 +188,7 @@ def _draw(out: Path, scene: Scene, to: Sequence[str]) -> None:
     if images:
         made = {name: _thinned(out / name / f"{scene.name}.tif") for name in images}
         inputs = {name: reading.glance(scene, name, PICTURE) for name in scene.images}
+        made, inputs = ({view: image for name, image in found.items() for view in plot.views(name)} for found in (made, inputs))
         plot.contact_sheet(out / f"{scene.name}.png", [plot.Scene(scene.name, inputs, made)])
 
 

@@ -32,6 +32,22 @@ def test_every_modality_renders_as_colours(name):
     assert np.isfinite(plot.render(name, flat)).all()
 
 
+@pytest.mark.parametrize("name, view, band", [("S2L2A", "S2L2A IRRG", 7), ("S2L1C", "S2L1C IRRG", 7), ("S1RTC", "S1RTC false colour", 0)])
+def test_views_of_optics_and_radar(name, view, band):
+    assert view in plot.views(name)
+    flat = np.repeat(np.linspace(-0.1, 0.1, 32 * 32).reshape(32, 32, 1), len(modalities.statistics(name)[0]), -1) + 1000.0
+    bright = flat.copy()
+    bright[8:16, 8:16, band] += 300  # what reflects most in the near infrared, or in VV, is red
+    red, green, _ = plot.render(view, bright)[12, 12]
+    assert red > green and plot.render(name, bright).shape == (32, 32, 3)
+    holes = np.where(np.arange(32)[:, None, None] < 4, np.nan, bright)
+    assert (plot.render(view, holes)[:4] == 1).all()
+
+
+def test_other_modalities_have_one_view():
+    assert [plot.views(name) for name in ("DEM", "LULC", "NDVI")] == [("DEM",), ("LULC",), ("NDVI",)]
+
+
 def test_class_maps_and_logits_render_alike():
     classes = image("LULC")
     np.testing.assert_array_equal(plot.render("LULC", classes), plot.render("LULC", np.eye(10)[classes]))

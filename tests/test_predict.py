@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
         monkeypatch.setattr(where, name, lambda *args, original=original, **options: stop(*args, original=original, **options))
     stops, parts = 0, None
     while parts is None:
-        left[:] = [None] * 11
+        left[:] = [None] * 7
         try:
             parts = predict.run(**call, out=tmp_path / "parts")
         except KeyboardInterrupt:

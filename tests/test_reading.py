@@ -22,7 +22,7 @@ def elevation(height=70, width=59):
 
 def test_the_image_is_mirrored_up_to_the_grid(tmp_path):
     array = elevation()
-    scene = reading.open_scene("a", {"DEM": write(tmp_path / "a.tif", array)}, 48)
+    scene = reading.open_scene("a", {"DEM": write(tmp_path / "a.tif", array)})
     assert scene.grid == (5, 4)
     values, missing = reading.read(scene, "DEM", 32, 48)
     assert values.shape == (48, 64, 1) and values.dtype == np.int16 and not missing.any()
@@ -35,7 +35,7 @@ def test_the_image_is_mirrored_up_to_the_grid(tmp_path):
 def test_what_is_missing_is_the_mean(tmp_path, nodata):
     array = elevation()
     array[3, 4] = np.nan if nodata is None else nodata
-    scene = reading.open_scene("a", {"DEM": write(tmp_path / "a.tif", array, nodata=nodata)}, 48)
+    scene = reading.open_scene("a", {"DEM": write(tmp_path / "a.tif", array, nodata=nodata)})
     values, missing = reading.read(scene, "DEM", 0, 48)
     assert np.argwhere(missing).tolist() == [[3, 4]]
     assert values[3, 4, 0] == round(modalities.get("DEM").mean[0])
@@ -48,14 +48,14 @@ def test_what_is_missing_is_the_mean(tmp_path, nodata):
 def test_a_pixel_of_sentinel_2_is_missing_where_all_bands_are_zero(tmp_path):
     array = np.random.default_rng(0).integers(0, 3000, (48, 48, 12)).astype(np.uint16)
     array[0, 0], array[1, 1, :11] = 0, 0
-    scene = reading.open_scene("a", {"S2L2A": write(tmp_path / "a.tif", array)}, 48)
+    scene = reading.open_scene("a", {"S2L2A": write(tmp_path / "a.tif", array)})
     assert np.argwhere(reading.read(scene, "S2L2A", 0, 48)[1]).tolist() == [[0, 0]]
 
 
 def test_codes_of_land_cover_become_classes_and_nodata_class_0(tmp_path):
     array = np.full((48, 48), 11, np.uint8)
     array[0, 0] = 200
-    scene = reading.open_scene("a", {"LULC": write(tmp_path / "a.tif", array, nodata=200)}, 48, "esri")
+    scene = reading.open_scene("a", {"LULC": write(tmp_path / "a.tif", array, nodata=200)}, "esri")
     values, missing = reading.read(scene, "LULC", 0, 48)
     assert values[0, 0] == 0 and (np.unique(values) == [0, 9]).all()
     assert np.argwhere(missing).tolist() == [[0, 0]]
@@ -65,7 +65,7 @@ def test_data_is_missing_where_no_input_has_any(tmp_path):
     dem, radar = elevation(48, 112), np.full((48, 112, 2), -10, np.float32)
     dem[:, :70], radar[:, :64] = np.nan, np.nan
     paths = {"DEM": write(tmp_path / "dem.tif", dem), "S1GRD": write(tmp_path / "s1.tif", radar)}
-    scene = reading.open_scene("a", paths, 48)
+    scene = reading.open_scene("a", paths)
     missing = reading.missing(scene, 0, 48)
     assert missing[:, :64].all() and not missing[:, 64:].any()
     live = reading.measured(scene, windows.cut(scene.grid, 3, 16))
@@ -84,7 +84,8 @@ def test_data_is_missing_where_no_input_has_any(tmp_path):
 def test_rasters_that_are_refused(tmp_path, array, message):
     path = write(tmp_path / "a.tif", array)
     with pytest.raises(ValueError, match=message):
-        scene = reading.open_scene("a", {"DEM": path}, 48)
+        scene = reading.open_scene("a", {"DEM": path})
+        reading.check_size(scene, 48)
         reading.measured(scene, windows.cut(scene.grid, 3, 16))
 
 
@@ -92,9 +93,9 @@ def test_files_that_are_no_rasters(tmp_path):
     for name, content in (("empty.tif", b""), ("text.tif", b"hello")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is no raster that GDAL can read; expected a GeoTIFF"):
-            reading.open_scene("a", {"DEM": tmp_path / name}, 48)
+            reading.open_scene("a", {"DEM": tmp_path / name})
     path = write(tmp_path / "cut.tif", elevation(300, 300))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="cut.tif is (damaged or truncated|no raster)"):
-        scene = reading.open_scene("a", {"DEM": path}, 48)
+        scene = reading.open_scene("a", {"DEM": path})
         reading.measured(scene, windows.cut(scene.grid, 3, 16))

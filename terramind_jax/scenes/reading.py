@@ -71,8 +71,8 @@ def check_names(inputs: Mapping[str, object], lulc_codes: str | None) -> None:
             raise ValueError(f"The codes of {name} are not declared; say with --lulc_codes what they are: {', '.join(LULC_CODES)}.")
 
 
-def open_scene(name: str, paths: Mapping[str, Path], side: int, lulc_codes: str | None = None) -> Scene:
-    """One scene, checked without reading pixels: bands, one grid for all, at least a window of `side` pixels."""
+def open_scene(name: str, paths: Mapping[str, Path], lulc_codes: str | None = None) -> Scene:
+    """One scene, checked without reading pixels: bands, and one grid for all."""
     first, nodata = None, {}
     for modality, path in paths.items():
         stream = modalities.input_stream(modality)
@@ -80,10 +80,14 @@ def open_scene(name: str, paths: Mapping[str, Path], side: int, lulc_codes: str 
         first, nodata[modality] = first or (path, header.place), header.nodata
         if not geo.same_grid(header.place, first[1]):
             raise ValueError(f"{path} and {first[0]} do not lie on one grid; resample one of them to the other.")
-    path, place = first
+    return Scene(name, paths, first[1], nodata, lulc_codes)
+
+
+def check_size(scene: Scene, side: int) -> None:
+    """Raises a ValueError unless a window of `side` pixels fits."""
+    path, place = next(iter(scene.paths.values())), scene.place
     if min(place.height, place.width) < side:
         raise ValueError(f"{path} is {place.height}x{place.width} pixels; expected at least {side}x{side}.")
-    return Scene(name, paths, place, nodata, lulc_codes)
 
 
 def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np.ndarray]:
