@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -183,6 +184,24 @@ def knn_accuracy(features: np.ndarray, labels: np.ndarray, k: int = 20, temperat
     weights = np.exp(np.take_along_axis(cosine, nearest, axis=1) / temperature)
     votes = weights[:, :, None] * (labels[nearest][:, :, None] == np.unique(labels))
     return float((np.unique(labels)[votes.sum(1).argmax(1)] == labels).mean())
+
+
+def jump(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """Mean absolute difference of neighbouring pixels of ``[H, W, C]`` across the lines above `rows` and left of `columns`, all >= 1.
+
+    Of class maps, ``[H, W]`` integers, the share of neighbours that differ. NaN without lines. A scene that windows were joined to has no
+    seams if this is the same across their borders and across other lines that lie on the grid of patches alike (`seam_score`).
+    """
+    differ = np.not_equal if image.ndim == 2 else lambda a, b: np.abs(np.subtract(a, b, dtype=np.float64))
+    rows, columns = np.asarray(rows, int), np.asarray(columns, int)
+    across = [differ(image[rows], image[rows - 1]).ravel(), differ(image[:, columns], image[:, columns - 1]).ravel()]
+    found = np.concatenate(across)
+    return float(np.nanmean(found)) if found.size else math.nan
+
+
+def seam_score(image: np.ndarray, borders: tuple[Sequence[int], Sequence[int]], others: tuple[Sequence[int], Sequence[int]]) -> float:
+    """The `jump` across `borders` of windows, (rows, columns), over that across `others`: 1 is no seam, more a visible one."""
+    return jump(image, *borders) / jump(image, *others)
 
 
 def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

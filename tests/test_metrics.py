@@ -118,3 +118,20 @@ def test_nearest_neighbours_vote_and_a_sample_has_no_voice_of_its_own():
     assert metrics.knn_accuracy(rng.normal(size=(400, 8)), rng.integers(0, 4, 400)) < 0.4
     with pytest.raises(ValueError, match="There are 1 samples; nearest neighbours need two"):
         metrics.knn_accuracy(features[:1], labels[:1])
+
+
+def test_a_seam_is_a_larger_jump_than_elsewhere():
+    image = np.random.default_rng(0).normal(size=(64, 96, 2))
+    borders, others = ([32], [32, 64]), ([16, 48], [16, 48, 80])
+    assert metrics.seam_score(image, borders, others) == pytest.approx(1, abs=0.15)
+    tiled = image + 3.0 * (np.arange(96)[:, None] // 32)  # each window on a level of its own
+    across = [np.abs(np.diff(tiled, axis=0))[31], np.abs(np.diff(tiled, axis=1))[:, [31, 63]]]
+    expected = np.concatenate([x.ravel() for x in across]).mean()
+    assert metrics.jump(tiled, *borders) == pytest.approx(expected)
+    assert metrics.seam_score(tiled, borders, others) > 1.5
+
+
+def test_a_jump_of_classes_is_their_change():
+    classes = np.zeros((32, 32), np.uint8)
+    classes[:, 16:] = 200
+    assert metrics.jump(classes, [], [16]) == 1 and metrics.jump(classes, [16], []) == 0 and np.isnan(metrics.jump(classes, [], []))
