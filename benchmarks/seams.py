@@ -25,7 +25,7 @@ from process import measure, where
 from terramind_jax import cli, generate, geo, metrics, predict
 from terramind_jax.data import world
 from terramind_jax.scenes import reading
-from terramind_jax.scenes.generating import Network
+from terramind_jax.scenes.feeding import Network
 from terramind_jax.train import pretrain
 
 ROOT = Path(__file__).parents[1]

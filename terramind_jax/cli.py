@@ -53,6 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_training(commands)
     _add_tokens(commands)
     _add_generate(commands)
+    _add_embed(commands)
     _add_plan(commands)
     _add_quickstart(commands)
     _add_convert(commands)
@@ -189,18 +190,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
 
 def _add_generate(commands) -> None:
     parser = _add(commands, "generate", "generate modalities from GeoTIFFs", _generate)
-    parser.add_argument(
-        "--model", default=None, metavar="NAME", help="a released model, such as terramind_v1_base; not for a work directory"
-    )
-    parser.add_argument(
-        "--weights", required=True, metavar="W", help="work directory of a pretrained model; with --model also hub, random, or a file"
-    )
-    parser.add_argument(
-        "--tokenizers", metavar="DIR", help="folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
-    )
-    parser.add_argument(
-        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
-    )
+    _add_scenes(parser)
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, in this order; each conditions the next")
     parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures; none that exists is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
@@ -215,6 +205,18 @@ def _add_generate(commands) -> None:
         "of 16 pixels, it is mirrored at the right and lower edge. Where no input has data, outputs have none. Ctrl-C or a kill "
         "leaves what is done in DIR/unfinished, from which the same command goes on."
     )
+
+
+def _add_scenes(parser: argparse.ArgumentParser) -> None:
+    """What to read, and with which model."""
+    text = "a released model, such as terramind_v1_base; not for a work directory"
+    parser.add_argument("--model", default=None, metavar="NAME", help=text)
+    text = "work directory of a pretrained model; with --model also hub, random, or a file"
+    parser.add_argument("--weights", required=True, metavar="W", help=text)
+    text = "folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
+    parser.add_argument("--tokenizers", metavar="DIR", help=text)
+    text = "a GeoTIFF or a folder of them; repeat for more"
+    parser.add_argument("--input", action="append", required=True, metavar="MODALITY=PATH", help=text)
 
 
 def _add_windows(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +250,27 @@ def _generate(parsed: argparse.Namespace) -> None:
         steps=parsed.steps,
         temperature=parsed.temperature,
     )
+
+
+def _add_embed(commands) -> None:
+    parser = _add(commands, "embed", "turn GeoTIFFs into embedding rasters or tables", _embed)
+    _add_scenes(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="one file a scene; none that exists is replaced")
+    parser.add_argument("--layer", type=int, default=-1, metavar="I", help="of the encoder, 0 the first; default: -1, the last")
+    text = "none: a vector a patch of 16 pixels; mean or max: one a window (not in rasters); default: none"
+    parser.add_argument("--pooling", default="none", choices=("none", "mean", "max"), help=text)
+    text = "geoparquet needs pip install 'terramind-jax[geo]'; default: geotiff"
+    parser.add_argument("--format", default="geotiff", choices=("geotiff", "geoparquet"), help=text)
+    _add_windows(parser)
+    parser.epilog = "Windows of pooled embeddings do not overlap unless told to. Ctrl-C or a kill leaves what is done in DIR/unfinished."
+
+
+def _embed(parsed: argparse.Namespace) -> None:
+    inputs = _inputs(parsed.input)
+    from terramind_jax import embed
+
+    same = ("weights", "out", "tokenizers", "model", "layer", "pooling", "format", "lulc_codes", "overlap", "batch_size")
+    embed.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
 
 
 def _inputs(pairs: Sequence[str]) -> dict[str, str]:

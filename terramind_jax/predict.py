@@ -15,7 +15,8 @@ import numpy as np
 from terramind_jax import generate, geo, modalities, plot, sources, zoo
 from terramind_jax.model import TerraMind
 from terramind_jax.scenes import journal, reading, windows
-from terramind_jax.scenes.generating import NO_CLASS, Job, Network, generate_scene, output_paths, spread
+from terramind_jax.scenes.feeding import Network, spread
+from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.train import pretrain, tokenizer
 from terramind_jax.weights import load
@@ -71,7 +72,7 @@ def run(
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or without any data.
       OSError: the disk is full (ENOSPC).
     """
-    sources.declare(_workdir(weights))
+    sources.declare(workdir(weights))
     _check_names(inputs, to, lulc_codes)
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
@@ -114,11 +115,9 @@ def run(
 
 
 def _trained(weights: str | os.PathLike, inputs: Mapping, to: Sequence[str], tokenizers: str | os.PathLike | None) -> Network:
-    if not Path(weights).exists():
-        hint = "; to generate with hub or random weights say which model with --model" if weights in ("hub", "random") else ""
-        raise FileNotFoundError(f"There is no work directory {weights}{hint}.")
-    module, variables, _ = pretrain.load(_workdir(weights))
-    folder = Path(tokenizers) if tokenizers else _tokenizer_folder(weights)
+    check_workdir(weights)
+    module, variables, _ = pretrain.load(workdir(weights))
+    folder = Path(tokenizers) if tokenizers else tokenizer_folder(weights)
     return Network(module, variables, load_tokenizers(module, list(inputs), to, folder))
 
 
@@ -171,11 +170,18 @@ def _check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: st
             raise ValueError(f"No model generates {name}; {stream.modality} is the nearest that there is.")
 
 
-def _workdir(weights: str | os.PathLike) -> Path:
+def check_workdir(weights: str | os.PathLike) -> None:
+    """Raises a FileNotFoundError if there is no work directory."""
+    if not Path(weights).exists():
+        hint = "; for hub or random weights say which model with --model" if weights in ("hub", "random") else ""
+        raise FileNotFoundError(f"There is no work directory {weights}{hint}.")
+
+
+def workdir(weights: str | os.PathLike) -> Path:
     return Path(weights) / "model" if (Path(weights) / "model" / "config.json").is_file() else Path(weights)
 
 
-def _tokenizer_folder(weights: str | os.PathLike) -> Path:
+def tokenizer_folder(weights: str | os.PathLike) -> Path:
     inside, beside = Path(weights) / "tokenizers", Path(weights).resolve().parent / "tokenizers"
     return inside if inside.is_dir() else beside
 

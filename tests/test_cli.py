@@ -23,7 +23,7 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("pretrain", "train-tokenizer", "tokenize", "generate", "quickstart", "data", "info"):
+    for command in ("pretrain", "train-tokenizer", "tokenize", "generate", "embed", "quickstart", "data", "info"):
         assert command in done.stdout
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from terramind_jax import generate, geo, modalities, model, predict, tokenizer
 from terramind_jax.modalities import STREAMS
-from terramind_jax.scenes import generating
+from terramind_jax.scenes import feeding, generating
 
 TILE = 48
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -219,7 +219,7 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 32)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], quicklook=False)
     one = predict.run(**call, out=tmp_path / "one")
-    monkeypatch.setattr(predict, "spread", generating.spread)
+    monkeypatch.setattr(predict, "spread", feeding.spread)
     several = predict.run(**call, out=tmp_path / "several")
     np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
@@ -323,7 +323,7 @@ def test_weights_that_are_no_work_directory(tmp_path):
         predict.run(weights=tmp_path, **call)
     with pytest.raises(FileNotFoundError, match=r"There is no work directory .*nothing\.$"):
         predict.run(weights=tmp_path / "nothing", **call)
-    with pytest.raises(FileNotFoundError, match="no work directory random; to generate with hub or random weights say which model"):
+    with pytest.raises(FileNotFoundError, match="no work directory random; for hub or random weights say which model"):
         predict.run(weights="random", **call)
     with pytest.raises(ValueError, match="terramind_v1_tiny_tim does not generate; choose one such as terramind_v1_base"):
         predict.run(weights="random", model="terramind_v1_tiny_tim", **call)

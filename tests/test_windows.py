@@ -16,20 +16,17 @@ def all_live(c):
 
 def blended(c, image, done=0, live=None):
     """An image ``[K, H, W, C]`` cut into windows and joined again, from the row of windows `done` on."""
-    length, tops = c.size * PATCH, [*(PATCH * r for r in c.rows), image.shape[1]]
-    live = all_live(c) if live is None else live
+    length, live = c.size * PATCH, all_live(c) if live is None else live
 
     def tiles(i):
         for k in range(len(image)):
             for j in np.flatnonzero(live[i]):
-                left = c.columns[j] * PATCH
-                yield k, left, image[k, tops[i] : tops[i] + length, left : left + length]
+                top, left = c.rows[i] * PATCH, c.columns[j] * PATCH
+                yield k, left, image[k, top : top + length, left : left + length]
 
-    again = [i for i in range(done) if tops[i] + length > tops[done]]
-    todo = [*again, *range(done, len(c.rows))]
-    rows = ((tops[i], tops[i + 1], tiles(i)) for i in todo)
-    made = windows.blend(rows, windows.weights(length, c.overlap * PATCH), (len(image), *image.shape[2:]))
-    return np.concatenate([x for (_, x), i in zip(made, todo, strict=True) if i >= done], axis=1)
+    made = list(windows.joined(c, PATCH, tiles, (len(image), *image.shape[2:]), done))
+    assert [(i, top) for i, top, _ in made] == [(i, c.rows[i] * PATCH) for i in range(done, len(c.rows))]
+    return np.concatenate([x for _, _, x in made], axis=1)
 
 
 @pytest.mark.parametrize("grid, overlap", [((3, 3), 16), ((7, 4), 16), ((9, 8), 32), ((6, 9), 0)])

@@ -14,32 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from terramind_jax import coordinates, files, generate, geo, modalities
+from terramind_jax import coordinates, files, generate, modalities
 from terramind_jax.decoding import generate_tokens
 from terramind_jax.modalities import Stream
-from terramind_jax.model import TerraMind
-from terramind_jax.scenes import reading, windows, writing
+from terramind_jax.scenes import feeding, reading, windows, writing
+from terramind_jax.scenes.feeding import Network, Work
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
 
 NO_CLASS = 255  # no data, in class maps
 DECODING = ("timesteps", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """What generates. `sharding` spreads windows over several devices."""
-
-    module: TerraMind
-    variables: Mapping[str, Any]
-    tokenizers: generate.Tokenizers
-    version: str = "v1"
-    sharding: jax.sharding.NamedSharding | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +42,6 @@ class Job:
     options: Mapping[str, Any]
     out: Path
     journal: Journal
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One scene, how it is cut, and which of its windows hold data, ``[rows, columns]``."""
-
-    scene: Scene
-    cut: Cut
-    live: np.ndarray
-
-
-def spread(network: Network) -> Network:
-    """The network on all devices of this machine, if they are several."""
-    devices = jax.local_devices()
-    if len(devices) == 1:
-        return network
-    mesh = jax.sharding.Mesh(np.array(devices), ("windows",))
-    everywhere, parted = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("windows",)))
-    tokenizers = {name: (module, jax.device_put(variables, everywhere)) for name, (module, variables) in network.tokenizers.items()}
-    return dataclasses.replace(network, variables=jax.device_put(network.variables, everywhere), tokenizers=tokenizers, sharding=parted)
 
 
 def generate_scene(job: Job, scene: Scene, cut: Cut) -> None:
@@ -111,7 +79,7 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
     owner = windows.owners(c, work.live)
     bar.update(job.samples * int(work.live[:done].sum()))
     for i in range(done, len(c.rows)):
-        strip = _read(work, i)
+        strip = feeding.read(work, i)
         for k, js in _batches(job, work, i):
             made = _sample(job, work, stream, k, i, js, strip, maps)
             for j, new in zip(dict.fromkeys(js), made, strict=False):
@@ -119,8 +87,8 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
                 if is_sequence:
                     ids[k, number] = new
                 else:
-                    mine = owner[_window(c, i, j)] == number
-                    ids[k][_window(c, i, j)][mine] = new[mine]
+                    mine = owner[c.window(i, j)] == number
+                    ids[k][c.window(i, j)][mine] = new[mine]
                 bar.update()
         with writing.space(path):
             ids.flush()
@@ -131,35 +99,16 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
 def _sample(job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[int], strip, maps: Mapping[str, np.ndarray]) -> np.ndarray:
     """Ids of some windows of row `i` of windows, given the inputs and the maps of the targets before."""
     network, c = job.network, work.cut
-    values = {}
-    for name, rows in strip.items():
-        x = _positions(work, i, js) if rows is None else np.stack([rows[:, _pixels(c, j)] for j in js])
-        own = generate.input_stream(network.module, name)
-        values[own.key] = _put(network, generate.encode_input(own, x, network.tokenizers, version=network.version))
+    values = feeding.encode(network, work, i, js, strip)
     known = {}
     for key, ids in maps.items():
         is_sequence = modalities.output_stream(key).kind == "sequence"
-        at = [i * len(c.columns) + j if is_sequence else _window(c, i, j) for j in js]
-        known[key] = _put(network, np.stack([ids[k][part] for part in at]))
+        at = [i * len(c.columns) + j if is_sequence else c.window(i, j) for j in js]
+        known[key] = network.put(np.stack([ids[k][part] for part in at]))
     targets = list(dict.fromkeys(modalities.output_stream(name).key for name in job.to))
     options = {name: value for name, value in job.options.items() if name not in DECODING}
-    how = dict(seed=_seed(job, k), at=_at(c, i, js), known_tokens=known, only=stream.key)
+    how = dict(seed=_seed(job, k), at=c.at(i, js), known_tokens=known, only=stream.key)
     return np.asarray(generate_tokens(network.module, network.variables, values, targets, **how, **options)[stream.key])
-
-
-def _read(work: Work, i: int) -> dict[str, np.ndarray | None]:
-    """The pixels of every input under row `i` of windows, ``[L, w, C]``; None of one that only gives its position."""
-    c, images = work.cut, set(work.scene.images)
-    if not work.live[i].any():
-        return {}
-    where = c.rows[i] * PATCH, c.size * PATCH
-    return {name: reading.read(work.scene, name, *where)[0] if name in images else None for name in work.scene.paths}
-
-
-def _positions(work: Work, i: int, js: Sequence[int]) -> np.ndarray:
-    """(longitude, latitude) of the middles of windows ``[B, 2]``."""
-    middle = [(start + work.cut.size / 2) * PATCH for start in (work.cut.rows[i], *(work.cut.columns[j] for j in js))]
-    return np.array([geo.lonlat(work.scene.place, middle[0], column) for column in middle[1:]])
 
 
 # ---- pixels ----
@@ -171,27 +120,21 @@ def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) ->
     paths = output_paths(job.out, scene.name, name, job.samples)
     layers = [_layer(job, scene, name), _spread_layer(job, scene, name)][: len(paths)]
     parts = [job.journal.of_scene(scene.name) / f"{path.parent.name}.tif" for path in paths]
-    tops = np.array([*(row * PATCH for row in c.rows), c.grid[0] * PATCH])
     done = job.journal.get(*piece)
     if not done:
         for part, layer in zip(parts, layers, strict=True):
             writing.create(part, layer)
     bar.update(job.samples * int(work.live[:done].sum()))
-    # What is final of a row of windows also depends on those before it that reach into it: they are decoded again, and not written.
-    again = [i for i in range(done) if tops[i] + c.size * PATCH > tops[done]] if done < len(c.rows) else []
-    todo = [*again, *range(done, len(c.rows))]
-    rows = ((tops[i], tops[i + 1], _decode(job, work, name, ids, i, bar if i >= done else None)) for i in todo)
     tokenizer = job.network.tokenizers[modalities.output_stream(name).modality][0]
-    weight = windows.weights(c.size * PATCH, c.overlap * PATCH)
-    blended = windows.blend(rows, weight, (job.samples, c.grid[1] * PATCH, tokenizer.config.channels))
-    for i, (top, pixels) in zip(todo, blended, strict=True):
-        if i < done or top >= scene.place.height:
-            continue
-        pixels = pixels[:, : scene.place.height - top, : scene.place.width]
-        pixels[:, reading.missing(scene, top, pixels.shape[1])[:, : scene.place.width]] = np.nan
-        for part, rows_of in zip(parts, _rasters(pixels, tokenizer.config.is_class_map), strict=False):
-            writing.write_rows(part, top, rows_of)
-        job.journal.set(*piece, count=i + 1)
+    shape = job.samples, c.grid[1] * PATCH, tokenizer.config.channels
+    decode = functools.partial(_decode, job, work, name, ids)
+    for i, top, pixels in windows.joined(c, PATCH, lambda i: decode(i, bar if i >= done else None), shape, done):
+        if top < scene.place.height:
+            pixels = pixels[:, : scene.place.height - top, : scene.place.width]
+            pixels[:, reading.missing(scene, top, pixels.shape[1])[:, : scene.place.width]] = np.nan
+            for part, rows_of in zip(parts, _rasters(pixels, tokenizer.config.is_class_map), strict=False):
+                writing.write_rows(part, top, rows_of)
+            job.journal.set(*piece, count=i + 1)
     for part, path, layer in zip(parts, paths, layers, strict=True):
         if part.exists():  # else it is finished since the last time
             writing.finish(part, path, layer)
@@ -203,8 +146,8 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
     options = {name: value for name, value in job.options.items() if name in DECODING}
     is_class_map = network.tokenizers[stream.modality][0].config.is_class_map
     for k, js in _batches(job, work, i):
-        tokens = _put(network, np.stack([ids[k][_window(work.cut, i, j)] for j in js]))
-        how = dict(version=network.version, seed=_seed(job, k), at=_at(work.cut, i, js), **options)
+        tokens = network.put(np.stack([ids[k][work.cut.window(i, j)] for j in js]))
+        how = dict(version=network.version, seed=_seed(job, k), at=work.cut.at(i, js), **options)
         images = generate.decode_output(stream, tokens, network.tokenizers, **how)
         for j, image in zip(dict.fromkeys(js), images, strict=False):
             yield k, work.cut.columns[j] * PATCH, _probabilities(image) if is_class_map else image
@@ -232,13 +175,8 @@ def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
 def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
     m = modalities.get(modalities.output_stream(name).modality, job.network.version)
     if m.kind == "classes":
-        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, {**_tags(job), "classes": ", ".join(m.classes)})
-    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, _tags(job))
-
-
-def _tags(job: Job) -> dict[str, str]:
-    """What a file was made from: the whole command, as the journal has it."""
-    return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in job.journal.command.items()}
+        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, {**job.journal.tags(), "classes": ", ".join(m.classes)})
+    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, job.journal.tags())
 
 
 def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:
@@ -260,33 +198,14 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-# ---- windows ----
+# ---- samples ----
 
 
 def _batches(job: Job, work: Work, i: int) -> Iterator[tuple[int, list[int]]]:
-    """(sample, columns of windows) of row `i`, all of one length: the last window of a batch is repeated. One shape, one program.
-
-    No batch holds windows of two rows or samples, so that a window has the same neighbours whatever was done before.
-    """
-    devices = 1 if job.network.sharding is None else job.network.sharding.num_devices
-    size = -(-min(job.batch_size, len(work.cut.columns)) // devices) * devices
-    columns = [int(j) for j in np.flatnonzero(work.live[i])]
+    """(sample, columns of windows) of row `i`."""
     for k in range(job.samples):
-        for start in range(0, len(columns), size):
-            part = columns[start : start + size]
-            yield k, part + part[-1:] * (size - len(part))
-
-
-def _window(c: Cut, i: int, j: int) -> tuple[slice, slice]:
-    return slice(c.rows[i], c.rows[i] + c.size), slice(c.columns[j], c.columns[j] + c.size)
-
-
-def _pixels(c: Cut, j: int) -> slice:
-    return slice(c.columns[j] * PATCH, (c.columns[j] + c.size) * PATCH)
-
-
-def _at(c: Cut, i: int, js: Sequence[int]) -> np.ndarray:
-    return np.array([(c.rows[i], c.columns[j]) for j in js], np.int32)
+        for js in feeding.batches(job.network, work, i, job.batch_size):
+            yield k, js
 
 
 def _seed(job: Job, k: int) -> int:
@@ -297,7 +216,3 @@ def _seed(job: Job, k: int) -> int:
 @functools.cache
 def _seeds(seed: int, samples: int) -> list[int]:
     return [int(word) for word in np.random.SeedSequence(seed).generate_state(samples, np.uint64)]
-
-
-def _put(network: Network, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    return x if network.sharding is None else jax.device_put(x, network.sharding)

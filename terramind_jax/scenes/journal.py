@@ -40,6 +40,10 @@ class Journal:
         self.done["/".join(piece)] = count
         self.save()
 
+    def tags(self) -> dict[str, str]:
+        """What a file is made from, for the file to say: the whole command."""
+        return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in self.command.items()}
+
     def save(self) -> None:
         text = json.dumps({"command": self.command, "done": self.done}, indent=2)
         files.write_text(files.folder(self.folder / "journal.json"), text)

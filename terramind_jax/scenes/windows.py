@@ -6,7 +6,7 @@ A scene lies on a grid of patches. Windows are squares of `size` patches; the la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -27,6 +27,14 @@ class Cut:
     @property
     def grid(self) -> tuple[int, int]:
         return self.rows[-1] + self.size, self.columns[-1] + self.size
+
+    def window(self, i: int, j: int) -> tuple[slice, slice]:
+        """The patches of one window."""
+        return slice(self.rows[i], self.rows[i] + self.size), slice(self.columns[j], self.columns[j] + self.size)
+
+    def at(self, i: int, js: Sequence[int]) -> np.ndarray:
+        """``[B, 2]``: row and column of the first patch of some windows of a row."""
+        return np.array([(self.rows[i], self.columns[j]) for j in js], np.int32)
 
 
 def cut(grid: tuple[int, int], size: int, overlap: int) -> Cut:
@@ -88,3 +96,22 @@ def blend(rows: Iterable[tuple[int, int, Iterable[Tile]]], weight: np.ndarray, s
         for buffer in (*total, summed):
             buffer[: length - n] = buffer[n:].copy()
             buffer[length - n :] = 0
+
+
+def joined(c: Cut, unit: int, tiles: Callable[[int], Iterable[Tile]], shape: tuple[int, int, int], done: int = 0) -> Iterator:
+    """`blend` from the row of windows `done` on: yields ``(i, first row, [K, n, W, C])``, bit for bit as if it had begun at the first.
+
+    What is final of a row of windows also depends on those before it that reach into it; these are made again.
+
+    Args:
+      unit: pixels of what comes out along a patch: 16 of images, 1 of features.
+      tiles: the windows of row `i`, their columns counted in those pixels.
+    """
+    tops = [*(row * unit for row in c.rows), c.grid[0] * unit]
+    again = [i for i in range(done) if tops[i] + c.size * unit > tops[done]] if done < len(c.rows) else []
+    todo = [*again, *range(done, len(c.rows))]
+    rows = ((tops[i], tops[i + 1], tiles(i)) for i in todo)
+    overlap = c.overlap * unit
+    for i, (top, pixels) in zip(todo, blend(rows, weights(c.size * unit, overlap), shape), strict=True):
+        if i >= done:
+            yield i, top, pixels

@@ -1,0 +1,208 @@
+"""Scenes to embeddings: what a layer says, as a raster or a table, of scenes that are larger than a window."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import flax
+import jax
+import numpy as np
+import pytest
+
+from terramind_jax import cli, embed, geo, modalities, model
+from terramind_jax.modalities import STREAMS
+from terramind_jax.model import Backbone, BackboneConfig, backbone
+
+TILE, DIM = 48, 16
+PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
+
+
+@pytest.fixture(scope="module")
+def network():
+    encoder = tuple(STREAMS[k] for k in ("untok_dem@224", "untok_sen1grd@224", "coords"))
+    sizes = dict(dim=DIM, encoder_depth=2, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=TILE)
+    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=(STREAMS["tok_ndvi@224"],)))
+    shapes = flax.core.meta.unbox(jax.eval_shape(lambda key: model.init(module, key), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return module, jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
+@pytest.fixture
+def weights(network, monkeypatch, tmp_path):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setattr(embed.pretrain, "load", lambda workdir: (*network, None))
+    monkeypatch.setattr(embed, "spread", lambda network: network)
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def means(monkeypatch):
+    """Features replaced by what does not depend on the window: the mean of each patch's pixels."""
+
+    def features(module, variables, values):
+        x = np.asarray(values["untok_dem@224"])
+        patches = x.reshape(len(x), 3, 16, 3, 16, 1).mean((2, 4)).reshape(len(x), 9, 1)
+        return [patches * 0, patches.repeat(DIM, -1)]
+
+    monkeypatch.setattr(backbone, "features", features)
+
+
+def elevation(path, height=100, width=59, hole=None):
+    array = np.random.default_rng(0).integers(0, 2000, (height, width, 1)).astype(np.float32)
+    if hole is not None:
+        array[hole] = np.nan
+    geo.write(path, array, like=geo.Place(PLACE.crs, PLACE.transform, height, width))
+    return array
+
+
+def expected(array):
+    """What `means` makes of a scene, mirrored at its edge: ``[h, w, 1]``."""
+    height, width = (-(-n // 16) for n in array.shape[:2])
+    whole = np.pad(array, [(0, height * 16 - array.shape[0]), (0, width * 16 - array.shape[1]), (0, 0)], "reflect")
+    whole = modalities.standardize("DEM", whole)
+    return whole.reshape(height, 16, width, 16, 1).mean((1, 3))
+
+
+@pytest.mark.parametrize("layer", [-1, 0])
+def test_a_window_is_what_the_encoder_says_of_it(weights, network, tmp_path, layer):
+    array = elevation(tmp_path / "a.tif", TILE, TILE)
+    (path,) = embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", layer=layer)
+    whole, variables = network
+    shared = {f.name: getattr(whole.config, f.name) for f in dataclasses.fields(BackboneConfig) if hasattr(whole.config, f.name)}
+    module = Backbone(BackboneConfig(**shared | {"streams": whole.config.encoder}))
+    features = backbone.features(module, variables, {"untok_dem@224": modalities.standardize("DEM", array[None])})[layer]
+    np.testing.assert_allclose(geo.read(path), np.reshape(features, (3, 3, DIM)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap, batch_size", [(None, 8), (32, 2), (0, 1)])
+def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_size):
+    array = elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
+    (path,) = embed.run(**call)
+    found = geo.read(path)
+    np.testing.assert_allclose(found, expected(array).repeat(DIM, -1), rtol=1e-4, atol=1e-5)
+    assert found.place == geo.Place(PLACE.crs, (160.0, 0, 500_000.0, 0, -160.0, 5_300_000.0), 7, 4)
+    header = geo.read_header(path)
+    assert header.descriptions[3] == "embedding 3" and np.isnan(header.nodata) and header.tags["terramind_jax_layer"] == "1"
+
+
+def test_patches_without_data_have_no_embedding(weights, means, tmp_path):
+    hole = np.zeros((100, 112), bool)
+    hole[16:32, 48:64], hole[:, 80:], hole[3, 4] = True, True, True
+    elevation(tmp_path / "a.tif", width=112, hole=hole)
+    (path,) = embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+    missing = np.zeros((7, 7), bool)
+    missing[1, 3], missing[:, 5:] = True, True
+    np.testing.assert_array_equal(np.isnan(geo.read(path)).all(-1), missing)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, overlap=32, batch_size=1)
+    (whole,) = embed.run(**call, out=tmp_path / "whole")
+    left, original = [], backbone.features
+
+    def stop(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(backbone, "features", stop)
+    stops, parts = 0, None
+    while parts is None:
+        left[:] = [None] * 7
+        try:
+            parts = embed.run(**call, out=tmp_path / "parts")
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 2 and parts[0].read_bytes() == whole.read_bytes()
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
+
+
+@pytest.mark.parametrize("pooling, pool", [("mean", np.mean), ("max", np.max)])
+def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
+    geopandas = pytest.importorskip("geopandas")
+    array = elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", pooling=pooling, format="geoparquet")
+    (path,) = embed.run(**call)
+    table, patches = geopandas.read_parquet(path), expected(array)[..., 0]
+    patches[3, 1] = np.nan
+    starts = [(row, column) for row in (0, 3, 4) for column in (0, 1)]  # the last windows are shifted back
+    assert [(16 * row, 16 * column) for row, column in starts] == list(zip(table.row, table.column, strict=True))
+    windows = [patches[row : row + 3, column : column + 3] for row, column in starts]
+    np.testing.assert_allclose(
+        np.stack(table.embedding)[:, 0], [pool(window[np.isfinite(window)]) for window in windows], rtol=1e-4, atol=1e-5
+    )
+    assert table.crs.to_epsg() == 32633 and set(table.scene) == {"a"}
+    assert table.geometry[0].bounds == (500_000, 5_300_000 - 480, 500_480, 5_300_000)
+    assert table.geometry[5].bounds == (500_160, 5_300_000 - 1000, 500_590, 5_300_000 - 640)  # not over the edge
+    assert table.attrs["terramind_jax_pooling"] == pooling
+
+
+def test_a_table_of_patches_is_the_raster(weights, tmp_path):
+    geopandas = pytest.importorskip("geopandas")
+    elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"})
+    raster, table = (embed.run(**call, out=tmp_path / f, format=f)[0] for f in ("geotiff", "geoparquet"))
+    raster, table = geo.read(raster), geopandas.read_parquet(table)
+    assert len(table) == 7 * 4 - 1
+    np.testing.assert_array_equal(np.stack(table.embedding), raster[table.row // 16, table.column // 16])
+
+
+def test_a_table_needs_geopandas(weights, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    monkeypatch.setitem(sys.modules, "geopandas", None)
+    with pytest.raises(ImportError, match=r"A table needs GeoPandas, which is not installed: pip install 'terramind-jax\[geo\]'"):
+        embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", format="geoparquet")
+
+
+@pytest.mark.parametrize(
+    "inputs, options, message",
+    [
+        ({"DEM": "a.tif"}, {"layer": 2}, "The layer is 2; this model's are 0-1, or -2 to -1 from the last"),
+        ({"DEM": "a.tif"}, {"pooling": "mean"}, "A raster holds a vector a patch; the mean of windows goes to a table"),
+        ({"DEM": "a.tif"}, {"pooling": "sum"}, "Unknown pooling 'sum'; known are none, mean, max"),
+        ({"DEM": "a.tif"}, {"format": "csv"}, "Unknown format 'csv'; known are geotiff, geoparquet"),
+        ({"DEM": "a.tif"}, {"batch_size": 0}, "batch_size is 0"),
+        ({"coords": "a.tif"}, {}, "coords is no image; an embedding needs at least one"),
+        ({"S1GRD": "a.tif"}, {}, "a.tif has 1 bands, expected 2 for S1GRD"),
+        ({"NDVI": "a.tif"}, {}, "This model takes no NDVI; it takes DEM, S1GRD, coords"),
+        ({"DEM": "small.tif"}, {}, "is 47x48 pixels; expected at least 48x48"),
+    ],
+)
+def test_errors_say_what_is_wrong(weights, tmp_path, inputs, options, message):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    elevation(tmp_path / "small.tif", 47, 48)
+    with pytest.raises(ValueError, match=message):
+        embed.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_replaced(weights, means, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+    embed.run(**call)
+    with pytest.raises(FileExistsError, match=r"out/a\.tif exists already"):
+        embed.run(**call)
+
+
+def test_models_that_have_no_features(tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    call = dict(inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", weights="random")
+    with pytest.raises(ValueError, match="terramind_v1_base_generate is no feature extractor; choose one such as terramind_v1_base"):
+        embed.run(**call, model="terramind_v1_base_generate")
+    with pytest.raises(FileNotFoundError, match="no work directory random; for hub or random weights say which model with --model"):
+        embed.run(**call)
+
+
+def test_the_command_passes_its_arguments_on(monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    given = {}
+    monkeypatch.setattr(embed, "run", lambda **arguments: given.update(arguments))
+    options = ["--layer=3", "--pooling=mean", "--format=geoparquet", "--overlap=16", "--batch_size=4"]
+    assert cli.main(["embed", "--weights=w", f"--input=DEM={tmp_path}/a.tif", "--out=o", *options]) == 0
+    assert given == dict(weights="w", inputs={"DEM": f"{tmp_path}/a.tif"}, out="o", tokenizers=None, model=None, lulc_codes=None) | dict(
+        layer=3, pooling="mean", format="geoparquet", overlap=16, batch_size=4
+    )
