@@ -1,6 +1,6 @@
 """Seams in large generated scenes: windows that share their noise and tokens, against naive tiles and the reference's blending.
 
-    python benchmarks/seams.py --out=DIR [--side=1024] [--steps=500] [--batch_size=2] [--results=FILE]
+    python benchmarks/seams.py --out=DIR [--to=S1GRD,DEM,LULC] [--side=1024] [--steps=500] [--batch_size=2] [--results=FILE]
 
 Trains diffusion tokenizers and a small transformer on the embedded world in DIR (what is there already is kept), makes one scene of the
 world, and generates it from Sentinel-2 in three ways: by `generate` of this package; as naive tiles, side by side, each drawn by itself;
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 SCENES, VAL_SCENES = 512, 64
 DECODERS = {"S1GRD": "unet", "DEM": "unet", "LULC": "vit"}  # classes have no diffusion decoder
 LEVELS = {"S1GRD": 12}  # as the quickstart has it
-PRETRAINING = 1000  # steps
+PRETRAINING = 800  # steps
 WINDOW, STRIDE, DELTA = 224, 192, 8  # TerraTorch's; the first is the models'
 PATCH, TIMESTEPS, BATCH = reading.PATCH, 10, 8
 PLACE = (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_300_000.0)
@@ -42,22 +42,27 @@ HEAD = "| modality | windows | jump at borders of windows | at others of tokens 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--to", default=",".join(DECODERS), help="what to generate, in this order")
     parser.add_argument("--side", type=int, default=1024, help="pixels along the scene")
     parser.add_argument("--steps", type=int, default=500, help="of training a tokenizer")
     parser.add_argument("--batch_size", type=int, default=2, help="in that training")
-    parser.add_argument("--sides", default="512,1024,2048", help="pixels along the scenes whose memory and time are measured")
+    parser.add_argument("--sides", default="512,1024,1536", help="pixels along the scenes whose memory and time are measured")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one generation in a process of its own
     arguments = parser.parse_args()
     if arguments.alone:
-        return alone(arguments.out, arguments.side)
-    train(arguments.out, arguments.steps, arguments.batch_size)
-    text = [f"Scene of {arguments.side} x {arguments.side} pixels, {TIMESTEPS} steps; {where()}.", "", HEAD]
-    text += seams(arguments.out, arguments.side)
+        return alone(arguments.out, arguments.side, arguments.to.split(","))
+    to = arguments.to.split(",")
+    train(arguments.out, to, arguments.steps, arguments.batch_size)
+    trained = f"tokenizers trained for {arguments.steps} steps of {arguments.batch_size} tiles"
+    text = [f"Scene of {arguments.side} x {arguments.side} pixels, {TIMESTEPS} steps, {trained}; {where()}.", "", HEAD]
+    for line in seams(arguments.out, arguments.side, to):
+        print(line, flush=True)
+        text.append(line)
     text += ["", "| pixels | megapixels/s | peak memory MiB | of which before the scene |", "|---|---|---|---|"]
     for side in map(int, arguments.sides.split(",")):
         make_scene(arguments.out, side)
-        text.append(memory_row(side, measure(__file__, "--alone", f"--out={arguments.out}", f"--side={side}")))
+        text.append(memory_row(side, measure(__file__, "--alone", f"--out={arguments.out}", f"--side={side}", f"--to={arguments.to}")))
     print("\n".join(text))
     if arguments.results:
         arguments.results.write_text(f"# Seams, speed and memory of large scenes\n\n{HOW}\n" + "\n".join(text) + "\n")
@@ -69,17 +74,17 @@ HOW = "`python benchmarks/seams.py --out=DIR --results=benchmarks/results/seams.
 # ---- what generates ----
 
 
-def train(out: Path, steps: int, batch_size: int) -> None:
+def train(out: Path, to: Sequence[str], steps: int, batch_size: int) -> None:
     shards = out / "shards"
     if not shards.is_dir():
         cli.main(["data", "synthesize", f"--out={shards}", f"--scenes={SCENES}", f"--val_scenes={VAL_SCENES}"])
-    for modality, decoder in DECODERS.items():
-        own = {"model.modality": modality, "model.decoder": decoder, "train.steps": steps, "train.batch_size": batch_size}
+    for modality in to:
+        own = {"model.modality": modality, "model.decoder": DECODERS[modality], "train.steps": steps, "train.batch_size": batch_size}
         own |= {"run.eval_batches": 2} | ({"model.levels": LEVELS[modality]} if modality in LEVELS else {})
         command("train-tokenizer", "configs/tokenizer/small.py", out / "tokenizers" / modality, shards, own)
-    if not (shards / "train" / "S1GRD_tokens").is_dir():
+    if not all((shards / "train" / f"{modality}_tokens").is_dir() for modality in to):
         cli.main(["tokenize", f"--data={shards}", f"--weights={out / 'tokenizers'}", f"--out={shards}"])
-    own = {"data.inputs": f"S2L2A,{','.join(DECODERS)}", "data.targets": ",".join(DECODERS), "train.steps": PRETRAINING}
+    own = {"data.inputs": f"S2L2A,{','.join(to)}", "data.targets": ",".join(to), "train.steps": PRETRAINING}
     command("pretrain", "terramind_jax/quickstart/pretrain.py", out / "model", shards, own)
 
 
@@ -106,8 +111,8 @@ def make_scene(out: Path, side: int) -> Path:
 # ---- seams ----
 
 
-def seams(out: Path, side: int) -> list[str]:
-    path, to = make_scene(out, side), list(DECODERS)
+def seams(out: Path, side: int, to: Sequence[str]) -> list[str]:
+    path = make_scene(out, side)
     module, variables, _ = pretrain.load(out / "model")
     network = Network(module, variables, predict.load_tokenizers(module, ["S2L2A"], to, out / "tokenizers"))
     stored = geo.read(path, "S2L2A").astype(np.float32)
@@ -190,12 +195,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 # ---- memory and speed ----
 
 
-def alone(out: Path, side: int) -> None:
+def alone(out: Path, side: int, to: Sequence[str]) -> None:
     """Generates one scene and prints what that took, as JSON."""
     warm = make_scene(out, 2 * WINDOW)
-    ours(out, warm, list(DECODERS))  # compiles
+    ours(out, warm, to)  # compiles
     before, begun = peak(), time.monotonic()
-    ours(out, make_scene(out, side), list(DECODERS))
+    ours(out, make_scene(out, side), to)
     print(json.dumps({"seconds": time.monotonic() - begun, "before": before, "peak": peak()}))
 
 

@@ -55,8 +55,9 @@ def batches(network: Network, work: Work, i: int, size: int) -> Iterator[list[in
 
     No batch holds windows of two rows, so that a window has the same neighbours whatever was done before.
     """
-    devices = 1 if network.sharding is None else network.sharding.num_devices
-    size = -(-min(size, len(work.cut.columns)) // devices) * devices
+    devices, most = 1 if network.sharding is None else network.sharding.num_devices, len(work.cut.columns)
+    size = -(-most // -(-most // size))  # as many batches, but even ones: of 9 windows not 8 and 1, but 5 and 4
+    size = -(-size // devices) * devices
     columns = [int(j) for j in np.flatnonzero(work.live[i])]
     for start in range(0, len(columns), size):
         part = columns[start : start + size]
