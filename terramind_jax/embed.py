@@ -105,14 +105,13 @@ def _trained(weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.P
     predict.check_workdir(weights)
     whole, variables, _ = pretrain.load(predict.workdir(weights))
     same = {f.name: getattr(whole.config, f.name) for f in dataclasses.fields(BackboneConfig) if hasattr(whole.config, f.name)}
-    module = Backbone(BackboneConfig(**same | {"streams": whole.config.encoder}))
-    folder = Path(tokenizers) if tokenizers else predict.tokenizer_folder(weights)
-    network = Network(module, variables, predict.load_tokenizers(whole, list(inputs), [], folder))
-    known = {stream.key: stream.modality for stream in module.config.streams}
+    known = {stream.key: stream.modality for stream in whole.config.encoder}
     for name in inputs:
         if modalities.input_stream(name).key not in known:
             raise ValueError(f"This model takes no {name}; it takes {', '.join(dict.fromkeys(known.values()))}.")
-    return network
+    module = Backbone(BackboneConfig(**same | {"streams": whole.config.encoder}))
+    folder = Path(tokenizers) if tokenizers else predict.tokenizer_folder(weights)
+    return Network(module, variables, predict.load_tokenizers(whole, list(inputs), [], folder))
 
 
 def _released(name: str, weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.PathLike | None) -> Network:

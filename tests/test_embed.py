@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
             parts = embed.run(**call, out=tmp_path / "parts")
         except KeyboardInterrupt:
             stops += 1
-    assert stops > 2 and parts[0].read_bytes() == whole.read_bytes()
+    assert stops > 1 and parts[0].read_bytes() == whole.read_bytes()
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
 
 
