@@ -60,7 +60,7 @@ def main() -> None:
         print(line, flush=True)
         text.append(line)
     text += ["", "| pixels | megapixels/s | peak memory MiB | of which before the scene |", "|---|---|---|---|"]
-    for side in map(int, arguments.sides.split(",")):
+    for side in map(int, filter(None, arguments.sides.split(","))):
         make_scene(arguments.out, side)
         text.append(memory_row(side, measure(__file__, "--alone", f"--out={arguments.out}", f"--side={side}", f"--to={arguments.to}")))
     print("\n".join(text))
