@@ -56,6 +56,8 @@ with warnings.catch_warnings():
     from terratorch.models.backbones.terramind.model.tm_utils import LayerNorm
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
 
+# Importing TerraTorch sets "medium" (its models/backbones/clay_v15/model.py): bfloat16 in float32 products where the processor has AMX.
+torch.set_float32_matmul_precision("highest")
 logging.getLogger("terramind").setLevel(logging.ERROR)  # it reports every weight that is not pretrained
 
 # ---- models ----
