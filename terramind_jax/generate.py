@@ -17,7 +17,7 @@ from terramind_jax import captions, coordinates, modalities
 from terramind_jax.decoding import PerTarget, T, generate_tokens
 from terramind_jax.modalities import Stream
 from terramind_jax.model import TerraMind
-from terramind_jax.tokenizer import Tokenizer, apply, decode
+from terramind_jax.tokenizer import Clip, Sampler, Tokenizer, apply, decode
 
 Variables = Mapping[str, Any]
 Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
@@ -37,7 +37,8 @@ def generate(
     offset: Mapping[str, float] | None = None,
     timesteps: int = 10,
     noise: Mapping[str, np.ndarray] | None = None,
-    clip: bool = True,
+    sampler: Sampler = "ddim",
+    clip: Clip = "published",
     at: np.ndarray | None = None,
     **options: Any,
 ) -> dict[str, np.ndarray | list[str]]:
@@ -51,7 +52,7 @@ def generate(
       vocabulary: of captions, see `terramind_jax.captions`; None: captions are ids.
       standardize: False if the inputs are standardised already; then the outputs are, too.
       version, offset: whose statistics standardise, and by how much they move a modality's mean, by user name.
-      timesteps, noise, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
+      timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
       **options: those of `decoding.generate_tokens`; mappings are keyed by the names in `outputs`.
@@ -67,7 +68,7 @@ def generate(
     _check_outputs("Noise", noise, outputs)
     scale = dict(vocabulary=vocabulary, standardize=standardize, version=version)
     tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, at=at, offset=offset, **scale, **options)
-    decoding = dict(seed=seed, at=at, timesteps=timesteps, clip=clip)
+    decoding = dict(seed=seed, at=at, timesteps=timesteps, sampler=sampler, clip=clip)
 
     def finish(name: str, ids: jax.Array) -> np.ndarray | list[str]:
         own = dict(offset=offset.get(name, 0.0), noise=noise.get(name))

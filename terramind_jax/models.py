@@ -201,7 +201,8 @@ class Generator(Model):
         timesteps: int | None = None,
         standardize: bool | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
-        clip: bool = True,
+        sampler: tokenizer.Sampler = "ddim",
+        clip: tokenizer.Clip = "published",
         **options: Any,
     ) -> dict[str, np.ndarray | list[str]]:
         """Inputs by user name to every output that the model was built for, each conditioning the next.
@@ -212,7 +213,8 @@ class Generator(Model):
           seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
-          clip: the published limit of diffusion decoders, one standard deviation around the mean; False lifts it.
+          sampler: of diffusion decoders: "ddim" as published, "dpmpp", which needs a fraction of its steps, or "ddpm".
+          clip: the limit of their predictions: "published", one standard deviation around the mean, "none" or "dynamic".
           **options: `at` of `generate.generate`, for windows of a scene, and those of `decoding.generate_tokens`, also under the names that
             the model is built with (`SAMPLING`), and over what it was built with; a mapping gives each output its own.
 
@@ -224,8 +226,8 @@ class Generator(Model):
           ValueError: as `generate.generate`.
         """
         timesteps = self.options["timesteps"] if timesteps is None else timesteps
-        settings = self._settings(standardize, options)
-        return generate.generate(*self._parts(inputs), seed=seed, timesteps=timesteps, noise=noise, clip=clip, **settings)
+        decoding = dict(timesteps=timesteps, noise=noise, sampler=sampler, clip=clip)
+        return generate.generate(*self._parts(inputs), seed=seed, **decoding, **self._settings(standardize, options))
 
     def generate_tokens(
         self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
@@ -254,7 +256,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known = {*SAMPLING, *inspect.signature(decoding.generate_tokens).parameters} - {"module", "variables", "inputs", "targets", "seed"}
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, "standardize", "timesteps", "noise", "clip"], n=1)
+            close = difflib.get_close_matches(name, [*known, "standardize", "timesteps", "noise", "sampler", "clip"], n=1)
             raise ValueError(f"Unknown option {name!r} of generation{f'; did you mean {close[0]!r}?' if close else '.'}")
 
 
@@ -290,7 +292,8 @@ class ImageTokenizer(Model):
     def decode(self, tokens: np.ndarray, seed: int | np.ndarray = 0, timesteps: int = 50, noise: np.ndarray | None = None, **options: Any):
         """Tokens ``[B, h, w]`` -> standardised ``[B, H, W, C]``, of LULC logits; `noise` fixes what the diffusion starts from.
 
-        `options` are those of `tokenizer.decode`, such as ``clip=False``: the published clip keeps outputs within one standard deviation.
+        `options` are those of `tokenizer.decode`, such as ``sampler="dpmpp"``, which needs fewer steps, or ``clip="none"``: the published
+        clip keeps outputs within one standard deviation.
         """
         generate.check_integers("tokens", tokens, self.module.config.codebook_size, "tokens")
         return tokenizer.decode(self.module, self.variables, tokens, seed=seed, timesteps=timesteps, noise=noise, **options)

@@ -76,6 +76,12 @@ def test_timesteps_are_the_references(timesteps, spacing, expected):
     assert diffusion.spaced(timesteps, spacing).tolist() == expected
 
 
+def test_quadratic_timesteps_grow_dense_towards_the_image():
+    assert diffusion.spaced(5, "quadratic").tolist() == [999, 639, 359, 159, 39]
+    many = diffusion.spaced(1000, "quadratic")
+    assert many[0] == 999 and many[-1] == 0 and (np.diff(many) < 0).all()
+
+
 def test_timesteps_that_do_not_divide_1000_are_more():
     assert len(diffusion.spaced(30, "trailing")) == 31
     assert diffusion.spaced(50, "trailing")[[0, 1, -1]].tolist() == [999, 979, 19] and len(diffusion.spaced(50, "trailing")) == 50
@@ -89,15 +95,15 @@ def predict(x, t):
     return 1.5 * jnp.tanh(x + t / 1000)
 
 
-def loop(x, timesteps, scheduler, spacing, clip, noise):
+def loop(x, timesteps, sampler, spacing, clip, noise):
     """The formulas of spec 6.7 one after another, in float64."""
     a = diffusion.alphas_cumprod()
-    for t in diffusion.spaced(timesteps, "leading" if scheduler == "ddpm" else spacing):
+    for t in diffusion.spaced(timesteps, "leading" if sampler == "ddpm" else spacing):
         before = t - 1000 // timesteps
         previous = a[before] if before >= 0 else 1.0
         x0 = 1.5 * np.tanh(x + t / 1000)
-        limited = np.clip(x0, -1, 1) if clip else x0
-        if scheduler == "ddim":
+        limited = np.clip(x0, -1, 1) if clip == "published" else x0
+        if sampler == "ddim":
             eps = (x - np.sqrt(a[t]) * x0) / np.sqrt(1 - a[t])
             x = np.sqrt(previous) * limited + np.sqrt(1 - previous) * eps
         else:
@@ -107,9 +113,9 @@ def loop(x, timesteps, scheduler, spacing, clip, noise):
     return x
 
 
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("clip", ["published", "none"])
 @pytest.mark.parametrize(
-    ("scheduler", "timesteps", "spacing"),
+    ("sampler", "timesteps", "spacing"),
     [
         ("ddim", 10, "trailing"),
         ("ddim", 7, "trailing"),
@@ -119,21 +125,63 @@ def loop(x, timesteps, scheduler, spacing, clip, noise):
         ("ddpm", 1000, "leading"),
     ],
 )
-def test_the_scan_is_the_written_out_loop(scheduler, timesteps, spacing, clip):
+def test_the_scan_is_the_written_out_loop(sampler, timesteps, spacing, clip):
     start, table = normal(0, (2, 4, 4, 1)), normal(1, (1000, 2, 4, 4, 1))
-    draw = (lambda t: jnp.asarray(table)[t]) if scheduler == "ddpm" else None
-    got = diffusion.sample(predict, start, diffusion.plan(timesteps, scheduler, spacing), clip=clip, draw=draw)
-    expected = loop(start.astype(np.float64), timesteps, scheduler, spacing, clip, lambda t: table[t])
+    draw = (lambda t: jnp.asarray(table)[t]) if sampler == "ddpm" else None
+    got = diffusion.sample(predict, start, diffusion.plan(timesteps, sampler, spacing), clip=clip, draw=draw)
+    expected = loop(start.astype(np.float64), timesteps, sampler, spacing, clip, lambda t: table[t])
     np.testing.assert_allclose(got, expected, atol=2e-4 if timesteps == 1000 else 1e-5)
-    assert (np.abs(got) <= 1).all() == clip
+    assert (np.abs(got) <= 1).all() == (clip == "published")
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_a_perfect_network_is_believed(scheduler):
+def published(x, timesteps, spacing):
+    """DPM-Solver++ (2M) as arXiv 2211.01095 writes its algorithm 2, in float64; first order where its steps are infinite."""
+    a, t = diffusion.alphas_cumprod(), diffusion.spaced(timesteps, spacing)
+    alpha, sigma = np.append(np.sqrt(a[t]), 1.0), np.append(np.sqrt(1 - a[t]), 0.0)
+    with np.errstate(divide="ignore"):
+        logsnr, before = np.log(alpha / sigma), None
+    for i in range(len(t)):
+        h, x0 = logsnr[i + 1] - logsnr[i], 1.5 * np.tanh(x + t[i] / 1000)
+        ratio = np.inf if i == 0 or h == np.inf else (logsnr[i] - logsnr[i - 1]) / h
+        d = x0 if ratio == np.inf else (1 + 1 / (2 * ratio)) * x0 - 1 / (2 * ratio) * before
+        x, before = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * d, x0
+    return x
+
+
+@pytest.mark.parametrize(("timesteps", "spacing"), [(1, "trailing"), (6, "trailing"), (10, "quadratic")])
+def test_second_order_is_the_published_algorithm(timesteps, spacing):
+    start = normal(0, (2, 4, 4, 1))
+    got = diffusion.sample(predict, start, diffusion.plan(timesteps, "dpmpp", spacing), clip="none")
+    np.testing.assert_allclose(got, published(start.astype(np.float64), timesteps, spacing), atol=1e-5)
+    assert (np.abs(got) > 1).any()
+    limited = diffusion.sample(predict, start, diffusion.plan(timesteps, "dpmpp", spacing))
+    assert (np.abs(limited) <= 1).all()
+
+
+def of_two_peaks(x, t):
+    """The best prediction for pixels that are -1 or 1.2, and vary around either by 0.2: what a network learns."""
+    a = jnp.asarray(diffusion.alphas_cumprod(), jnp.float32)[t]
+    peaks, spread = jnp.array([-1.0, 1.2]), a * 0.04 + 1 - a
+    distance = x[..., None] - jnp.sqrt(a) * peaks
+    chance = jax.nn.softmax(-(distance**2) / (2 * spread))
+    return (chance * (peaks + jnp.sqrt(a) * 0.04 / spread * distance)).sum(-1)
+
+
+def test_second_order_needs_a_fifth_of_the_steps():
+    start = normal(0, (1, 32, 32, 1))
+    run = lambda *plan: diffusion.sample(of_two_peaks, start, diffusion.plan(*plan), clip="none")  # noqa: E731
+    exact = run(1000, "ddim", "trailing")
+    error = lambda *plan: np.sqrt(np.square(run(*plan) - exact).mean())  # noqa: E731
+    assert error(10, "dpmpp") < error(50, "ddim") < error(20, "ddim")
+    assert error(20, "dpmpp") < error(10, "dpmpp") / 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+def test_a_perfect_network_is_believed(sampler):
     image = np.clip(normal(5, (1, 4, 4, 1)), -1, 1)
     keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(0, 1)), "x")
     draw = lambda t: jax.vmap(lambda key: jax.random.normal(key, (4, 4, 1)))(sampling.step_keys(keys, t))  # noqa: E731
-    got = diffusion.sample(lambda x, t: jnp.asarray(image), normal(6, image.shape), diffusion.plan(8, scheduler, "leading"), draw=draw)
+    got = diffusion.sample(lambda x, t: jnp.asarray(image), normal(6, image.shape), diffusion.plan(8, sampler, "leading"), draw=draw)
     np.testing.assert_allclose(got, image, atol=1e-6)
 
 
@@ -142,7 +190,7 @@ def test_a_perfect_network_is_believed(scheduler):
 
 def test_a_sample_does_not_depend_on_its_batch(decode):
     ids = tokens()
-    for options in ({}, {"scheduler": "ddpm", "clip": False}):
+    for options in ({}, {"sampler": "ddpm", "clip": "none"}, {"sampler": "dpmpp", "clip": "dynamic"}):
         both, second = decode(ids, seed=[5, 6], **options), decode(ids[1:], seed=6, **options)
         assert both.shape == (2, 32, 32, 1) and both.dtype == jnp.float32 and np.isfinite(both).all()
         np.testing.assert_allclose(both[1], second[0], atol=1e-4)
@@ -160,18 +208,31 @@ def test_given_noise_replaces_the_seed(decode):
     assert np.abs(decode(tokens(), noise=noise) - decode(tokens())).max() > 1e-2
 
 
-def test_windows_of_a_scene_share_its_noise():
-    """With a network that predicts nothing, the image is what the noise of DDPM makes of it."""
-    variables = jax.tree.map(jnp.zeros_like, test_unet.build(SMALL))
-    decode = functools.partial(tokenizer.decode, tokenizer.Tokenizer(SMALL), variables, timesteps=2, scheduler="ddpm")
-    whole = decode(tokens(1, 4, 6), seed=3, at=np.array([[10, 5]]))
-    np.testing.assert_allclose(whole[:, 16:48, 32:], decode(tokens(1, 2, 4), seed=3, at=np.array([[11, 7]])), atol=1e-6)
-    assert np.abs(whole - decode(tokens(1, 4, 6), seed=3)).max() > 0.1
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_windows_of_a_scene_share_its_noise(sampler, monkeypatch):
+    """That of the start, and of DDPM also that of a step."""
+
+    def noise_itself(module, variables, codes, noise, steps, *, clip, draw):
+        return noise if draw is None else noise + draw(5)
+
+    monkeypatch.setattr(diffusion, "denoise", noise_itself)
+    monkeypatch.setattr(diffusion, "_denoise", diffusion._denoise.__wrapped__)  # not the compiled one, which has the true network
+    decode = functools.partial(tokenizer.decode, tokenizer.Tokenizer(SMALL), {}, seed=3, sampler=sampler)
+    whole = decode(tokens(1, 4, 6), at=np.array([[10, 5]]))
+    np.testing.assert_allclose(whole[:, 16:48, 32:], decode(tokens(1, 2, 4), at=np.array([[11, 7]])), atol=1e-6)
+    assert np.abs(whole - decode(tokens(1, 4, 6))).max() > 0.1
 
 
 def test_images_are_clipped_unless_asked_otherwise(decode):
     assert np.abs(decode(tokens())).max() == 1
-    assert np.abs(decode(tokens(), clip=False)).max() > 1.1
+    assert np.abs(decode(tokens(), clip="none")).max() > 1.1
+
+
+def test_the_dynamic_limit_is_each_bands_own():
+    x0 = np.stack([np.linspace(-0.5, 0.5, 1024), np.linspace(-4, 4, 1024)], -1).reshape(1, 32, 32, 2).astype(np.float32)
+    got = np.asarray(diffusion.limit(jnp.asarray(x0), "dynamic"))
+    np.testing.assert_array_equal(got[..., 0], x0[..., 0])
+    assert 3.9 < got[..., 1].max() < 4 and (got[..., 1] != x0[..., 1]).sum() < 10
 
 
 def test_images_need_not_be_square(decode):
@@ -187,7 +248,7 @@ def test_a_decoder_of_one_pass_ignores_the_options():
     config = tokenizer.TokenizerConfig("LULC", 9, levels=(7, 5, 5, 5, 5), dim=32, depth=1, num_heads=2, image_size=64)
     module, variables = tokenizer.Tokenizer(config), test_unet.build(config)
     ids = tokens() % config.codebook_size
-    got = tokenizer.decode(module, variables, ids, seed=[1, 2], timesteps=3, clip=True)
+    got = tokenizer.decode(module, variables, ids, seed=[1, 2], timesteps=3, clip="dynamic")
     np.testing.assert_allclose(got, jax.jit(lambda v: module.apply(v, ids, method="decode"))(variables), atol=1e-5)
     assert got.shape == (2, 32, 32, 9)
 
@@ -199,8 +260,9 @@ def test_a_decoder_of_one_pass_ignores_the_options():
     ("options", "message"),
     [
         ({"noise": normal(0, (2, 32, 32, 2))}, r"noise has shape \[2, 32, 32, 2\]; these tokens decode to \[2, 32, 32, 1\]"),
-        ({"scheduler": "euler"}, "Unknown scheduler 'euler'; known schedulers: ddim, ddpm"),
-        ({"spacing": "karras"}, "Unknown spacing 'karras' of timesteps; known spacings: trailing, leading, linspace"),
+        ({"sampler": "euler"}, "Unknown sampler 'euler'; known samplers: ddim, ddpm, dpmpp"),
+        ({"clip": True}, "Unknown clip True; known limits: published, none, dynamic"),
+        ({"spacing": "karras"}, "Unknown spacing 'karras' of timesteps; known spacings: trailing, leading, linspace, quadratic"),
         ({"timesteps": 0}, "number of timesteps is 0; it must be between 1 and 1000"),
         ({"timesteps": 1001}, "number of timesteps is 1001"),
         ({"at": [[0, 0]]}, r"option at is int64 of shape \[1, 2\]; expected integers \[2, 2\]"),

@@ -214,9 +214,9 @@ def test_settings_of_each_output_noise_and_clip():
     for name, ids in model.generate_tokens(x, **by_name).items():
         np.testing.assert_array_equal(ids, tokens[name])
     noise = np.random.default_rng(1).normal(size=(1, 32, 32, 1)).astype(np.float32)
-    made = model.generate(x, seed=5, noise={"DEM": noise}, clip=False, **by_name)["DEM"]
+    made = model.generate(x, seed=5, noise={"DEM": noise}, clip="none", **by_name)["DEM"]
     module, variables = model.tokenizers["DEM"]
-    np.testing.assert_array_equal(made, tokenizer.decode(module, variables, tokens["DEM"], noise=noise, timesteps=1, clip=False))
+    np.testing.assert_array_equal(made, tokenizer.decode(module, variables, tokens["DEM"], noise=noise, timesteps=1, clip="none"))
     for outputs in (dict(noise={"S1GRD": noise}), dict(temps={"S1GRD": 0.0})):
         with pytest.raises(ValueError, match="is given for S1GRD, which is no output; outputs: DEM, LULC"):
             model.generate(x, **outputs)

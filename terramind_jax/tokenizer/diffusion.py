@@ -1,14 +1,14 @@
-"""Tokens to images by diffusion: noise schedule, DDIM and DDPM, and one scan over their steps (spec 6.6, 6.7); noise in training (9.4).
+"""Tokens to images by diffusion: noise schedule, samplers, and one scan over their steps (spec 6.6, 6.7); noise in training (9.4).
 
-A step is ``x <- a * clip(x0) + b * x + c * x0 + d * noise``, x0 being the network's prediction from x, so a scheduler is a table of a, b,
-c and d.
+A step is ``x <- a * clip(x0) + b * x + c * x0 + d * noise``. Of first order, x0 is the network's prediction from x; of second order it is
+moved by e times its change since the step before. So a sampler is a table of a, b, c, d and e.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ from terramind_jax import sampling
 from terramind_jax.tokenizer import conv
 from terramind_jax.tokenizer.vqvae import Tokenizer, apply
 
-Scheduler = Literal["ddim", "ddpm"]
-Spacing = Literal["trailing", "leading", "linspace"]
+Sampler = Literal["ddim", "ddpm", "dpmpp"]
+Spacing = Literal["trailing", "leading", "linspace", "quadratic"]
+Clip = Literal["published", "none", "dynamic"]
 
 TRAIN_STEPS = 1000
+SPACING: Mapping[str, Spacing] = {"ddim": "trailing", "dpmpp": "quadratic"}  # unless another is asked for
+DYNAMIC_QUANTILE = 0.995  # of absolute values, as the reference computes it before it limits the result to 1
 
 
 def decode(
@@ -32,9 +35,9 @@ def decode(
     seed: int | np.ndarray = 0,
     noise: jax.Array | None = None,
     timesteps: int = 50,
-    scheduler: Scheduler = "ddim",
-    spacing: Spacing = "trailing",
-    clip: bool = True,
+    sampler: Sampler = "ddim",
+    spacing: Spacing | None = None,
+    clip: Clip = "published",
     at: np.ndarray | None = None,
 ) -> jax.Array:
     """Tokens as `Tokenizer.encode` gives them -> standardised image, or logits, ``[B, H, W, C]`` float32 (spec 6.7).
@@ -44,16 +47,19 @@ def decode(
     Args:
       seed: of the noise: one integer for all samples, or ``[B]``. A sample's noise does not depend on the batch around it.
       noise: ``[B, H, W, C]``, the noise to start from, instead of drawing it. DDPM draws that of its steps from `seed` all the same.
-      timesteps: how many. "trailing" takes more where 1000 is no multiple of them.
-      scheduler: "ddim", deterministic after the first noise, or "ddpm".
-      spacing: which of the 1000 timesteps are taken. DDPM always takes "leading", as the reference does.
-      clip: limits each prediction to -1 ... 1, as published. Images then stay within one standard deviation of the mean: elevation
-        between -281 and 1622 m. False lifts the limit; the reference cannot.
+      timesteps: how many. "trailing" takes more where 1000 is no multiple of them, "quadratic" fewer where steps fall together.
+      sampler: "ddim", as published, deterministic after the first noise; "dpmpp", DPM-Solver++ of second order, which goes the same way
+        from the same noise and needs a fraction of the steps; or "ddpm", which draws noise in every step.
+      spacing: which of the 1000 timesteps are taken; None: "trailing" for DDIM, as published, "quadratic" for DPM-Solver++. DDPM always
+        takes "leading", as the reference does.
+      clip: limits each predicted image. "published" to -1 ... 1, so that images stay within one standard deviation of the mean: elevation
+        between -281 and 1622 m. "none" lifts the limit; the reference cannot. "dynamic" takes the 0.995 quantile of a band's absolute
+        values, at least 1, so that few pixels are cut off; it differs from window to window of a scene.
       at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the noise of
         each patch there. None: zeros.
 
     Raises:
-      ValueError: tokens whose image the decoder cannot halve often enough, noise of another shape, an unknown scheduler or spacing.
+      ValueError: tokens whose image the decoder cannot halve often enough, noise of another shape, an unknown sampler, spacing or clip.
     """
     if module.config.decoder == "vit":
         return apply(module, variables, tokens, "decode")
@@ -61,8 +67,8 @@ def decode(
     if noise is not None and tuple(noise.shape) != shape:
         raise ValueError(f"The starting noise has shape {list(noise.shape)}; these tokens decode to {list(shape)}.")
     words, at = jnp.asarray(sampling.seed_words(seed, shape[0])), jnp.asarray(sampling.corners(at, shape[0]))
-    steps = plan(timesteps, scheduler, spacing)
-    return _denoise(variables, tokens, words, at, noise, steps, module=module, clip=clip, noisy=scheduler == "ddpm")
+    steps = plan(timesteps, sampler, spacing)
+    return _denoise(variables, tokens, words, at, noise, steps, module=module, clip=check_clip(clip), noisy=sampler == "ddpm")
 
 
 def image_shape(module: Tokenizer, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -96,7 +102,7 @@ def denoise(
     noise: jax.Array,
     steps: tuple[jax.Array, jax.Array],
     *,
-    clip: bool = True,
+    clip: Clip = "published",
     draw: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Codes ``[B, h, w, latent_dim]`` and the noise to start from ``[B, H, W, C]`` -> image: `sample` with a tokenizer's U-Net."""
@@ -114,18 +120,37 @@ def sample(
     x: jax.Array,
     steps: tuple[jax.Array, jax.Array],
     *,
-    clip: bool = True,
+    clip: Clip = "published",
     draw: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Denoises `x` by ``predict(x, t)``, the clean image, over the steps of a `plan`; ``draw(t)`` is a step's noise, None for none."""
 
-    def body(x, step):
-        t, (clipped, noisy, clean, random) = step
-        x0 = predict(x, t)
-        new = clipped * (jnp.clip(x0, -1, 1) if clip else x0) + noisy * x + clean * x0
-        return new if draw is None else new + random * draw(t), None
+    def body(state, step):
+        (x, before), (t, (clipped, noisy, clean, random, change)) = state, step
+        prediction = predict(x, t)
+        x0 = prediction + change * (prediction - before)
+        new = clipped * limit(x0, clip) + noisy * x + clean * x0
+        return (new if draw is None else new + random * draw(t), prediction), None
 
-    return jax.lax.scan(body, x.astype(jnp.float32), steps)[0]
+    x = x.astype(jnp.float32)
+    return jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)[0][0]
+
+
+def limit(x0: jax.Array, clip: Clip) -> jax.Array:
+    """A predicted image ``[B, H, W, C]`` within its limits, see `decode`."""
+    if clip == "none":
+        return x0
+    if clip == "published":
+        return jnp.clip(x0, -1, 1)
+    bound = jnp.maximum(jnp.quantile(jnp.abs(x0), DYNAMIC_QUANTILE, axis=(1, 2), keepdims=True), 1)
+    return jnp.clip(x0, -bound, bound)
+
+
+def check_clip(clip: str) -> Clip:
+    """`clip`, or a ValueError if there is no such limit."""
+    if clip not in get_args(Clip):
+        raise ValueError(f"Unknown clip {clip!r}; known limits: {', '.join(get_args(Clip))}.")
+    return clip
 
 
 def noised(keys: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -166,27 +191,47 @@ def spaced(timesteps: int, spacing: Spacing) -> np.ndarray:
         return np.arange(timesteps, dtype=np.int32)[::-1] * ratio
     if spacing == "linspace":
         return np.linspace(TRAIN_STEPS, 1, timesteps).round().astype(np.int32) - 1
-    raise ValueError(f"Unknown spacing {spacing!r} of timesteps; known spacings: trailing, leading, linspace.")
+    if spacing == "quadratic":
+        squares = (TRAIN_STEPS * (np.arange(1, timesteps + 1) / timesteps) ** 2).round().astype(np.int32)
+        return np.unique(np.maximum(squares - 1, 0))[::-1]
+    raise ValueError(f"Unknown spacing {spacing!r} of timesteps; known spacings: {', '.join(get_args(Spacing))}.")
 
 
-def plan(timesteps: int, scheduler: Scheduler, spacing: Spacing) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps ``[S]`` int32 and their factors ``[S, 4]`` float32 of (clipped x0, x, x0, noise).
+def plan(timesteps: int, sampler: Sampler, spacing: Spacing | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps ``[S]`` int32 and their factors ``[S, 5]`` float32 of (clipped x0, x, x0, noise, change of x0).
 
-    The step before `t` is ``t - 1000 // timesteps``, also where another is taken ("linspace", "trailing"); before 0 nothing is noise.
+    As in the reference, the step before `t` is ``t - 1000 // timesteps``, also where another is taken ("linspace", "trailing"); those that
+    it lacks, "dpmpp" and "quadratic", go on where the last one ended. Before 0 nothing is noise.
     """
-    if scheduler not in ("ddim", "ddpm"):
-        raise ValueError(f"Unknown scheduler {scheduler!r}; known schedulers: ddim, ddpm.")
-    t = spaced(timesteps, spacing if scheduler == "ddim" else "leading")
-    before = t - TRAIN_STEPS // timesteps
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"Unknown sampler {sampler!r}; known samplers: {', '.join(get_args(Sampler))}.")
+    t = spaced(timesteps, "leading" if sampler == "ddpm" else spacing or SPACING[sampler])
+    chained = sampler == "dpmpp" or spacing == "quadratic"
+    before = np.append(t[1:], -1) if chained else t - TRAIN_STEPS // timesteps
     a, previous = alphas_cumprod()[t], np.where(before < 0, 1, alphas_cumprod()[before])
-    factors = _ddim(a, previous) if scheduler == "ddim" else _ddpm(a, previous, t)
-    return t, np.stack(factors, axis=-1).astype(np.float32)
+    factors = _ddpm(a, previous, t) if sampler == "ddpm" else _ddim(a, previous)
+    change = _second_order(a, previous) if sampler == "dpmpp" else np.zeros_like(a)
+    return t, np.stack([*factors, change], axis=-1).astype(np.float32)
 
 
 def _ddim(a: np.ndarray, previous: np.ndarray) -> tuple[np.ndarray, ...]:
     """``sqrt(previous) clip(x0) + sqrt(1 - previous) eps``, the noise eps from the prediction before it is clipped."""
     eps = np.sqrt((1 - previous) / (1 - a))
     return np.sqrt(previous), eps, -eps * np.sqrt(a), np.zeros_like(a)
+
+
+def _second_order(a: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """How far DPM-Solver++ (2M) extrapolates the prediction: half the ratio of this step and the last (arXiv 2211.01095, algorithm 2).
+
+    Its first-order step is DDIM's. Steps are measured in half the logarithm of the signal-to-noise ratio, which is infinite at both ends:
+    there the steps stay of first order.
+    """
+    with np.errstate(divide="ignore"):
+        h = (np.log(previous / (1 - previous)) - np.log(a / (1 - a))) / 2
+    change = np.zeros_like(h)
+    inner = np.flatnonzero(np.isfinite(h[1:]) & np.isfinite(h[:-1])) + 1
+    change[inner] = h[inner] / h[inner - 1] / 2
+    return change
 
 
 def _ddpm(a: np.ndarray, previous: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:

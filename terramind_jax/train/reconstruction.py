@@ -56,7 +56,7 @@ def measure(
     loss = networks.reconstruction_loss(config, made, image)
     if config.decoder == "unet":
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, networks.TRAIN_STEPS), image.shape[1:]))(keys)
-        made = networks.denoise(module, variables, codes, noise, networks.plan(timesteps, "ddim", "trailing"), clip=False)
+        made = networks.denoise(module, variables, codes, noise, networks.plan(timesteps, "ddim"), clip="none")
     sums = {"images": weight.sum(), "loss": (loss * weight).sum(), "codes": usage(config, codes, weight)}
     compare = partial(_classes if config.is_class_map else _bands, config, weight, image)
     sums |= {"made": compare(made), "blocks": compare(block_mean(config, image))}

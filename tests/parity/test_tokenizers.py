@@ -129,7 +129,7 @@ def test_s2l2a_weights_return_byte_for_byte(s2l2a):
 
 
 def test_s2l2a_decoding(s2l2a):
-    """Other sides and more steps: `test_schedulers`, on a small network."""
+    """Other sides and more steps: `test_samplers`, on a small network."""
     tokens, noise = tokens_and_noise(s2l2a.config, 224, 224)
     theirs = decode_theirs(s2l2a.model, tokens, noise, timesteps=10)
     ours = tokenizer.decode(Tokenizer(s2l2a.config), s2l2a.variables, tokens, noise=noise, timesteps=10)
@@ -198,7 +198,7 @@ def test_v01_dem_encoding_and_one_step_of_the_network():
     assert peer.relative_error(ours, peer.nhwc(model.decoder(peer.nchw(noise), torch.tensor(459), peer.nchw(codes)))) <= 1e-4
 
 
-# ---- schedulers, on a small network ----
+# ---- samplers, on a small network ----
 
 
 @pytest.fixture(scope="module")
@@ -213,26 +213,28 @@ def small():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "timesteps", "spacing", "clip"),
+    ("sampler", "timesteps", "spacing", "clip"),
     [
-        ("ddim", 10, "trailing", False),
-        ("ddim", 50, "trailing", True),
-        ("ddim", 7, "trailing", True),
-        ("ddim", 7, "leading", False),
-        ("ddim", 7, "linspace", True),
-        ("ddpm", 10, "trailing", True),
-        ("ddpm", 10, "trailing", False),
+        ("ddim", 10, "trailing", "none"),
+        ("ddim", 50, "trailing", "published"),
+        ("ddim", 7, "trailing", "published"),
+        ("ddim", 7, "leading", "none"),
+        ("ddim", 7, "linspace", "published"),
+        ("ddpm", 10, "trailing", "published"),
+        ("ddpm", 10, "trailing", "none"),
     ],
 )
-def test_schedulers(small, scheduler, timesteps, spacing, clip):
+def test_samplers(small, sampler, timesteps, spacing, clip):
     """The reference cannot lift the clip in a registered tokenizer; its schedulers can."""
     tokens, noise = tokens_and_noise(SMALL, 64, 32)
     table = np.random.default_rng(5).normal(size=(1000, *noise.shape)).astype(np.float32)
     module = Tokenizer(SMALL)
     codes = module.apply({}, tokens, method="codes")
 
-    kind = scheduling_ddim.DDIMScheduler if scheduler == "ddim" else scheduling_ddpm.DDPMScheduler
-    theirs = kind(thresholding=clip, clip_sample=False, beta_schedule="linear", prediction_type="sample", zero_terminal_snr=True)
+    kind = scheduling_ddim.DDIMScheduler if sampler == "ddim" else scheduling_ddpm.DDPMScheduler
+    theirs = kind(
+        thresholding=clip == "published", clip_sample=False, beta_schedule="linear", prediction_type="sample", zero_terminal_snr=True
+    )
     pipeline = diffusion_pipeline.PipelineCond(model=small.model.decoder, scheduler=theirs, n_channels=2)
     steps = iter(diffusion.spaced(timesteps, "leading"))
     with (
@@ -245,9 +247,9 @@ def test_schedulers(small, scheduler, timesteps, spacing, clip):
         return diffusion.sample(
             lambda x, t: module.apply(variables, codes, x, t, method="predict"),
             jnp.asarray(noise),
-            diffusion.plan(timesteps, scheduler, spacing),
+            diffusion.plan(timesteps, sampler, spacing),
             clip=clip,
-            draw=(lambda t: jnp.asarray(table)[t]) if scheduler == "ddpm" else None,
+            draw=(lambda t: jnp.asarray(table)[t]) if sampler == "ddpm" else None,
         )
 
     assert peer.relative_error(jax.jit(run)(small.variables), peer.nhwc(expected)) <= 1e-3
