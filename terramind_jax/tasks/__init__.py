@@ -1,0 +1,1 @@
+"""Downstream tasks: decoders and heads on the features of TerraMind, their losses, and whole fine-tuned models."""
