@@ -49,7 +49,7 @@ test: lint
 	@touch $@
 
 test-parity: $(if $(filter .venv-parity,$(PARITY)),.venv-parity/.installed)
-	$(PARITY)/bin/python -m pytest tests/parity tests/test_convert.py -m "" --durations=10
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity tests/test_convert.py -n 2 -m "" --durations=10
 
 golden:
 	$(PARITY)/bin/python tests/parity/make_golden.py

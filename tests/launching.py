@@ -15,7 +15,7 @@ GROUPS = subprocess.run([LAUNCH / "xla_flags.sh"], capture_output=True, text=Tru
 def call(*arguments, check: int | None = 0, **environment) -> subprocess.CompletedProcess:
     """Runs a command from the checkout and expects this exit code."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, cwd=REPOSITORY, env=env, timeout=120)
+    done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, cwd=REPOSITORY, env=env, timeout=600)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
 
