@@ -1,0 +1,1 @@
+"""Downstream tasks: data sets, decoders, losses, fine-tuning, and the paper's evaluations."""
