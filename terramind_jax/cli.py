@@ -283,6 +283,13 @@ def _add_data(commands) -> None:
     parser.add_argument("--scenes", type=int, default=512, help="training scenes")
     parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
     parser.add_argument("--seed", type=int, default=0)
+    text = "write a tiny copy of a published downstream data set, made of the embedded world, in its own layout"
+    parser = _add(actions, "sample", text, _sample)
+    parser.add_argument("dataset", metavar="DATASET", help="sen1floods11, burnscars, mados, pastis or eurosat")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="training samples, of EuroSAT a class; default: 4")
+    parser.add_argument("--size", type=int, metavar="S", help="side of the images in pixels; default: the original's")
+    parser.add_argument("--seed", type=int, default=0)
     parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, of any size and CRS into shards", _pack)
     text = "folder of GeoTIFFs, MODALITY/NAME.tif; modalities of your own are declared in modalities.json in it"
     parser.add_argument("source", metavar="SRC", help=text)
@@ -318,6 +325,12 @@ def _synthesize(parsed: argparse.Namespace) -> None:
     from terramind_jax.data.synthesize import synthesize
 
     synthesize(parsed.out, scenes=parsed.scenes, val_scenes=parsed.val_scenes, seed=parsed.seed)
+
+
+def _sample(parsed: argparse.Namespace) -> None:
+    from terramind_jax.tasks import samples
+
+    samples.sample(parsed.dataset, parsed.out, count=parsed.count, size=parsed.size, seed=parsed.seed)
 
 
 def _pack(parsed: argparse.Namespace) -> None:

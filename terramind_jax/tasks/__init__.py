@@ -1,1 +1,1 @@
-"""Downstream tasks: decoders and heads on the features of TerraMind, their losses, and whole fine-tuned models."""
+"""Downstream tasks: data sets, decoders and heads on the features of TerraMind, their losses, and fine-tuning."""
