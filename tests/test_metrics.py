@@ -118,3 +118,14 @@ def test_nearest_neighbours_vote_and_a_sample_has_no_voice_of_its_own():
     assert metrics.knn_accuracy(rng.normal(size=(400, 8)), rng.integers(0, 4, 400)) < 0.4
     with pytest.raises(ValueError, match="There are 1 samples; nearest neighbours need two"):
         metrics.knn_accuracy(features[:1], labels[:1])
+
+
+def test_scores_of_classes_leave_out_what_is_nowhere():
+    """Of four classes one is neither true nor predicted, and one is only predicted."""
+    truth, prediction = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
+    scores = metrics.class_scores(metrics.confusion_matrix(prediction, truth, 4))
+    assert scores["mIoU"] == pytest.approx(np.mean([1 / 2, 1 / 3, 0]))
+    assert scores["F1"] == pytest.approx(np.mean([2 / 3, 2 / 4, 0]))
+    assert scores["accuracy"] == pytest.approx(np.mean([1 / 2, 1 / 2, 0]))
+    assert scores["pixel_accuracy"] == 0.5
+    assert math.isnan(metrics.class_scores(np.zeros((3, 3), int))["mIoU"])

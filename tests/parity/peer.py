@@ -56,6 +56,8 @@ with warnings.catch_warnings():
     from terratorch.models.backbones.terramind.model.tm_utils import LayerNorm
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
 
+# One of TerraTorch's modules asks for products in bfloat16, which processors with AMX then make.
+torch.set_float32_matmul_precision("highest")
 logging.getLogger("terramind").setLevel(logging.ERROR)  # it reports every weight that is not pretrained
 
 # ---- models ----

@@ -1,4 +1,4 @@
-"""Decoders, heads, losses and whole fine-tuned models against TerraTorch's (spec 5.7)."""
+"""Decoders and heads against TerraTorch's (spec 5.7)."""
 
 import dataclasses
 import warnings
@@ -24,11 +24,9 @@ from terramind_jax.tasks.decoders import DecoderConfig
 
 DIM, GRID, DEPTH = 32, 6, 12
 CONFIGS = {
-    "unet": DecoderConfig("segmentation", 5, channels=(32, 16, 8, 8)),
-    "unet hidden": DecoderConfig("segmentation", 5, channels=(16, 16, 8, 8), head_channels=(12, 6)),
+    "unet": DecoderConfig("segmentation", 5, channels=(16, 16, 8, 8), head_channels=(12, 6)),
     "unet without pyramid": DecoderConfig("regression", 1, channels=(16, 16, 8, 8), pyramid=False),
-    "upernet": DecoderConfig("segmentation", 4, decoder="upernet", channels=(16,)),
-    "upernet regression": DecoderConfig("regression", 2, decoder="upernet", channels=(16,), head_channels=(8, 6)),
+    "upernet": DecoderConfig("regression", 2, decoder="upernet", channels=(16,), head_channels=(8, 6)),
     "fcn": DecoderConfig("segmentation", 3, layers=(11,), pyramid=False, decoder="fcn", channels=(16,), num_convs=2),
     "linear": DecoderConfig("regression", 2, layers=(11,), pyramid=False, decoder="linear", upsampling=4),
     "labels": DecoderConfig("classification", 7, layers=(11,), pyramid=False, decoder="identity", head_channels=(12,)),
@@ -101,7 +99,7 @@ def build(name: str) -> SimpleNamespace:
     theirs, ours = Theirs(config), Ours(config)
     peer.randomize(theirs, seed=1)
     randomize_statistics(theirs)
-    features = [np.random.default_rng(i).normal(size=(2, GRID * GRID, DIM)).astype(np.float32) for i in range(DEPTH)]
+    features = [np.random.default_rng(i).normal(size=(3, GRID * GRID, DIM)).astype(np.float32) for i in range(DEPTH)]
     abstract = jax.eval_shape(lambda: ours.init(jax.random.key(0), features))
     state = {key: value.copy() for key, value in peer.numpy_state(theirs).items()}
     variables = rules.from_torch(dict(state), table.rules(config), abstract)
@@ -115,7 +113,7 @@ def channels_last(x: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoders_and_their_weights(name):
-    """Strictly there and back, integers included; the same outputs, in training with the statistics of the batch, and the same running ones."""
+    """Strictly there and back, integers included; the same outputs, in training with the batch's statistics, and the same running ones."""
     pair = build(name)
     back = rules.to_torch(pair.variables, table.rules(pair.config))
     assert back.keys() == pair.state.keys()
@@ -130,13 +128,13 @@ def test_decoders_and_their_weights(name):
     train = jax.jit(lambda v, x: pair.ours.apply(v, x, train=True, mutable=[layers.STATISTICS]))
     ours, changed = train(pair.variables, pair.features)
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
-    assert peer.relative_error(ours, theirs) < 5e-5  # of single pixels: the coarsest statistics are of 18
+    assert peer.relative_error(ours, theirs) < 5e-5  # of single pixels: the coarsest statistics are of 3 values
     after = rules.to_torch({**pair.variables, **jax.device_get(changed)}, table.rules(pair.config))
     for key, value in peer.numpy_state(pair.theirs).items():
         np.testing.assert_allclose(after[key], value, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["unet", "upernet"])
+@pytest.mark.parametrize("name", ["upernet"])
 def test_gradients_through_a_decoder(name):
     pair = build(name)
     tensors = [torch.from_numpy(x).requires_grad_() for x in pair.features]
@@ -172,12 +170,13 @@ def test_resizing(size):
 
 def test_sizes_of_fresh_weights():
     """Means and spreads of our initialisation are those of theirs."""
-    for name in ("unet", "upernet", "fcn"):
-        config = dataclasses.replace(CONFIGS[name], channels=CONFIGS[name].widths)
+    for name, widths in (("unet", (32, 32, 16, 8)), ("upernet", (32,)), ("fcn", (32,))):
+        config = dataclasses.replace(CONFIGS[name], channels=widths)
         torch.manual_seed(0)
         theirs = {key: value.numpy() for key, value in Theirs(config).state_dict().items()}
         features = [np.zeros((1, GRID * GRID, DIM), np.float32)] * DEPTH
-        ours = rules.to_torch(jax.jit(Ours(config).init)(jax.random.key(0), features), table.rules(config))
+        init = jax.jit(Ours(config).init, compiler_options={"xla_backend_optimization_level": 0})  # it runs once
+        ours = rules.to_torch(init(jax.random.key(0), features), table.rules(config))
         for key, value in theirs.items():
             if value.size > 500:
                 assert ours[key].std() == pytest.approx(value.std(), rel=0.1), key
