@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     from terratorch.models.decoders import fcn_decoder, identity_decoder, linear_decoder, unet_decoder, upernet_decoder
     from terratorch.models.necks import LearnedInterpolateToPyramidal, ReshapeTokensToImage, SelectIndices
 
-from terramind_jax.convert import decoders as table
 from terramind_jax.convert import rules
+from terramind_jax.tasks import convert as table
 from terramind_jax.tasks import decoders, layers
 from terramind_jax.tasks.decoders import DecoderConfig
 
