@@ -48,6 +48,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_training(commands)
     _add_tokens(commands)
     _add_generate(commands)
+    _add_predict(commands)
     _add_plan(commands)
     _add_quickstart(commands)
     _add_convert(commands)
@@ -75,6 +76,7 @@ def _add_training(commands) -> None:
     for name, text, command, example in (
         ("pretrain", "train the any-to-any transformer", _pretrain, "configs/pretrain/tiny.py"),
         ("train-tokenizer", "train one tokenizer", _train_tokenizer, "configs/tokenizer/dem.py"),
+        ("finetune", "train a downstream task on a backbone", _finetune, "configs/finetune/sen1floods11.py"),
     ):
         parser = _add(commands, name, text, command)
         parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
@@ -99,6 +101,12 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
     from terramind_jax.train import tokenizer
 
     return _train(tokenizer.train, parsed)
+
+
+def _finetune(parsed: argparse.Namespace) -> int:
+    from terramind_jax.tasks import finetune
+
+    return _train(finetune.train, parsed)
 
 
 def _train(train, parsed: argparse.Namespace) -> int:
@@ -224,6 +232,22 @@ def _generate(parsed: argparse.Namespace) -> None:
         steps=parsed.steps,
         temperature=parsed.temperature,
     )
+
+
+def _add_predict(commands) -> None:
+    parser = _add(commands, "predict", "apply a fine-tuned model to GeoTIFFs", _predict)
+    parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")
+    parser.add_argument(
+        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
+    )
+    text = "NAME.tif of each input, on its grid: classes, or values; labels of whole images go to labels.json; none that exists is replaced"
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+
+
+def _predict(parsed: argparse.Namespace) -> None:
+    from terramind_jax.tasks import predict
+
+    predict.run(parsed.weights, _inputs(parsed.input), parsed.out)
 
 
 def _inputs(pairs: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import build, checkpoint, declarations, files, flops, metrics, modalities, sharding, weights
+from terramind_jax import build, checkpoint, declarations, files, metrics, modalities, sharding, weights
 from terramind_jax import config as configuration
 from terramind_jax.data import order
 from terramind_jax.models import FeatureExtractor
@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         title=f"{dataset.facts.title}: {state.size(train_state.params)} parameters of {state.size((train_state.params, held['frozen']))}, "
         f"{len(dataset)} samples",
         total=total,
-        work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": flops.peak() * 0},
+        work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": 0.0},
         summed=("bad",),
         step=step_fn,
         batches=lambda consumed: with_rate(random_crops(config, dataset, scale, mesh, consumed)),
@@ -120,7 +120,7 @@ def loss(
     variables = networks.join(params, held, batch_stats, alpha)
     options = dict(train=True, days=batch.get("days"), mutable=["batch_stats"], rngs={"dropout": key})
     outputs, changed = module.apply(variables, batch["inputs"], **options)
-    return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats", {})
+    return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats")
 
 
 def train_step(loss_fn, update, seed: int, train_state: state.State, held: Any, batch: Mapping[str, Any]):
@@ -183,10 +183,8 @@ class Progress:
     def __init__(self, config: ConfigDict, workdir: str | os.PathLike, step: int) -> None:
         self._name, self._train, self._optimizer = config.train.monitor, config.train, config.optimizer
         self._larger = plateau.is_larger_better(self._name)
-        lines = logging.read(workdir) if step else []
-        self._values = [
-            math.nan if line[self._name] is None else line[self._name] for line in lines if self._name in line and line["step"] <= step
-        ]
+        past = [line for line in (logging.read(workdir) if step else []) if self._name in line and line["step"] <= step]
+        self._values = [math.nan if line[self._name] is None else line[self._name] for line in past]
 
     def add(self, found: Mapping[str, float]) -> bool:
         """Takes one more, and says whether it is the best."""
@@ -324,7 +322,8 @@ def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:
 
 def save_best(workdir: str | os.PathLike, train_state: state.State, held: Any) -> None:
     """The parameters of this step take the place of the best so far."""
-    trees = {"params": train_state.params, "buffers": held, "batch_stats": train_state.batch_stats}
+    own = {} if train_state.batch_stats is None else {"batch_stats": train_state.batch_stats}
+    trees = {"params": train_state.params, "buffers": held, **own}
     with contextlib.closing(checkpoint.Checkpoints(files.folder(workdir) / BEST, 1)) as checkpoints:
         if checkpoints.latest() != int(train_state.step):
             checkpoints.save(int(train_state.step), trees, {"step": int(train_state.step)})
@@ -368,19 +367,12 @@ def load(workdir: str | os.PathLike) -> Task:
     abstract = meta.unbox(jax.eval_shape(partial(networks.init, module, tune=tune, rank=rank), jax.random.key(0)))
     best = files.folder(workdir) / BEST
     trees = checkpoint.load_variables(best if best.is_dir() else workdir, abstract)
-    variables = networks.join(trees["params"], trees["buffers"], trees["batch_stats"], config.model.lora_alpha)
+    variables = networks.join(trees["params"], trees["buffers"], trees.get("batch_stats"), config.model.lora_alpha)
     scale = {m: (np.float32(mean), np.float32(std)) for m, (mean, std) in known["scale"].items()}
     return Task(module, variables, facts, scale, config.data.crop)
 
 
-def _facts(fields: Mapping[str, Any]) -> Facts:
-    def tuples(x: Any) -> Any:
-        return (
-            {k: tuple(v) for k, v in x.items()}
-            if isinstance(x, dict)
-            else tuple(x)
-            if isinstance(x, Sequence) and not isinstance(x, str)
-            else x
-        )
-
-    return Facts(**{name: tuples(value) for name, value in fields.items()})
+def _facts(told: Mapping[str, Any]) -> Facts:
+    """From JSON, whose lists are tuples here."""
+    mappings = {name: {m: tuple(x) for m, x in value.items()} for name, value in told.items() if isinstance(value, dict)}
+    return Facts(**{**told, **mappings, "class_names": tuple(told["class_names"])})

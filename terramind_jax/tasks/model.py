@@ -48,7 +48,7 @@ class TaskModel(nn.Module):
     def features(self, inputs: Mapping[str, jax.Array], train: bool = False, days: jax.Array | None = None) -> list[jax.Array]:
         """``[B, N, D]`` of each of the layers that the decoder reads."""
         ordered = collections.OrderedDict((stream, inputs[name]) for name, stream in self.streams if name in inputs)
-        encode = lambda x: [every[i] for every in [self.encoder(x, train)] for i in self.config.layers]  # noqa: E731
+        encode = lambda x: [every[i] for every in [self.encoder(x, train=train)] for i in self.config.layers]  # noqa: E731
         if next(iter(ordered.values())).ndim == 4:
             return encode(ordered)
         found = temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
@@ -88,19 +88,16 @@ def part(variables: Variables, tune: str) -> dict[str, Any]:
     """``params`` that are trained; what is not is in ``buffers``, as ``frozen`` and ``buffers``."""
     params = dict(variables["params"])
     frozen = {} if tune == "full" else {"encoder": params.pop("encoder")}
-    return {
-        "params": params,
-        "buffers": {"frozen": frozen, "buffers": variables["buffers"]},
-        "batch_stats": variables.get("batch_stats", {}),
-    }
+    own = {name: variables[name] for name in ("batch_stats",) if name in variables}
+    return {"params": params, "buffers": {"frozen": frozen, "buffers": variables["buffers"]}, **own}
 
 
-def join(params: Variables, held: Variables, batch_stats: Variables, alpha: float = 1.0) -> dict[str, Any]:
+def join(params: Variables, held: Variables, batch_stats: Variables | None, alpha: float = 1.0) -> dict[str, Any]:
     """The module's own variables from parted ones; products of LoRA are added to the kernels that they belong to."""
     params = {**params, **held["frozen"]}
     if "lora" in params:
         params["encoder"] = add_lora(params["encoder"], params.pop("lora"), alpha)
-    return {"params": params, "buffers": held["buffers"], "batch_stats": batch_stats}
+    return {"params": params, "buffers": held["buffers"], "batch_stats": batch_stats or {}}
 
 
 # ---- LoRA (arXiv 2106.09685) ----
