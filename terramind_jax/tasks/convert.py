@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from terramind_jax.convert import transformer
 from terramind_jax.convert.rules import Rule
 from terramind_jax.tasks.decoders import DecoderConfig
+from terramind_jax.tasks.model import TaskModel
 
 NECK = "neck.2"  # after SelectIndices and ReshapeTokensToImage
+
+
+def model_rules(module: TaskModel) -> list[Rule]:
+    """Of a whole model, which in TerraTorch is a PixelWiseModel or a ScalarOutputModel of the same configuration."""
+
+    def within(rule: Rule) -> Rule:
+        collection, path = rule.ours.split("/", 1)
+        return dataclasses.replace(rule, ours=f"{collection}/encoder/{path}", torch=tuple(f"encoder.{name}" for name in rule.torch))
+
+    return [*map(within, transformer.backbone_rules(module.backbone)), *rules(module.config)]
 
 
 def rules(config: DecoderConfig) -> list[Rule]:
