@@ -131,8 +131,9 @@ def child(kind: str, tune: str, arguments: argparse.Namespace) -> dict[str, floa
 
 def report(arguments: argparse.Namespace) -> str:
     lines = [
-        f"Fine-tuning on {process.where()}: {arguments.size} with a U-Net on {' and '.join(CHANNELS)}, {arguments.side} px, batch "
-        f"{arguments.batch}, {arguments.dtype}, dice; medians of {arguments.rounds} x {arguments.repeats} steps, one process after the other.",
+        f"Fine-tuning on {process.where()}: {arguments.size} with a U-Net on {' and '.join(CHANNELS)}, {arguments.side} px, "
+        f"batch {arguments.batch}, {arguments.dtype}, dice; medians of {arguments.rounds} x {arguments.repeats} steps, "
+        "one process after the other.",
         "",
         "| backbone | trained parameters | images/s | first step s | reference images/s | speed relative to the reference |",
         "|---|---|---|---|---|---|",

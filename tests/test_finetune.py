@@ -10,7 +10,7 @@ import pytest
 from terramind_jax import cli, geo
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
-from terramind_jax.tasks import datasets, finetune, predict
+from terramind_jax.tasks import datasets, finetune, predict, validation
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import check, finetuning
 from terramind_jax.tasks.samples import sample
@@ -134,7 +134,7 @@ def test_layers_learn_at_decaying_rates():
 def test_early_stopping_lowers_the_rate_and_keeps_the_best(root, tmp_path, monkeypatch):
     """Validations that only become worse: the rate falls, the run ends, and what is loaded is of the first; the same after a restart."""
     told = iter(np.arange(1.0, 20))
-    monkeypatch.setattr(finetune, "summarize", lambda facts, sums: {"loss": next(told)})
+    monkeypatch.setattr(validation, "summarize", lambda facts, sums: {"loss": next(told)})
     changes = dict(train=dict(stop_after=3, steps=100), run=dict(eval_every=1, checkpoint_every=1))
     config = settings(root, optimizer=dict(schedule="plateau", plateau_patience=0), **changes)
     assert finetune.train(config, tmp_path)["step"] == 4

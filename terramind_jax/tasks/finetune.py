@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,16 +20,16 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import build, checkpoint, declarations, files, metrics, modalities, sharding, weights
+from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights
 from terramind_jax import config as configuration
 from terramind_jax.data import order
 from terramind_jax.models import FeatureExtractor
-from terramind_jax.tasks import batches, datasets, losses, plateau
+from terramind_jax.tasks import batches, datasets, losses, validation
 from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Dataset, Facts
 from terramind_jax.tasks.model import TaskModel
-from terramind_jax.train import logging, loop, optimizer, state
+from terramind_jax.train import loop, optimizer, state
 
 TASK, BEST = "task.json", "best"
 Scale = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -43,7 +42,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """
     # ---- Data ----
     fields.check(config)
-    dataset, validation = open_split(config, "train"), open_split(config, "val")
+    dataset, held_out = open_split(config, "train"), open_split(config, "val")
     config = with_epochs(config, len(dataset))
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
@@ -70,16 +69,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     replicated = sharding.replicated(mesh)
     step = partial(train_step, loss_fn, update, config.train.seed)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated))
-    measured = partial(measure, module, criterion(config, loss_name), dataset.facts, config.model.lora_alpha)
+    measured = partial(validation.measure, module, criterion(config, loss_name), dataset.facts, config.model.lora_alpha)
     measure_fn = jax.jit(measured, out_shardings=replicated)
 
     # ---- Validation, on which the learning rate, the end and the best parameters depend ----
-    history = Progress(config, workdir, int(train_state.step))
+    history = validation.Progress(config, workdir, int(train_state.step))
 
     def validated(train_state: state.State, held: Any) -> dict[str, float]:
-        windows = covering(config, validation, scale, mesh)
+        windows = covering(config, held_out, scale, mesh)
         sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in windows)
-        found = {f"val/{name}": value for name, value in summarize(dataset.facts, sums).items()}
+        found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, sums).items()}
         if history.add(found):
             save_best(workdir, train_state, held)
         return found
@@ -120,7 +119,7 @@ def loss(
     variables = networks.join(params, held, batch_stats, alpha)
     options = dict(train=True, days=batch.get("days"), mutable=["batch_stats"], rngs={"dropout": key})
     outputs, changed = module.apply(variables, batch["inputs"], **options)
-    return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats")
+    return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats") or None
 
 
 def train_step(loss_fn, update, seed: int, train_state: state.State, held: Any, batch: Mapping[str, Any]):
@@ -136,72 +135,6 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
     """The loss of a configuration."""
     weights = tuple(config.train.class_weights)
     return partial(losses.cross_entropy, weights=weights) if weights else losses.LOSSES[name]
-
-
-# ---- what a validation measures ----
-
-
-def measure(
-    module: TaskModel, criterion: losses.Loss, facts: Facts, alpha: float, params, held, batch_stats, batch
-) -> dict[str, jax.Array]:
-    """Sums of one batch, from which `summarize` makes metrics."""
-    outputs = module.apply(networks.join(params, held, batch_stats, alpha), batch["inputs"], days=batch.get("days"))
-    target, valid = batch["target"], batch["valid"]
-    count = valid.sum()
-    sums = {"loss": criterion(outputs, target, valid) * count, "count": count}
-    if facts.task in ("segmentation", "classification"):
-        k = facts.num_classes
-        pairs = jnp.where(valid, target * k + outputs.argmax(-1), k * k)
-        return {**sums, "confusion": jnp.zeros(k * k + 1, jnp.int32).at[pairs].add(1)[:-1].reshape(k, k)}
-    if facts.task == "multilabel":
-        hit, said = (outputs > 0) & (target > 0), (outputs > 0).astype(jnp.int32)
-        return {**sums, "labels": jnp.stack([(x * valid).sum(0) for x in (hit, said, target.astype(jnp.int32), valid)])}
-    difference = jnp.where(valid, outputs - target, 0)
-    return {**sums, "squared": jnp.square(difference).sum(), "absolute": jnp.abs(difference).sum()}
-
-
-def summarize(facts: Facts, measured: Iterator[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """``loss``, a mean over batches weighted by what is valid, and scores of classes, or ``rmse`` and ``mae``."""
-    total: dict[str, np.ndarray] = {}
-    for sums in measured:
-        wide = {name: np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64) for name, x in sums.items()}
-        total = {name: total.get(name, 0) + x for name, x in wide.items()}
-    n = max(int(total["count"]), 1)
-    found = {"loss": float(total["loss"]) / n}
-    if "confusion" in total:
-        return {**found, **metrics.class_scores(total["confusion"], facts.ignore_index)}
-    if "labels" in total:
-        hit, said, true, count = total["labels"].astype(float)
-        each = 2 * hit / np.maximum(said + true, 1)
-        return {**found, "F1": float(each.mean()), "accuracy": float(((count - said - true + 2 * hit) / np.maximum(count, 1)).mean())}
-    return {**found, "rmse": math.sqrt(total["squared"] / n), "mae": float(total["absolute"]) / n}
-
-
-class Progress:
-    """The validations of a run so far, which its log remembers, and what follows from them."""
-
-    def __init__(self, config: ConfigDict, workdir: str | os.PathLike, step: int) -> None:
-        self._name, self._train, self._optimizer = config.train.monitor, config.train, config.optimizer
-        self._larger = plateau.is_larger_better(self._name)
-        past = [line for line in (logging.read(workdir) if step else []) if self._name in line and line["step"] <= step]
-        self._values = [math.nan if line[self._name] is None else line[self._name] for line in past]
-
-    def add(self, found: Mapping[str, float]) -> bool:
-        """Takes one more, and says whether it is the best."""
-        if self._name not in found:
-            raise ValueError(f"train.monitor={self._name!r}; a validation tells {', '.join(found)}.")
-        self._values.append(float(found[self._name]))
-        return plateau.is_best(self._values, self._larger)
-
-    @property
-    def rate(self) -> float:
-        """What multiplies the learning rate."""
-        o = self._optimizer
-        return plateau.scale(self._values, self._larger, o.plateau_factor, o.plateau_patience) if o.schedule == "plateau" else 1.0
-
-    @property
-    def is_over(self) -> bool:
-        return 0 < self._train.stop_after <= plateau.since_best(self._values, self._larger)
 
 
 # ---- from a configuration ----

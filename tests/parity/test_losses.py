@@ -1,5 +1,6 @@
 """Losses and metrics of downstream tasks against TerraTorch's and torchmetrics', and L-TAE against its description in PyTorch's layers."""
 
+import math
 import warnings
 
 import jax
@@ -15,7 +16,7 @@ with warnings.catch_warnings():
     from terratorch.tasks import classification_tasks, regression_tasks, segmentation_tasks
 
 from terramind_jax import metrics
-from terramind_jax.tasks import losses, temporal
+from terramind_jax.tasks import losses, plateau, temporal
 
 CLASSES, IGNORE = 5, -1
 
@@ -139,3 +140,13 @@ def test_ltae():
     with torch.no_grad():
         expected = theirs.eval()(series, torch.from_numpy(days.repeat(7, 0))).numpy().reshape(2, 7, 32)
     assert np.linalg.norm(ours.apply(variables, x, days) - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_the_plateau_schedule_is_pytorchs(larger):
+    values = np.random.default_rng(7).normal(3, 1, 60).cumsum().tolist() + [math.nan, 1.0, 300.0]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max" if larger else "min", factor=0.5, patience=3)
+    for i, value in enumerate(values):
+        theirs.step(value)
+        assert plateau.scale(values[: i + 1], larger, 0.5, 3) == pytest.approx(max(optimizer.param_groups[0]["lr"], 0))
