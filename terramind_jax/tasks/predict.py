@@ -25,7 +25,8 @@ def run(weights: str | os.PathLike, inputs: Mapping[str, str | os.PathLike], out
 
     Args:
       weights: work directory of a fine-tuning.
-      inputs: GeoTIFF, or folder of GeoTIFFs that share their file names, by modality, in the unit of the training data's.
+      inputs: GeoTIFF, or folder of GeoTIFFs that share their file names, by modality, in the unit that the data set gives, which
+        for Sentinel-2 is reflectance x 10000, and with bands in the order of `Facts.bands`; a file that names them is checked.
 
     Raises:
       FileExistsError: an output exists already. FileNotFoundError: no work directory or raster.

@@ -90,13 +90,13 @@ def test_thirty_steps(tmp_path):
         assert peer.relative_error(task(cut), peer.nhwc(theirs.eval()(scaled).output)) < 1e-4
 
 
+@pytest.mark.slow
 def test_benchmark_runs_both_sides(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     sys.modules.pop("finetune", None)
     import finetune as benchmark
 
     flags = dict(size="tiny", side=32, batch=2, repeats=1)
-    for tune in ("frozen", "full"):
-        ours, theirs = (benchmark.measure(kind, tune, **flags) for kind in ("ours", "peer"))
-        assert ours["seconds"] > 0 and theirs["seconds"] > 0
-        assert ours["trained"] == pytest.approx(theirs["trained"])
+    ours, theirs = (benchmark.measure(kind, "frozen", **flags) for kind in ("ours", "peer"))
+    assert ours["seconds"] > 0 and theirs["seconds"] > 0
+    assert ours["trained"] == theirs["trained"]
