@@ -56,7 +56,7 @@ with warnings.catch_warnings():
     from terratorch.models.backbones.terramind.model.tm_utils import LayerNorm
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
 
-# One of TerraTorch's modules asks for products in bfloat16, which processors with AMX then make.
+# Importing TerraTorch sets "medium" (its models/backbones/clay_v15/model.py): bfloat16 in float32 products where the processor has AMX.
 torch.set_float32_matmul_precision("highest")
 logging.getLogger("terramind").setLevel(logging.ERROR)  # it reports every weight that is not pretrained
 

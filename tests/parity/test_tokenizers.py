@@ -89,6 +89,15 @@ def check_encoding(model, config, variables):
     assert share >= 0.999
 
 
+def check_small_encoding(model, config, variables):
+    """Latents and tokens of four images of 64 pixels."""
+    module = Tokenizer(config)
+    x, given = image(config, 64, batch=4)
+    latent, tokens = jax.jit(lambda v, x: (module.apply(v, x, method="latent"), module.apply(v, x, method="encode")))(variables, x)
+    assert peer.relative_error(latent, peer.nhwc(model.quant_proj(model.encoder(model.prepare_input(given))))) <= 1e-4
+    assert np.mean(tokens == model.tokenize(given).numpy()) >= 0.98  # all of 64 but one
+
+
 # ---- names ----
 
 
@@ -119,11 +128,11 @@ def test_s2l2a_weights_return_byte_for_byte(s2l2a):
     assert all(state[key].tobytes() == theirs[key].tobytes() for key in theirs)
 
 
-@pytest.mark.parametrize(("height", "width", "timesteps"), [(224, 224, 10), (32, 64, 50)])
-def test_s2l2a_decoding(s2l2a, height, width, timesteps):
-    tokens, noise = tokens_and_noise(s2l2a.config, height, width)
-    theirs = decode_theirs(s2l2a.model, tokens, noise, timesteps)
-    ours = tokenizer.decode(Tokenizer(s2l2a.config), s2l2a.variables, tokens, noise=noise, timesteps=timesteps)
+def test_s2l2a_decoding(s2l2a):
+    """Other sides and more steps: `test_schedulers`, on a small network."""
+    tokens, noise = tokens_and_noise(s2l2a.config, 224, 224)
+    theirs = decode_theirs(s2l2a.model, tokens, noise, timesteps=10)
+    ours = tokenizer.decode(Tokenizer(s2l2a.config), s2l2a.variables, tokens, noise=noise, timesteps=10)
     assert 0.01 < np.mean(np.abs(theirs) == 1) < 0.5
     assert peer.relative_error(ours, theirs) <= 1e-3
 
@@ -149,15 +158,12 @@ def test_lulc_encoding_and_decoding(name):
     assert peer.relative_error(ours, peer.nhwc(model.decode_tokens(torch.from_numpy(tokens)))) <= 1e-4
 
 
-@pytest.mark.parametrize("modality", ["S1RTC", "S1GRD", "DEM", "NDVI"])
-def test_encoding_of_the_others_and_backbones(modality):
-    """Encoders of these differ from S2L2A's in their channels alone; the reference's backbones hold nothing else."""
-    name = f"terramind_v1_tokenizer_{modality.lower()}"
-    config, model = RELEASED[name], peer.build(name, backbone=True, seed=list(CHANNELS).index(modality))
+def test_dem_encoding_and_features():
+    """Of the reference's backbone, which holds nothing but the encoder."""
+    name = "terramind_v1_tokenizer_dem"
+    config, model = RELEASED[name], peer.build(name, backbone=True, seed=3)
     variables = variables_of(model, config, ENCODER)
     check_encoding(model, config, variables)
-    if modality != "DEM":
-        return
     ours, theirs = image(config, 224, seed=1)
     features = jax.jit(lambda v, x, kind: Tokenizer(config).apply(v, x, kind, method="features"), static_argnums=2)
     for kind in ("embedding", "latent", "quantized"):
@@ -169,23 +175,27 @@ def test_encoding_of_the_others_and_backbones(modality):
         assert all(peer.relative_error(x, peer.nhwc(y)) <= 1e-4 for x, y in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("modality", ["S2L2A", "S1GRD", "DEM"])
-def test_v01_encoding_and_one_step_of_the_network(modality):
-    """Of small images: these networks are v1's, which are compared at full size. The decoder of one."""
-    name, decodes = f"terramind_v01_tokenizer_{modality.lower()}", modality == "DEM"
-    config, model = RELEASED[name], peer.build(name, seed=len(modality))
-    if not decodes:
-        del model.decoder
-    variables, module = variables_of(model, config, ("",) if decodes else ENCODER), Tokenizer(config)
-    x, given = image(config, 64, batch=4)
-    latent, tokens = jax.jit(lambda v, x: (module.apply(v, x, method="latent"), module.apply(v, x, method="encode")))(variables, x)
-    assert peer.relative_error(latent, peer.nhwc(model.quant_proj(model.encoder(model.prepare_input(given))))) <= 1e-4
-    assert np.mean(tokens == model.tokenize(given).numpy()) >= 0.98  # all of 64 but one
-    if decodes:
-        tokens, noise = tokens_and_noise(config, 32, 32)
-        codes = module.apply({}, tokens, method="codes")
-        ours = jax.jit(lambda v: module.apply(v, codes, noise, 459, method="predict"))(variables)
-        assert peer.relative_error(ours, peer.nhwc(model.decoder(peer.nchw(noise), torch.tensor(459), peer.nchw(codes)))) <= 1e-4
+OTHERS = [f"terramind_v1_tokenizer_{m}" for m in ("s1rtc", "s1grd", "ndvi")] + [f"terramind_v01_tokenizer_{m}" for m in ("s2l2a", "s1grd")]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoding_of_the_others(name):
+    """Of small images: their encoders differ in their channels alone from those that are compared at full size."""
+    config, model = RELEASED[name], peer.build(name, seed=len(name))
+    del model.decoder
+    variables = variables_of(model, config, ENCODER)
+    check_small_encoding(model, config, variables)
+
+
+def test_v01_dem_encoding_and_one_step_of_the_network():
+    name = "terramind_v01_tokenizer_dem"
+    config, model = RELEASED[name], peer.build(name, seed=3)
+    variables, module = variables_of(model, config), Tokenizer(config)
+    check_small_encoding(model, config, variables)
+    tokens, noise = tokens_and_noise(config, 32, 32)
+    codes = module.apply({}, tokens, method="codes")
+    ours = jax.jit(lambda v: module.apply(v, codes, noise, 459, method="predict"))(variables)
+    assert peer.relative_error(ours, peer.nhwc(model.decoder(peer.nchw(noise), torch.tensor(459), peer.nchw(codes)))) <= 1e-4
 
 
 # ---- schedulers, on a small network ----
@@ -206,6 +216,7 @@ def small():
     ("scheduler", "timesteps", "spacing", "clip"),
     [
         ("ddim", 10, "trailing", False),
+        ("ddim", 50, "trailing", True),
         ("ddim", 7, "trailing", True),
         ("ddim", 7, "leading", False),
         ("ddim", 7, "linspace", True),
