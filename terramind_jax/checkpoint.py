@@ -1,9 +1,9 @@
 """Orbax checkpoints of a training run: asynchronous, sharded, atomic, the newest few kept.
 
-A checkpoint is a folder ``{workdir}/checkpoints/{step}`` with one Orbax item for each of ``params``, ``buffers``, ``opt_state``
-and ``ema`` and the counters as JSON, so that the weights load without the optimiser. An interrupted write leaves only a temporary
-folder, which the next start removes. One with a file missing or cut short is passed over for the one before; whether all bits of a
-file are right is left to the storage.
+A checkpoint is a folder ``{workdir}/checkpoints/{step}`` with one Orbax item for each of ``params``, ``buffers``, ``opt_state``, ``ema``
+and ``batch_stats``, those that there are, and the counters as JSON, so that the weights load without the optimiser. An interrupted write
+leaves only a temporary folder, which the next start removes. One with a file missing or cut short is passed over for the one before;
+whether all bits of a file are right is left to the storage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = "checkpoints"
 COUNTERS = "counters"
 
 RETRY_SECONDS = 1.0
-TREES = ("params", "buffers", "opt_state", "ema")
+TREES = ("params", "buffers", "opt_state", "ema", "batch_stats")
 
 
 def _handlers() -> dict[str, ocp.CheckpointHandler]:
@@ -129,7 +129,7 @@ def saved(workdir: str | os.PathLike) -> Checkpoints | None:
 
 
 def load_variables(workdir: str | os.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables ``{"params", "buffers"}`` of a finished or running training, averaged weights if it keeps an average.
+    """Variables of a finished or running training, ``params``, averaged if it keeps an average, ``buffers``, and what else it has.
 
     `abstract` gives their shapes, as `jax.eval_shape` of the module's unboxed initialisation does.
     """
@@ -140,8 +140,8 @@ def load_variables(workdir: str | os.PathLike, abstract: Mapping[str, Any]) -> d
         weights = "ema" if "ema" in checkpoints.items() else "params"
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(abstract))
-        trees, _ = checkpoints.restore({weights: placed["params"], "buffers": placed["buffers"]})
-        return {"params": trees[weights], "buffers": trees["buffers"]}
+        trees, _ = checkpoints.restore({weights: placed.pop("params"), **placed})
+        return {"params": trees.pop(weights), **trees}
     finally:
         checkpoints.close()
 

@@ -54,6 +54,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_tokens(commands)
     _add_generate(commands)
     _add_embed(commands)
+    _add_predict(commands)
     _add_plan(commands)
     _add_quickstart(commands)
     _add_convert(commands)
@@ -81,6 +82,7 @@ def _add_training(commands) -> None:
     for name, text, command, example in (
         ("pretrain", "train the any-to-any transformer", _pretrain, "configs/pretrain/tiny.py"),
         ("train-tokenizer", "train one tokenizer", _train_tokenizer, "configs/tokenizer/dem.py"),
+        ("finetune", "train a downstream task on a backbone", _finetune, "configs/finetune/sen1floods11.py"),
     ):
         parser = _add(commands, name, text, command)
         parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
@@ -105,6 +107,12 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
     from terramind_jax.train import tokenizer
 
     return _train(tokenizer.train, parsed)
+
+
+def _finetune(parsed: argparse.Namespace) -> int:
+    from terramind_jax.tasks import finetune
+
+    return _train(finetune.train, parsed)
 
 
 def _train(train, parsed: argparse.Namespace) -> int:
@@ -273,6 +281,22 @@ def _embed(parsed: argparse.Namespace) -> None:
     embed.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
 
 
+def _add_predict(commands) -> None:
+    parser = _add(commands, "predict", "apply a fine-tuned model to GeoTIFFs", _predict)
+    parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")
+    parser.add_argument(
+        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
+    )
+    text = "NAME.tif of each input, on its grid: classes, or values; labels of whole images go to labels.json; none that exists is replaced"
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+
+
+def _predict(parsed: argparse.Namespace) -> None:
+    from terramind_jax.tasks import predict
+
+    predict.run(parsed.weights, _inputs(parsed.input), parsed.out)
+
+
 def _inputs(pairs: Sequence[str]) -> dict[str, str]:
     """``["S2L2A=a.tif"]`` -> ``{"S2L2A": "a.tif"}``."""
     inputs = {}
@@ -330,6 +354,13 @@ def _add_data(commands) -> None:
     parser.add_argument("--scenes", type=int, default=512, help="training scenes")
     parser.add_argument("--val_scenes", type=int, default=64, help="validation scenes, from other location blocks")
     parser.add_argument("--seed", type=int, default=0)
+    text = "write a tiny copy of a published downstream data set, made of the embedded world, in its own layout"
+    parser = _add(actions, "sample", text, _sample)
+    parser.add_argument("dataset", metavar="DATASET", help="sen1floods11, burnscars, mados, pastis or eurosat")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="training samples, of EuroSAT a class; default: 4")
+    parser.add_argument("--size", type=int, metavar="S", help="side of the images in pixels; default: the original's")
+    parser.add_argument("--seed", type=int, default=0)
     parser = _add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, of any size and CRS into shards", _pack)
     text = "folder of GeoTIFFs, MODALITY/NAME.tif; modalities of your own are declared in modalities.json in it"
     parser.add_argument("source", metavar="SRC", help=text)
@@ -365,6 +396,12 @@ def _synthesize(parsed: argparse.Namespace) -> None:
     from terramind_jax.data.synthesize import synthesize
 
     synthesize(parsed.out, scenes=parsed.scenes, val_scenes=parsed.val_scenes, seed=parsed.seed)
+
+
+def _sample(parsed: argparse.Namespace) -> None:
+    from terramind_jax.tasks import samples
+
+    samples.sample(parsed.dataset, parsed.out, count=parsed.count, size=parsed.size, seed=parsed.seed)
 
 
 def _pack(parsed: argparse.Namespace) -> None:

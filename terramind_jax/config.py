@@ -28,7 +28,7 @@ FREE = (
 
 
 # Groups whose names are free.
-OPEN = ("model.codebooks", "data.subset_weights", "optimizer.rates")
+OPEN = ("model.codebooks", "data.subset_weights", "optimizer.rates", "data.options")
 
 
 def pretraining() -> ConfigDict:
@@ -113,8 +113,8 @@ def pretraining() -> ConfigDict:
     config.train.loss = "mod"  # mod: mean over modalities; token: weighted by targets and vocabulary
     config.train.seed = 0
 
-    config.mesh = _mesh()
-    config.run = _run()
+    config.mesh = mesh_fields()
+    config.run = run_fields()
     return config.lock()
 
 
@@ -168,14 +168,15 @@ def tokenizer_training() -> ConfigDict:
     config.train.ema_decay = 0.9999  # of the averaged weights, which are the ones used afterwards
     config.train.seed = 0
 
-    config.mesh = _mesh()
-    config.run = _run()
+    config.mesh = mesh_fields()
+    config.run = run_fields()
     config.run.timesteps = 50  # of diffusion, in the evaluations
     config.run.pictures_every = 1  # evaluations between pictures of reconstructions in {workdir}/pictures; 0: none
     return config.lock()
 
 
-def _mesh() -> ConfigDict:
+def mesh_fields() -> ConfigDict:
+    """Of every training."""
     mesh = ConfigDict()
     mesh.data = -1  # devices that split the batch; -1: those that remain
     mesh.fsdp = 1  # devices that split the batch and the parameters; at least 96 of model.dim a device, or it moves more than it saves
@@ -183,7 +184,8 @@ def _mesh() -> ConfigDict:
     return mesh
 
 
-def _run() -> ConfigDict:
+def run_fields() -> ConfigDict:
+    """Of every training."""
     run = ConfigDict()
     run.log_every = 10  # steps between lines of metrics.jsonl
     run.eval_every = 1000  # steps between evaluations on the validation split; 0: only at the end
@@ -344,7 +346,9 @@ def _tuples(value: Any) -> Any:
 
 _AT_LEAST = {
     **dict.fromkeys(("model.dim", "model.num_heads", "model.encoder_depth", "model.decoder_depth", "model.unroll"), 1),
-    **dict.fromkeys(("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples"), 1),
+    **dict.fromkeys(
+        ("train.batch_size", "train.accumulate", "train.total_tokens", "train.total_samples", "train.epochs", "model.lora_rank"), 1
+    ),
     **dict.fromkeys(
         ("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds", "run.threads"), 1
     ),
@@ -358,20 +362,26 @@ _ONE_OF = {
     "model.remat": ("none", "dots", "full"),
     "model.decoder": ("vit", "unet"),
     "train.loss": ("mod", "token"),
+    "train.tune": ("full", "frozen", "lora"),
+    "optimizer.schedule": ("constant", "cosine", "steps", "plateau"),
+    "data.statistics": ("pretrained", "dataset"),
+    "model.time": ("mean", "max", "ltae"),
 }
 
 
-def is_tokenizer(config: ConfigDict) -> bool:
-    """Whether a configuration is one of `tokenizer_training`, else it is one of `pretraining`."""
-    return "modality" in config.model
+def command_of(config: ConfigDict) -> str:
+    """The command that takes a configuration: ``pretrain``, ``train-tokenizer`` or ``finetune``."""
+    if "dataset" in config.data:
+        return "finetune"
+    return "train-tokenizer" if "modality" in config.model else "pretrain"
 
 
 def check(config: ConfigDict, command: str) -> None:
     """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun.
 
-    `command` is ``pretrain`` or ``train-tokenizer``.
+    `command` is the one that takes it, see `command_of`.
     """
-    own = "train-tokenizer" if is_tokenizer(config) else "pretrain"
+    own = command_of(config)
     if own != command:
         raise ValueError(f"This configuration is one of {own}; {command} takes those in configs/{command.removeprefix('train-')}.")
     values = _flat(config)
@@ -379,12 +389,16 @@ def check(config: ConfigDict, command: str) -> None:
         if field in values and values[field] < least:
             raise ValueError(f"{field}={values[field]}; expected at least {least}.")
     for field, known in _ONE_OF.items():
+        if command == "finetune" and field in ("train.loss", "model.decoder"):
+            continue  # of another kind there
         if field in values and values[field] not in known:
             raise ValueError(f"{field}={values[field]!r}; expected one of {', '.join(known)}.")
     for name, weight in config.data.get("subset_weights", {}).items():
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(f"data.subset_weights.{name}={weight!r}; expected a number above 0, or no entry at all.")
     interval(config.run.profile)
+    if command == "finetune":
+        return
     dim, heads = config.model.dim, config.model.num_heads
     if dim % heads or dim % 4:
         raise ValueError(f"model.dim={dim} must be a multiple of 4, for the positions, and of model.num_heads={heads}.")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,6 +168,21 @@ def _decimation(window: rasterio.windows.Window, where: Place, kind: registry.Ki
     return 1 if kind == "sar" else max(1, int(min(window.height / where.height, window.width / where.width) / 2))
 
 
+def read_valid(path: str | os.PathLike, names: Sequence[str], what: str, use: Sequence[str] | None = None) -> np.ndarray:
+    """The bands `use` (default: all, of `names`) of a raster as [H, W, C] float32, NaN where the file has no data.
+
+    `names` are the bands that the file is said to hold, `what` what it is for errors; both are checked as `read` does.
+    """
+    with _open(path) as source:
+        check_names(path, _header(source), names, what)
+        indices = [names.index(name) + 1 for name in (names if use is None else use)]
+        pixels, nodata = source.read(indices).astype(np.float32), [source.nodatavals[i - 1] for i in indices]
+    for plane, value in zip(pixels, nodata, strict=True):
+        if value is not None:
+            plane[plane == np.float32(value)] = np.nan
+    return np.moveaxis(pixels, 0, -1)
+
+
 def place(path: str | os.PathLike) -> Place:
     """Where a raster file lies."""
     return read_header(path).place
@@ -177,7 +193,9 @@ def _open(path: str | os.PathLike):
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file {os.fspath(path)}; expected a GeoTIFF.")
     try:
-        source = rasterio.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # what asks for a place says so itself
+            source = rasterio.open(path)
     except rasterio.errors.RasterioIOError as error:
         raise ValueError(f"{os.fspath(path)} is no raster that GDAL can read; expected a GeoTIFF.") from error
     try:
@@ -203,14 +221,17 @@ def check_bands(path: str | os.PathLike, header: Header, modality: str | None) -
     names = registry.get(modality).bands
     if not names:
         raise ValueError(f"{modality} is no image; it cannot be read from {os.fspath(path)}.")
+    check_names(path, header, names, modality)
+
+
+def check_names(path: str | os.PathLike, header: Header, names: Sequence[str], what: str) -> None:
+    """Raises a ValueError if a file has another number of bands than `names`, those of `what`, or names them in another order."""
     if header.bands != len(names):
-        raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {modality} ({', '.join(names)}).")
+        raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {what} ({', '.join(names)}).")
     for position, (text, expected) in enumerate(zip(header.descriptions, names, strict=True), 1):
         found = _band_name(text)
         if found in names and found != expected:
-            raise ValueError(
-                f"Band {position} of {os.fspath(path)} is named {text!r}, expected {expected}; {modality} is {', '.join(names)}."
-            )
+            raise ValueError(f"Band {position} of {os.fspath(path)} is named {text!r}, expected {expected}; {what} is {', '.join(names)}.")
 
 
 def _band_name(text: str | None) -> str:

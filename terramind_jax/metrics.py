@@ -169,6 +169,25 @@ def accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / confusion.sum()) if confusion.sum() else math.nan
 
 
+def class_scores(confusion: np.ndarray, ignore: int | None = None) -> dict[str, float]:
+    """``mIoU``, ``F1`` and ``accuracy``, means over the classes of truth or prediction, as torchmetrics has them, and ``pixel_accuracy``.
+
+    A class that is only predicted is one of them, with 0; in `mean_iou` it is not. `ignore` is a class that is none of them.
+    """
+    counts = confusion.astype(np.float64)
+    hit, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    counted = true + predicted > 0
+    if ignore is not None and 0 <= ignore < len(counts):
+        counted[ignore] = False
+    each = {
+        "mIoU": hit / np.maximum(true + predicted - hit, 1),
+        "F1": 2 * hit / np.maximum(true + predicted, 1),
+        "accuracy": hit / np.maximum(true, 1),
+    }
+    found = {name: float(of[counted].mean()) if counted.any() else math.nan for name, of in each.items()}
+    return {**found, "pixel_accuracy": accuracy(confusion)}
+
+
 def knn_accuracy(features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:
     """Share of rows of `features` ``[N, D]`` whose label ``[N]`` the `k` others nearest to them vote for, leaving each out in turn.
 

@@ -296,8 +296,10 @@ def read_workdir(path: Path) -> tuple[nn.Module, Variables]:
     from terramind_jax import config
     from terramind_jax.train import pretrain, tokenizer
 
-    is_tokenizer = config.is_tokenizer(config.of_workdir(path))
-    return (tokenizer if is_tokenizer else pretrain).load(path)[:2]
+    command = config.command_of(config.of_workdir(path))
+    if command == "finetune":
+        raise ValueError(f"{path} is a fine-tuned model, which `predict` and tasks.finetune.load read.")
+    return (tokenizer if command == "train-tokenizer" else pretrain).load(path)[:2]
 
 
 def largest(arrays: Any) -> float:

@@ -135,3 +135,14 @@ def test_a_jump_of_classes_is_their_change():
     classes = np.zeros((32, 32), np.uint8)
     classes[:, 16:] = 200
     assert metrics.jump(classes, [], [16]) == 1 and metrics.jump(classes, [16], []) == 0 and np.isnan(metrics.jump(classes, [], []))
+
+
+def test_scores_of_classes_leave_out_what_is_nowhere():
+    """Of four classes one is neither true nor predicted, and one is only predicted."""
+    truth, prediction = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
+    scores = metrics.class_scores(metrics.confusion_matrix(prediction, truth, 4))
+    assert scores["mIoU"] == pytest.approx(np.mean([1 / 2, 1 / 3, 0]))
+    assert scores["F1"] == pytest.approx(np.mean([2 / 3, 2 / 4, 0]))
+    assert scores["accuracy"] == pytest.approx(np.mean([1 / 2, 1 / 2, 0]))
+    assert scores["pixel_accuracy"] == 0.5
+    assert math.isnan(metrics.class_scores(np.zeros((3, 3), int))["mIoU"])

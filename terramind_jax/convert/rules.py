@@ -31,7 +31,8 @@ class Rule:
       torch: names in the state dict; more than one are tied. With ``{i}`` the leaf of ours is stacked over layers on its first axis.
       layout: ``same``; ``ones``, equal up to axes of length one or flattened ones, `shape` is torch's, with at most one -1;
         ``linear``, [out, in] <-> [*in, *out] with `inputs` leading axes of ours contracted; ``conv``, OIHW <-> HWIO;
-        ``conv1d``, [O, I, 1] <-> [I, O]; ``conv1x1``, [O, I, 1, 1] <-> [I, O]; ``chw``, [1, D, h, w] <-> [h, w, D].
+        ``conv1d``, [O, I, 1] <-> [I, O]; ``conv1x1``, [O, I, 1, 1] <-> [I, O]; ``chw``, [1, D, h, w] <-> [h, w, D];
+        ``upscale``, a transposed convolution's, [I, O, f, f] <-> [I, f, f, O]; ``count``, the same, an integer: int64 <-> int32.
     """
 
     ours: str
@@ -44,11 +45,15 @@ class Rule:
     def is_stacked(self) -> bool:
         return LAYER in self.torch[0]
 
+    @property
+    def is_count(self) -> bool:
+        return self.layout == "count"
+
 
 def to_torch_layout(rule: Rule, x):
     """One layer of a leaf of ours, NumPy or traced, as the reference lays it out."""
     match rule.layout:
-        case "same":
+        case "same" | "count":
             return x
         case "ones":
             return x.reshape(rule.shape)
@@ -62,6 +67,8 @@ def to_torch_layout(rule: Rule, x):
             return x.T[..., None, None]
         case "chw":
             return x.transpose(2, 0, 1)[None]
+        case "upscale":
+            return x.transpose(0, 3, 1, 2)
     raise ValueError(f"Unknown layout {rule.layout!r} of {rule.ours}.")
 
 
@@ -76,6 +83,8 @@ def to_our_layout(rule: Rule, x: np.ndarray, shape: Sequence[int]) -> np.ndarray
             x = x.reshape(x.shape[:2]).T
         case "chw":
             x = x[0].transpose(1, 2, 0)
+        case "upscale":
+            x = x.transpose(0, 2, 3, 1)
     return x.reshape(shape)
 
 
@@ -103,7 +112,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_torch(variables: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """Variables as a flat state dict of float32 NumPy arrays, tied names included; tied names share one array."""
+    """Variables as a flat state dict of float32 NumPy arrays (counts int64), tied names included; tied names share one array."""
     return flat_to_torch(flatten(variables), rules)
 
 
@@ -112,9 +121,9 @@ def flat_to_torch(flat: MutableMapping[str, Any], rules: Sequence[Rule]) -> dict
     _check_covered(flat, rules)
     state: dict[str, np.ndarray] = {}
     for rule in rules:
-        leaf = np.asarray(flat.pop(rule.ours), np.float32)
+        leaf = np.asarray(flat.pop(rule.ours), np.int64 if rule.is_count else np.float32)
         for i, part in enumerate(leaf) if rule.is_stacked else [(0, leaf)]:
-            array = np.ascontiguousarray(to_torch_layout(rule, part))
+            array = np.asarray(to_torch_layout(rule, part), order="C")
             state |= {name.replace(LAYER, str(i)): array for name in rule.torch}
     return state
 
@@ -156,7 +165,7 @@ def from_torch(
     for rule in rules:
         wanted = list(_layers(rule, flat[rule.ours]))
         used |= {name for names, _ in wanted for name in names}
-        wrong = list(_problems(wanted, state))
+        wrong = list(_problems(rule, wanted, state))
         kinds = {kind for kind, _ in wrong}
         if kinds == {MISSING} and optional(rule.ours) or kinds == {MISSHAPEN} and resizable(rule.ours):
             continue
@@ -185,7 +194,7 @@ def _layers(rule: Rule, leaf: Any) -> Iterator[tuple[list[str], tuple[int, ...]]
         yield [name.replace(LAYER, str(i)) for name in rule.torch], torch_shape
 
 
-def _problems(wanted, state: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+def _problems(rule: Rule, wanted, state: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     for names, shape in wanted:
         there = [name for name in names if name in state]
         if not there:
@@ -194,7 +203,9 @@ def _problems(wanted, state: Mapping[str, np.ndarray]) -> Iterator[tuple[str, st
             array = state[name]
             if tuple(array.shape) != shape:
                 yield MISSHAPEN, f"{name} {tuple(array.shape)} instead of {shape}"
-            elif array.dtype not in HALVES and not np.issubdtype(array.dtype, np.floating):
+            elif rule.is_count and not np.issubdtype(array.dtype, np.integer):
+                yield "no integer", f"{name} {array.dtype}"
+            elif not rule.is_count and array.dtype not in HALVES and not np.issubdtype(array.dtype, np.floating):
                 yield "not floating-point", f"{name} {array.dtype}"
             elif name != there[0] and not _same(array, state[there[0]]):
                 yield "not tied", f"{name} differs from {there[0]}"
@@ -217,7 +228,8 @@ def _leaf(rule: Rule, shape: tuple[int, ...], state: MutableMapping[str, np.ndar
 def _take(rule: Rule, i: int, shape: Sequence[int], state: MutableMapping[str, np.ndarray]) -> np.ndarray:
     names = [name.replace(LAYER, str(i)) for name in rule.torch]
     arrays = [state.pop(name) for name in names if name in state]
-    return np.ascontiguousarray(to_our_layout(rule, np.asarray(arrays[0], np.float32), shape))
+    array = np.asarray(arrays[0], np.int32 if rule.is_count else np.float32)
+    return np.asarray(to_our_layout(rule, array, shape), order="C")  # `ascontiguousarray` makes a number an array [1]
 
 
 def _sentence(problems: Mapping[str, list[str]]) -> str:

@@ -29,8 +29,17 @@ SHOWN = 4  # samples that are named in full
 class Faults:
     """Remembers the bad samples among this host's batches."""
 
-    def __init__(self, index: Index, read: Callable[[int], Any], workdir: str | os.PathLike | None = None, host: int = 0) -> None:
-        """`read` reads all that matters of a sample, given by its place in the index. With a `workdir` it has a list of them (`listed`)."""
+    def __init__(
+        self,
+        index: Index | None = None,
+        read: Callable[[int], Any] | None = None,
+        workdir: str | os.PathLike | None = None,
+        host: int = 0,
+    ) -> None:
+        """`read` reads all that matters of a sample, given by its place in the index. With a `workdir` it has a list of them (`listed`).
+
+        Without an index there are none: where a sample that cannot be read is an error.
+        """
         self._index, self._read = index, read
         self._bad: collections.deque[int] = collections.deque(maxlen=SHOWN)
         self._list = None if workdir is None else _List(workdir, host)

@@ -24,7 +24,7 @@ from terramind_jax.data.groups import FAULT, PADDING, DataConfig, ViewGroups, va
 from terramind_jax.data.index import Index
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE, Stream
 
-__all__ = ["PADDING", "DataConfig", "batches", "image_batches", "make_dataset", "variant_images"]
+__all__ = ["PADDING", "DataConfig", "batches", "image_batches", "iterate", "make_dataset", "variant_images"]
 
 _ENDLESS = 2**48
 
@@ -96,7 +96,7 @@ def batches(
         )
     position = {"batch_size": batch_size, "consumed": consumed, "host": host, "hosts": hosts, "workers": workers}
     dataset = make_dataset(index, encoder, decoder, data_config, mask_config, **position, seed=seed, train=train)
-    return _iterate(dataset, workers, data_config.threads)
+    return iterate(dataset, workers, data_config.threads)
 
 
 def check_sizes(config: DataConfig, batch_size: int, consumed: int, host: int, hosts: int, train: bool) -> None:
@@ -163,7 +163,8 @@ def _concatenate(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: _concatenate(column) if isinstance(column[0], dict) else np.concatenate(column) for name, column in columns.items()}
 
 
-def _iterate(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[dict[str, Any]]:
+def iterate(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[dict[str, Any]]:
+    """The elements in order, read ahead by `workers` processes (0: this one) with so many threads each."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
     elements = dataset.to_iter_dataset(options)
     if workers:
@@ -205,7 +206,7 @@ def image_batches(
     check_sizes(DataConfig(), batch_size, consumed, host, hosts, train)  # whole crops may have any side
     images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train)
     positions = grain.MapDataset.range(consumed, consumed + _length(len(images.samples), batch_size, consumed, train))
-    return _iterate(positions[host::hosts].map(images).batch(batch_size // hosts), workers, threads)
+    return iterate(positions[host::hosts].map(images).batch(batch_size // hosts), workers, threads)
 
 
 def variant_images(
@@ -220,7 +221,7 @@ def variant_images(
     wanted = having if samples is None else np.asarray(samples, int)
     if len(absent := np.setdiff1d(wanted, having)):
         raise ValueError(f"Sample {index.keys[int(absent[0])]!r} has no {modality}.")
-    return _iterate(grain.MapDataset.source(_Variants(index, modality, wanted, image_size)), workers, threads)
+    return iterate(grain.MapDataset.source(_Variants(index, modality, wanted, image_size)), workers, threads)
 
 
 def _having(index: Index, modality: str, image_size: int) -> np.ndarray:

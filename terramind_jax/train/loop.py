@@ -45,8 +45,9 @@ class Training:
     step: Callable[..., tuple[state.State, Mapping[str, jax.Array]]]  # jitted: state, buffers, batch -> state, metrics
     batches: Callable[[int], Iterator[Mapping[str, jax.Array]]]  # from a position in the data
     validate: Callable[[state.State, Any], dict[str, float]] | None
-    faults: Faults  # the samples that could not be read
+    faults: Faults = dataclasses.field(default_factory=Faults)  # the samples that could not be read
     validate_first: bool = False  # also before the first step
+    is_over: Callable[[], bool] = lambda: False  # whether validations say that going on would not help
 
 
 def with_modalities(config: ConfigDict, names: Iterable[str]) -> ConfigDict:
@@ -80,7 +81,7 @@ def run(
     Raises `Terminated` after a SIGTERM, ValueError when too many samples cannot be read or too many steps come to nothing.
     """
     run, step, samples = config.run, int(train_state.step), state.consumed(train_state.samples)
-    steps = step + max(0, math.ceil((training.total - samples) / config.train.batch_size))
+    steps = step if training.is_over() else step + max(0, math.ceil((training.total - samples) / config.train.batch_size))
     wandb = config.to_dict() if run.wandb else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpoints))
@@ -126,16 +127,19 @@ def run(
                 train_state = rewind(meter, run, step, checkpoints, train_state, buffers)
                 writer.say(f"{run.patience} steps in a row were skipped, to step {step}: back to the last checkpoint, with other data.")
 
-            # ---- Checkpoint and validation ----
-            if step == steps or step % run.checkpoint_every == 0:
-                meter.flush()
-                if step == steps or not meter.streak:  # else the parameters may be what is wrong
-                    save()
+            # ---- Validation and checkpoint, which knows what the validation was ----
             if training.validate is not None and (step == steps or run.eval_every and step % run.eval_every == 0):
                 watchdog.at(step, "validates")
                 with meter.aside():
                     validated = training.validate(train_state, buffers)
                     writer.write(step, validated)
+                if training.is_over():
+                    writer.say(f"Ends at step {step} of {steps}: the validation has not become better for long enough.")
+                    steps = step
+            if step == steps or step % run.checkpoint_every == 0:
+                meter.flush()
+                if step == steps or not meter.streak:  # else the parameters may be what is wrong
+                    save()
 
         # ---- End ----
         meter.flush()

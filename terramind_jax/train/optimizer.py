@@ -6,7 +6,8 @@ with a select for skipped steps took four times as long on a CPU, where the opti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,9 @@ from ml_collections import ConfigDict
 from terramind_jax import modalities
 
 Params = Any
+
+
+MILESTONES = (0.6, 0.9)  # of the schedule ``steps``, PANGAEA's
 
 
 class AdamWState(NamedTuple):
@@ -40,22 +44,27 @@ def decayed(params: Params) -> Params:
 def learning_rate(progress: jax.Array, warmup: float, config: ConfigDict) -> jax.Array:
     """Linear from 0 to the peak at `warmup`, then a cosine to the minimum at 1; `progress` is the fraction of the run behind.
 
+    With a ``schedule`` other than ``cosine`` it stays at the peak, or with ``steps`` is a tenth of it after 0.6 and a hundredth after 0.9.
     Counted in what the run consumes, not in steps, so that another batch size follows the same curve.
     """
-    peak, minimum = config.learning_rate, config.min_learning_rate
+    peak, minimum, schedule = config.learning_rate, config.min_learning_rate, config.get("schedule", "cosine")
+    if schedule != "cosine":
+        passed = sum(jnp.where(progress >= at, 1.0, 0.0) for at in MILESTONES) if schedule == "steps" else 0.0
+        return peak * 0.1**passed * jnp.minimum(progress / max(warmup, 1e-12) if warmup else 1.0, 1.0)
     fraction = jnp.clip((progress - warmup) / (1 - warmup), 0, 1)
     cosine = minimum + (peak - minimum) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
     return jnp.where(progress < warmup, peak * progress / max(warmup, 1e-12), cosine)
 
 
-def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+def adamw(config: ConfigDict, rates_of: Callable[[Params], Params] | None = None) -> optax.GradientTransformationExtraArgs:
     """AdamW with clipping; ``update(grads, state, params, learning_rate=…, grad_norm=…, ok=…)`` leaves all as it was unless `ok`.
 
     Args:
       config: `betas`, `eps`, `weight_decay`, `clip_norm` (0: none), `rates` (see `factors`).
+      rates_of: instead of `rates`, from parameters to a factor of the learning rate a leaf, a number or what multiplies the leaf.
     """
     b1, b2 = config.betas
-    rates = check_rates(config.get("rates", {}))
+    rates_of = rates_of or functools.partial(factors, rates=check_rates(config.get("rates", {})))
 
     def init(params: Params) -> AdamWState:
         return AdamWState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
@@ -73,7 +82,7 @@ def adamw(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
             step = m * correct1 / (jnp.sqrt(v * correct2) + config.eps) + (config.weight_decay * p if decay else 0.0)
             return jnp.where(ok, -learning_rate * factor * step, 0.0), m, v
 
-        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params), factors(params, rates))
+        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params), rates_of(params))
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), out)
         return updates, AdamWState(count, mu, nu)
 

@@ -37,9 +37,10 @@ class State:
     params: Params
     opt_state: optimizer.AdamWState
     ema: Params | None = None
+    batch_stats: Any = None  # running statistics of networks with BatchNorm
 
 
-def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) -> State:
+def create(params: Params, tx: optax.GradientTransformation, ema: bool = False, batch_stats: Any = None) -> State:
     """A state at step 0."""
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -49,10 +50,11 @@ def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) 
         params=params,
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
+        batch_stats=batch_stats,
     )
 
 
-def shardings(params: Params, replicated: jax.sharding.Sharding, ema: bool) -> State:
+def shardings(params: Params, replicated: jax.sharding.Sharding, ema: bool, batch_stats: Any = None) -> State:
     """Shardings of a state: moments and averages lie as the parameters do, counters on every device."""
     return State(
         step=replicated,
@@ -62,6 +64,7 @@ def shardings(params: Params, replicated: jax.sharding.Sharding, ema: bool) -> S
         params=params,
         opt_state=optimizer.AdamWState(replicated, params, params),
         ema=params if ema else None,
+        batch_stats=batch_stats,
     )
 
 
@@ -94,27 +97,33 @@ def apply(
     total: float,
     warmup: float,
     ema_decay: float = 0.0,
+    batch_stats: Any = None,
+    scale: jax.Array | float = 1.0,
 ) -> tuple[State, dict[str, jax.Array]]:
     """The state after one step, and its metrics. A step that is skipped only moves the counters.
 
     Args:
       config: the ``optimizer`` group.
       total: samples of the whole run; `warmup` the fraction of it that warms up.
+      batch_stats: the running statistics after the step, of networks that have such.
+      scale: of the learning rate.
     """
     norms = {part: optimizer.global_norm(some) for part, some in parts(grads).items()}
     grad_norm = optimizer.global_norm(norms)
     limit = config.spike_factor * state.norm if config.spike_factor else jnp.zeros(())
     spike = (limit > 0) & (grad_norm > limit)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~spike
-    rate = optimizer.learning_rate(progress(state.samples, total), warmup, config)
+    rate = optimizer.learning_rate(progress(state.samples, total), warmup, config) * scale
     updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=rate, grad_norm=grad_norm, ok=ok)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda e, p: jnp.where(ok, ema_decay * e + (1 - ema_decay) * p, e), ema, params)
+    if batch_stats is not None:
+        batch_stats = jax.tree.map(lambda new, old: jnp.where(ok, new, old), batch_stats, state.batch_stats)
     skipped = state.skipped + ~ok
     norm = jnp.where(spike, state.norm, running(state.norm, grad_norm))  # else a lasting spike would soon be none
-    state = State(state.step + 1, advance(state.samples, batch_size), skipped, norm, params, opt_state, ema)
+    state = State(state.step + 1, advance(state.samples, batch_size), skipped, norm, params, opt_state, ema, batch_stats)
     metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "skipped": skipped}
     return state, {**metrics, **{f"grad_norm/{part}": value for part, value in norms.items()}}
 
@@ -154,14 +163,14 @@ def abstract(
     """State and buffers as shapes, each with its place on `mesh`; nothing is allocated, and the mesh need not be there."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     places = sharding.param_shardings(mesh, jax.eval_shape(init, key))
-    layout = shardings(places["params"], sharding.replicated(mesh), ema), places.get("buffers", {})
+    layout = shardings(places["params"], sharding.replicated(mesh), ema, places.get("batch_stats")), places.get("buffers", {})
     shapes = jax.eval_shape(partial(_fresh, init, tx, ema), key)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 
 
 def _fresh(init, tx: optax.GradientTransformation, ema: bool, key: jax.Array) -> tuple[State, Params]:
     made = meta.unbox(init(key))
-    return create(made["params"], tx, ema), made.get("buffers", {})
+    return create(made["params"], tx, ema, made.get("batch_stats")), made.get("buffers", {})
 
 
 def start(
@@ -176,7 +185,7 @@ def start(
     """The newest checkpoint's state, or a fresh one, laid out on `mesh`.
 
     Args:
-      init: key -> boxed variables ``{"params", "buffers"}``.
+      init: key -> boxed variables ``{"params", "buffers"}``, and ``batch_stats`` of networks that have such.
       initial: variables of the host, unboxed and equal on all processes, that a fresh state begins with in place of `init`'s.
 
     Returns:
@@ -196,7 +205,7 @@ def start(
             samples=place(np.array(divmod(counters.pop("samples"), 2**32), np.uint32)),
             skipped=place(np.int32(counters.pop("skipped"))),
             norm=place(np.float32(counters.pop("norm", 0.0))),
-            **{"ema": None, **trees},
+            **trees,
         ),
         buffers,
         layout,
@@ -219,13 +228,14 @@ def _placed(variables: Params, tx: optax.GradientTransformation, ema: bool, layo
 
     found = jax.tree.map(np.asarray, dict(variables))
     params = jax.tree.map(place, found["params"], layout.params)
-    state = jax.jit(partial(create, tx=tx, ema=ema), out_shardings=layout)(params)
+    statistics = jax.tree.map(place, found.get("batch_stats"), layout.batch_stats)
+    state = jax.jit(partial(create, tx=tx, ema=ema), out_shardings=layout)(params, batch_stats=statistics)
     return state, jax.tree.map(place, found.get("buffers", {}), places)
 
 
 def _trees(state: State, buffers: Params) -> dict[str, Any]:
-    trees = {"params": state.params, "buffers": buffers, "opt_state": state.opt_state}
-    return trees if state.ema is None else {**trees, "ema": state.ema}
+    trees = {"params": state.params, "buffers": buffers, "opt_state": state.opt_state, "ema": state.ema, "batch_stats": state.batch_stats}
+    return {name: tree for name, tree in trees.items() if tree is not None}
 
 
 def save(checkpoints: Checkpoints, state: State, buffers: Params, totals: Mapping[str, float]) -> None:
@@ -242,6 +252,7 @@ def rewind(checkpoints: Checkpoints, state: State, buffers: Params) -> State:
     Its counters run on: what follows is other data, at the learning rate of where the run is.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _trees(state, buffers))
-    jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state, state.ema))  # there may be no room for both
+    held = (state.params, state.opt_state, state.ema, state.batch_stats)
+    jax.tree.map(lambda x: x.delete(), held)  # there may be no room for both
     trees, _ = checkpoints.restore({name: tree for name, tree in shapes.items() if name != "buffers"})
     return state.replace(**trees)

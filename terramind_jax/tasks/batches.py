@@ -1,0 +1,158 @@
+"""Batches of a downstream data set: random crops, turned and flipped, for training; for all else windows that cover every pixel once.
+
+As in pretraining, what a position of the stream holds depends on the seed and the position alone. A sample that cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+
+from terramind_jax.data import order
+from terramind_jax.data.pipeline import iterate
+from terramind_jax.tasks.datasets import Dataset
+
+Batch = dict[str, Any]
+ENDLESS = 2**48
+
+
+def training(
+    dataset: Dataset,
+    scale: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    crop: int,
+    batch_size: int,
+    seed: int = 0,
+    d4: bool = False,
+    consumed: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """This host's share of the batches from position `consumed` on, without end; an epoch is every sample once.
+
+    ``{"inputs": {modality: [B, (T,) S, S, C]}, "target", "valid": [B, ...] bool}``, and ``days`` ``[B, T]`` of a time series.
+
+    Args:
+      scale: mean and standard deviation, ``[C]``, by modality.
+      crop: S; an image that is smaller is a ValueError.
+    """
+    read = functools.partial(_random_crop, dataset, scale, crop, seed, d4)
+    return iterate(grain.MapDataset.range(consumed, ENDLESS)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
+
+
+def covering(
+    dataset: Dataset,
+    scale: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    crop: int,
+    batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """This host's share of all windows of all samples, whose images have one size; the last batch is filled up with what is not valid."""
+    shape = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+    parts = windows(shape, crop)
+    total = -(-len(dataset) * len(parts) // batch_size) * batch_size
+    read = functools.partial(_window, _Reader(dataset), scale, shape, parts)
+    return iterate(grain.MapDataset.range(0, total)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
+
+
+# ---- one sample ----
+
+
+def _random_crop(dataset: Dataset, scale: Mapping, crop: int, seed: int, d4: bool, position: int) -> Batch:
+    place = order.place(position, len(dataset), seed)
+    sample = dataset[place.rank]
+    rng = order.generator("crop", seed, place.epoch, place.rank)
+    height, width = next(iter(sample["inputs"].values())).shape[-3:-1]
+    check_crop(dataset, crop, (height, width))
+    top, left = (int(rng.integers(side - crop + 1)) for side in (height, width))
+    found = cut(dataset, sample, scale, slice(top, top + crop), slice(left, left + crop))
+    return turned(found, int(rng.integers(8))) if d4 else found
+
+
+def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list[Window], position: int) -> Batch:
+    i, number = divmod(position, len(parts))
+    sample, part = reader(min(i, len(reader.dataset) - 1)), parts[number]
+    if (size := next(iter(sample["inputs"].values())).shape[-3:-1]) != shape:
+        first = f"{shape[0]}x{shape[1]}"
+        raise ValueError(f"{sample['name']} is {size[0]}x{size[1]} pixels, the first of its split {first}; images need one size.")
+    found = cut(reader.dataset, sample, scale, part.rows, part.columns)
+    own = part.own if found["valid"].ndim == 2 else np.bool_(True)
+    return {**found, "valid": found["valid"] & own & (i < len(reader.dataset))}
+
+
+def cut(dataset: Dataset, sample: Mapping[str, Any], scale: Mapping, rows: slice, columns: slice) -> Batch:
+    """A window of a sample, standardised, and which of its targets are known."""
+    inputs = {m: (x[..., rows, columns, :] - scale[m][0]) / scale[m][1] for m, x in sample["inputs"].items()}
+    target = np.asarray(sample["target"], np.float32 if isinstance(sample["target"], float) else None)
+    target = target[rows, columns] if dataset.facts.task in ("segmentation", "regression") else target
+    valid = ~np.isnan(target) & (True if dataset.ignore_index is None else target != dataset.ignore_index)
+    dates = next(iter(sample["dates"].values()), None) if "dates" in sample else None
+    target = np.where(valid, target, 0).astype(np.int32 if target.dtype.kind in "iu" else np.float32)
+    return {"inputs": inputs, "target": target, "valid": np.asarray(valid), **({} if dates is None else {"days": dates})}
+
+
+def turned(batch: Batch, way: int) -> Batch:
+    """One of the eight ways of a square: `way` % 4 quarter turns, and from 4 on flipped."""
+
+    def turn(x: np.ndarray, axes: tuple[int, int]) -> np.ndarray:
+        x = np.rot90(x, way % 4, axes)
+        return np.ascontiguousarray(np.flip(x, axes[1]) if way >= 4 else x)
+
+    maps = {name: turn(batch[name], (0, 1)) if batch[name].ndim == 2 else batch[name] for name in ("target", "valid")}
+    return {**batch, **maps, "inputs": {m: turn(x, (x.ndim - 3, x.ndim - 2)) for m, x in batch["inputs"].items()}}
+
+
+def check_crop(dataset: Dataset, crop: int, size: tuple[int, int]) -> None:
+    """A ValueError for images that are smaller than the crops."""
+    if min(size) < crop:
+        most = min(size) // 16 * 16
+        raise ValueError(f"The images of {dataset.facts.title} are {size[0]}x{size[1]} pixels; data.crop={crop} can be at most {most}.")
+
+
+# ---- windows ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """`own` ``[crop, crop]`` marks the pixels that no earlier window has."""
+
+    rows: slice
+    columns: slice
+    own: np.ndarray
+
+
+def windows(size: tuple[int, int], crop: int) -> list[Window]:
+    """Windows that cover an image, row by row; the last of a row or column is shifted back to the edge."""
+    seen, found = np.zeros(size, bool), []
+    starts = [sorted({min(start, side - crop) for start in range(0, side, crop)}) for side in size]
+    for top in starts[0]:
+        for left in starts[1]:
+            rows, columns = slice(top, top + crop), slice(left, left + crop)
+            found.append(Window(rows, columns, ~seen[rows, columns]))
+            seen[rows, columns] = True
+    return found
+
+
+@dataclasses.dataclass(eq=False)
+class _Reader:
+    """Keeps the sample that was read last: its windows follow each other."""
+
+    dataset: Dataset
+    kept: tuple[int, Any] | None = None
+
+    def __call__(self, i: int) -> Any:
+        kept = self.kept
+        if kept is None or kept[0] != i:
+            self.kept = kept = (i, self.dataset[i])
+        return kept[1]

@@ -1,0 +1,35 @@
+"""Downstream data sets: `load` opens a published one by name, or a user's own, told in the fields of `generic.dataset`.
+
+floods = datasets.load("sen1floods11", "data/sen1floods11", "train")
+floods[0]["inputs"]["S2L1C"], floods[0]["target"]      # [512, 512, 13] float32, [512, 512] int32
+"""
+
+from __future__ import annotations
+
+import os
+
+from terramind_jax.tasks.datasets import burnscars, eurosat, generic, mados, pastis, sen1floods11
+from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample, class_counts, statistics
+
+PUBLISHED = {"sen1floods11": sen1floods11, "burnscars": burnscars, "mados": mados, "pastis": pastis, "eurosat": eurosat}
+
+__all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "load", "statistics"]
+
+
+def load(name: str, root: str | os.PathLike, split: str = "train", **options) -> Dataset:
+    """A split of the published data set `name` in `root`, or with ``"generic"`` of one that `options` describe.
+
+    Raises ValueError for unknown names and empty splits, FileNotFoundError in one sentence for what is not there.
+    """
+    return (generic if name == "generic" else _published(name)).dataset(root, split, **options)
+
+
+def check(name: str, root: str | os.PathLike) -> None:
+    """Raises a FileNotFoundError that tells what of a published data set is not in `root`, and where to get it."""
+    _published(name).check(root)
+
+
+def _published(name: str):
+    if name not in PUBLISHED:
+        raise ValueError(f"There is no data set {name!r}; known are {', '.join(PUBLISHED)}, and generic for your own.")
+    return PUBLISHED[name]

@@ -1,0 +1,186 @@
+"""A data set of a user's own: a folder a modality, masks or a table of labels, and a file a split, all told in a few fields.
+
+The fields are those that TerraTorch's GenericMultiModalDataModule takes, one set for all splits:
+
+    dataset("floods", "train",
+            images={"S2L1C": {"folder": "S2Hand", "pattern": "*_S2Hand.tif"}, "S1GRD": {"folder": "S1Hand", "pattern": "*_S1Hand.tif"}},
+            labels={"folder": "LabelHand", "pattern": "*_LabelHand.tif"},
+            splits={"train": "train.txt", "val": "valid.txt", "test": "test.txt"}, class_names=("land", "water"))
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from terramind_jax import modalities
+from terramind_jax.tasks.datasets import files
+from terramind_jax.tasks.datasets.dataset import TASKS, Dataset, Facts, Sample
+
+_IMAGE_FIELDS = ("folder", "pattern", "bands", "use", "scale", "mean", "std", "missing", "replace", "times", "by_band")
+_LABEL_FIELDS = ("folder", "pattern", "table", "zero_is_none", "scale")
+IGNORE = -1
+
+
+def dataset(
+    root: str | os.PathLike,
+    split: str = "train",
+    *,
+    images: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, Any],
+    splits: Mapping[str, str] | None = None,
+    task: str = "segmentation",
+    class_names: Sequence[str] = (),
+    num_classes: int | None = None,
+    ignore_index: int | None = IGNORE,
+    title: str = "the data set",
+) -> Dataset:
+    """A split of the data in `root`, to which folders and files are relative; see the module.
+
+    Args:
+      images: fields by modality. ``folder`` and ``pattern`` tell the files: the sample's name in the place of ``*``. ``folder`` may be
+        ``{split: folder}``. ``bands`` are those of the files, the modality's own by default, and ``use`` those wanted, in their order.
+        Values are multiplied by ``scale``; ``replace`` (0), in the file's unit, stands where there is no data: NaN, the file's own
+        nodata, or one of ``missing``. ``mean`` and ``std`` are the data's own, a value a used band. A file of ``times`` images becomes
+        ``[T, H, W, C]``; ``by_band`` if it has all times of one band together. ``.npy`` files are ``[C, H, W]`` or ``[T, C, H, W]``.
+      labels: ``folder`` and ``pattern`` of the masks, or ``table``, a ``.csv`` with a heading whose first column are the samples' names and
+        whose others are the label: a class by number or name, a value, or 0 and 1 for every class. With ``zero_is_none`` stored classes
+        count from 1. Values of a regression are multiplied by ``scale``.
+      splits: by split the file with its samples, ``.txt`` or ``.csv``; without, every file of the first modality's folder is a sample.
+      class_names, num_classes: either will do.
+      ignore_index: of pixels without a label, in masks and in metrics.
+
+    Raises:
+      ValueError: unknown fields, bands or task, a split without samples; FileNotFoundError: a folder, split file or sample is not there.
+    """
+    root = os.fspath(root)
+    _check_fields(images, labels, task)
+    names = _class_names(class_names, num_classes, task)
+    how = {m: _bands(m, fields) for m, fields in images.items()}
+    statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
+    facts = Facts(title, task, {m: b.use for m, b in how.items()}, names, ignore_index, **statistics)
+    found, where = _names(root, split, images, splits)
+    paths = {name: {m: files.path_of(_folder(root, f, split), f["pattern"], name) for m, f in images.items()} for name in found}
+    if "table" in labels:
+        targets = _table(os.path.join(root, labels["table"]), task, names)
+        _check_rows(targets, found, where, labels["table"])
+        read_target = given
+    else:
+        targets = {name: files.path_of(_folder(root, labels, split), labels["pattern"], name) for name in found}
+        files.check_present(targets.items(), where)
+        options = dict(zero_is_none=labels.get("zero_is_none", False), scale=labels.get("scale", 1.0))
+        read_target = functools.partial(read_map, task=task, ignore_index=ignore_index, **options)
+    files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
+    samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
+    return Dataset(facts, split, samples, functools.partial(read_images, how), read_target)
+
+
+# ---- reading ----
+
+
+def read_images(how: Mapping[str, files.Bands], sample: Sample) -> dict[str, np.ndarray]:
+    """The inputs of a sample that has one file a modality."""
+    return {modality: files.read_image(path, how[modality]) for modality, path in sample.inputs.items()}
+
+
+def read_map(sample: Sample, *, task: str, ignore_index: int | None, zero_is_none: bool = False, scale: float = 1.0) -> np.ndarray:
+    """The target of a sample that has a mask."""
+    mask = files.read_mask(sample.target, ignore_index, zero_is_none=zero_is_none)
+    if task == "segmentation":
+        return mask.astype(np.int32)
+    return mask if scale == 1 else np.where(mask == ignore_index, mask, mask * np.float32(scale))
+
+
+def given(sample: Sample) -> Any:
+    """The target of a sample that has none in a file."""
+    return sample.target
+
+
+# ---- fields ----
+
+
+def _check_fields(images: Mapping[str, Mapping], labels: Mapping, task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"There is no task {task!r}; known are {', '.join(TASKS)}.")
+    if not images:
+        raise ValueError("A data set needs images of at least one modality.")
+    for what, fields, known in [("labels", labels, _LABEL_FIELDS), *((m, f, _IMAGE_FIELDS) for m, f in images.items())]:
+        unknown = [key for key in fields if key not in known]
+        if unknown:
+            raise ValueError(f"{what} has no field {unknown[0]!r}; known are {', '.join(known)}.")
+        if "table" not in fields and not (fields.get("folder") is not None and "*" in fields.get("pattern", "")):
+            raise ValueError(f"{what} needs a folder and a pattern with a *, such as *_S2.tif.")
+    if ("table" in labels) == (task in ("segmentation", "regression")):
+        raise ValueError(f"{task} needs labels of {'a table' if 'table' not in labels else 'masks, a folder and a pattern'}.")
+
+
+def _class_names(names: Sequence[str], count: int | None, task: str) -> tuple[str, ...]:
+    if names and count not in (None, len(names)):
+        raise ValueError(f"num_classes is {count}, but {len(names)} classes are named.")
+    if not names and not count and "regression" not in task:
+        raise ValueError(f"{task} needs class_names or num_classes.")
+    return tuple(names) or tuple(map(str, range(count or 0)))
+
+
+def _bands(modality: str, fields: Mapping[str, Any]) -> files.Bands:
+    options = {key: fields[key] for key in ("scale", "replace", "times", "by_band") if key in fields}
+    if "missing" in fields:
+        options["missing"] = tuple(fields["missing"])
+    how = files.bands(modality, fields.get("bands") or modalities.get(modality).bands, fields.get("use"), **options)
+    for key in ("mean", "std"):
+        if fields.get(key) and len(fields[key]) != len(how.use):
+            raise ValueError(f"{modality} has {len(fields[key])} values of {key} for {len(how.use)} bands ({', '.join(how.use)}).")
+    return how
+
+
+def _folder(root: str, fields: Mapping[str, Any], split: str) -> str:
+    folder = fields["folder"]
+    if isinstance(folder, str):
+        return os.path.join(root, folder)
+    if split not in folder:
+        raise ValueError(f"No folder is given for the split {split}; those of {', '.join(folder)} are.")
+    return os.path.join(root, folder[split])
+
+
+def _names(root: str, split: str, images: Mapping[str, Mapping], splits: Mapping[str, str] | None) -> tuple[list[str], str]:
+    """The samples of a split, and what names them."""
+    patterns = [fields["pattern"] for fields in images.values()]
+    if splits is None:
+        folder = _folder(root, next(iter(images.values())), split)
+        return files.names_in(folder, patterns[0]), folder
+    if split not in splits:
+        raise ValueError(f"There is no split {split!r}; known are {', '.join(splits)}.")
+    path = os.path.join(root, splits[split])
+    names = files.split_names(path)
+    if not names:
+        raise ValueError(f"{path} names no sample, so the {split} split is empty; it needs at least one.")
+    return [next(filter(None, (files.name_of(name, p) for p in patterns)), name) for name in names], path
+
+
+def _table(path: str, task: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """Targets by sample."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no table of labels {path}.")
+    return {row[0]: _label(row[1:], path, row[0], task, class_names) for row in files.read_rows(path)[1:]}
+
+
+def _label(cells: Sequence[str], path: str, name: str, task: str, class_names: Sequence[str]) -> Any:
+    try:
+        if task == "multilabel":
+            return np.array(cells, np.float32)
+        (cell,) = cells
+        if task == "classification":
+            return class_names.index(cell) if cell in class_names else int(cell)
+        return float(cell)
+    except ValueError:
+        raise ValueError(f"{path} gives {name} the label {','.join(cells)!r}, which is none of a {task}.") from None
+
+
+def _check_rows(targets: Mapping[str, Any], names: Sequence[str], where: str, table: str) -> None:
+    absent = [name for name in names if name not in targets]
+    if absent:
+        raise FileNotFoundError(f"{where} names {len(absent)} samples without a label in {table}, such as {absent[0]}.")

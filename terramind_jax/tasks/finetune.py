@@ -1,0 +1,311 @@
+"""Fine-tuning of a backbone and a decoder on a downstream data set: one straight run over one pure step, in the loop of pretraining.
+
+What is not trained, such as a frozen backbone, is held beside the state, where the loop keeps buffers. The parameters of the best
+validation are kept in ``{workdir}/best``, and what a data set says of itself in ``{workdir}/task.json``: `load` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from ml_collections import ConfigDict
+
+from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights
+from terramind_jax import config as configuration
+from terramind_jax.data import order
+from terramind_jax.models import FeatureExtractor
+from terramind_jax.tasks import batches, datasets, losses, validation
+from terramind_jax.tasks import config as fields
+from terramind_jax.tasks import model as networks
+from terramind_jax.tasks.datasets import Dataset, Facts
+from terramind_jax.tasks.model import TaskModel
+from terramind_jax.train import loop, optimizer, state
+
+TASK, BEST = "task.json", "best"
+Scale = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains in `workdir`, continuing what is there, and returns the last metrics.
+
+    Raises ValueError or FileNotFoundError for a configuration or data that cannot work, `checkpoint.Terminated` after a SIGTERM.
+    """
+    # ---- Data ----
+    fields.check(config)
+    dataset, held_out = open_split(config, "train"), open_split(config, "val")
+    config = with_epochs(config, len(dataset))
+    scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
+    datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
+    batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
+
+    # ---- Model, optimizer and state, laid out on the mesh ----
+    mesh = sharding.make_mesh(**config.mesh)
+    if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
+    extractor = backbone(config, dataset.facts)
+    module = task_model(config, dataset.facts, extractor)
+    tx = optimizer.adamw(config.optimizer, partial(networks.rates, depth=module.backbone.encoder_depth, decay=config.optimizer.layer_decay))
+    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank)
+    given = None if is_begun(workdir) else initial(config, init, extractor)
+    configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
+    write_task(workdir, dataset.facts, scale)
+    checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
+    train_state, held, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, initial=given)
+    del given
+
+    # ---- The compiled steps ----
+    loss_fn = partial(loss, module, criterion(config, loss_name), config.model.lora_alpha)
+    update = partial(state.apply, tx=tx, config=config.optimizer, batch_size=batch_size, total=total, warmup=config.optimizer.warmup)
+    replicated = sharding.replicated(mesh)
+    step = partial(train_step, loss_fn, update, config.train.seed)
+    step_fn = jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated))
+    measured = partial(validation.measure, module, criterion(config, loss_name), dataset.facts, config.model.lora_alpha)
+    measure_fn = jax.jit(measured, out_shardings=replicated)
+
+    # ---- Validation, on which the learning rate, the end and the best parameters depend ----
+    history = validation.Progress(config, workdir, int(train_state.step))
+
+    def validated(train_state: state.State, held: Any) -> dict[str, float]:
+        windows = covering(config, held_out, scale, mesh)
+        sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in windows)
+        found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, sums).items()}
+        if history.add(found):
+            save_best(workdir, train_state, held)
+        return found
+
+    def with_rate(data: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in data:
+            yield {**sharding.to_global(batch, mesh), "rate": jax.device_put(np.float32(history.rate), replicated)}
+
+    # ---- Loop ----
+    training = loop.Training(
+        title=f"{dataset.facts.title}: {state.size(train_state.params)} parameters of {state.size((train_state.params, held['frozen']))}, "
+        f"{len(dataset)} samples",
+        total=total,
+        work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": 0.0},
+        summed=("bad",),
+        step=step_fn,
+        batches=lambda consumed: with_rate(random_crops(config, dataset, scale, mesh, consumed)),
+        validate=validated,
+        is_over=lambda: history.is_over,
+    )
+    return loop.run(training, config, workdir, mesh, checkpoints, train_state, held, kept)
+
+
+# ---- one step, as a pure function ----
+
+
+def loss(
+    module: TaskModel,
+    criterion: losses.Loss,
+    alpha: float,
+    params: Any,
+    held: Any,
+    batch_stats: Any,
+    batch: Mapping[str, Any],
+    key: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """The loss of a batch, and the running statistics after it; `key` draws what is dropped."""
+    variables = networks.join(params, held, batch_stats, alpha)
+    options = dict(train=True, days=batch.get("days"), mutable=["batch_stats"], rngs={"dropout": key})
+    outputs, changed = module.apply(variables, batch["inputs"], **options)
+    return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats") or None
+
+
+def train_step(loss_fn, update, seed: int, train_state: state.State, held: Any, batch: Mapping[str, Any]):
+    """(state, held, batch) -> (state, metrics): one step of AdamW; ``batch["rate"]`` multiplies the learning rate."""
+    key = jax.random.fold_in(jax.random.key(seed), train_state.step)
+    found = jax.value_and_grad(loss_fn, has_aux=True)(train_state.params, held, train_state.batch_stats, batch, key)
+    (value, batch_stats), grads = found
+    train_state, told = update(train_state, loss=value, grads=grads, batch_stats=batch_stats, scale=batch["rate"])
+    return train_state, {**told, "bad": jnp.zeros((), jnp.int32)}  # a sample that cannot be read is an error here
+
+
+def criterion(config: ConfigDict, name: str) -> losses.Loss:
+    """The loss of a configuration."""
+    weights = tuple(config.train.class_weights)
+    return partial(losses.cross_entropy, weights=weights) if weights else losses.LOSSES[name]
+
+
+# ---- from a configuration ----
+
+
+def with_epochs(config: ConfigDict, samples: int) -> ConfigDict:
+    """The configuration with an evaluation and a checkpoint an epoch where no number of steps is given."""
+    steps = max(1, samples // config.train.batch_size)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.run.eval_every = config.run.eval_every or steps
+        config.run.checkpoint_every = config.run.checkpoint_every or steps
+    return config.lock()
+
+
+def total_samples(config: ConfigDict, samples: int) -> int:
+    """Of the whole run."""
+    return config.train.steps * config.train.batch_size or config.train.epochs * samples
+
+
+def open_split(config: ConfigDict, split: str) -> Dataset:
+    """The samples of one split with the inputs that are used; of the training split the share ``data.labels``."""
+    data, wanted = config.data, config.model.modalities
+    dataset = datasets.load(data.dataset, data.root, split, **data.options.to_dict())
+    dataset = dataset.only(wanted) if wanted else dataset
+    batches.check_crop(dataset, data.crop, next(iter(dataset[0]["inputs"].values())).shape[-3:-1])
+    if split != "train" or data.labels == 1:
+        return dataset
+    count = max(1, round(data.labels * len(dataset)))
+    return dataset.select(np.sort(order.permutation(len(dataset), config.train.seed, 0)[:count]))
+
+
+def scale_of(config: ConfigDict, facts: Facts) -> Scale:
+    """Mean and standard deviation ``[C]`` by modality; a ValueError for one that has none."""
+    found = {}
+    for name, bands in facts.bands.items():
+        own = modalities.MODALITIES.get(name)
+        if config.data.statistics == "dataset" or own is None or any(band not in own.bands for band in bands):
+            if name not in facts.mean:
+                raise ValueError(f"{facts.title} has no mean and std of {name}; give them, or set data.statistics='pretrained'.")
+            found[name] = np.float32(facts.mean[name]), np.float32(facts.std[name])
+        else:
+            at = [own.bands.index(band) for band in bands]
+            found[name] = tuple(np.float32(x)[at] for x in modalities.statistics(name))
+    return found
+
+
+def backbone(config: ConfigDict, facts: Facts) -> FeatureExtractor:
+    """The released model of that name for these inputs, with shapes in the place of weights."""
+    return build.model(config.model.name, **backbone_options(config, facts))
+
+
+def backbone_options(config: ConfigDict, facts: Facts) -> dict[str, Any]:
+    """Options of the backbone as `weights.load` takes them: a modality that TerraMind lacks is new, some bands of one are taken."""
+    m, known = config.model, modalities.MODALITIES
+    names = [name if name in known else {name: len(bands)} for name, bands in facts.bands.items()]
+    bands = {name: list(bands) for name, bands in facts.bands.items() if name in known and tuple(bands) != known[name].bands}
+    same = {name: m[name] for name in ("merge_method", "drop_path_rate", "modality_drop_rate", "remat", "unroll")}
+    return dict(modalities=names, bands=bands, dtype=state.compute_dtype(m.dtype), **same)
+
+
+def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) -> TaskModel:
+    """The whole network; a ValueError for inputs that are no pixels."""
+    tokens = [name for name, stream in extractor.streams.items() if stream.kind != "pixels"]
+    if tokens:
+        raise ValueError(f"{tokens[0]} enters as tokens, which fine-tuning does not read; choose others with model.modalities.")
+    own = extractor.module.config
+    head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
+    return TaskModel(own, head, tuple((name, stream.key) for name, stream in extractor.streams.items()), config.model.time)
+
+
+def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: FeatureExtractor) -> dict[str, Any] | None:
+    """Variables of a fresh run: the backbone from ``model.weights``, all else drawn; None if all is drawn."""
+    if config.model.weights == "random":
+        return None
+    found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options).variables
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
+    drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
+    drawn["buffers"]["buffers"] = {"encoder": found["buffers"]}
+    (drawn["params"] if config.train.tune == "full" else drawn["buffers"]["frozen"])["encoder"] = found["params"]
+    return jax.device_get(drawn)
+
+
+def random_crops(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, consumed: int) -> Iterator[Mapping[str, Any]]:
+    """This process's share of the training batches from a position on."""
+    host, hosts = sharding.host_share(mesh)
+    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, seed=config.train.seed, d4=config.data.d4)
+    return batches.training(
+        dataset, scale, consumed=consumed, host=host, hosts=hosts, workers=config.run.workers, threads=config.run.threads, **options
+    )
+
+
+def covering(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Batches of the whole mesh with all windows of a split."""
+    host, hosts = sharding.host_share(mesh)
+    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, workers=config.run.workers, threads=1)
+    return (sharding.to_global(batch, mesh) for batch in batches.covering(dataset, scale, host=host, hosts=hosts, **options))
+
+
+# ---- what is kept of a run ----
+
+
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Whether `workdir` has a checkpoint to go on from."""
+    there = checkpoint.saved(workdir)
+    if there is not None:
+        there.close()
+    return there is not None
+
+
+def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:
+    """What inference must know of the data set."""
+    known = {"facts": dataclasses.asdict(facts), "scale": {m: [x.tolist() for x in both] for m, both in scale.items()}}
+    known["modalities"] = declarations.of(facts.bands)
+    if jax.process_index() == 0:
+        files.write_text(files.folder(workdir) / TASK, json.dumps(known, indent=1))
+
+
+def save_best(workdir: str | os.PathLike, train_state: state.State, held: Any) -> None:
+    """The parameters of this step take the place of the best so far."""
+    own = {} if train_state.batch_stats is None else {"batch_stats": train_state.batch_stats}
+    trees = {"params": train_state.params, "buffers": held, **own}
+    with contextlib.closing(checkpoint.Checkpoints(files.folder(workdir) / BEST, 1)) as checkpoints:
+        if checkpoints.latest() != int(train_state.step):
+            checkpoints.save(int(train_state.step), trees, {"step": int(train_state.step)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A fine-tuned model: network, variables, and what its data set said of inputs and outputs."""
+
+    module: TaskModel
+    variables: Mapping[str, Any]
+    facts: Facts
+    scale: Scale
+    crop: int
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], days: np.ndarray | None = None) -> jax.Array:
+        """Inputs by modality in the data set's units, ``[B, (T,) H, W, C]``, to logits or values, see `TaskModel`."""
+        missing = [name for name in self.facts.bands if name not in inputs]
+        if missing:
+            raise ValueError(f"The model was trained with {', '.join(self.facts.bands)}; {missing[0]} is missing.")
+        scaled = {name: (np.asarray(inputs[name], np.float32) - mean) / std for name, (mean, std) in self.scale.items()}
+        return _apply(self.variables, scaled, days, module=self.module)
+
+
+@partial(jax.jit, static_argnames="module")
+def _apply(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array], days: jax.Array | None, *, module: TaskModel) -> jax.Array:
+    return module.apply(variables, inputs, days=days)
+
+
+def load(workdir: str | os.PathLike) -> Task:
+    """The fine-tuned model of a work directory with the parameters of its best validation; needs no data set and no weights beside it."""
+    path = files.folder(workdir) / TASK
+    config = configuration.of_workdir(workdir)
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} has no {TASK}, so it is not the work directory of a fine-tuning.")
+    known = json.loads(path.read_text())
+    declarations.declare(known["modalities"], TASK)
+    facts = _facts(known["facts"])
+    module = task_model(config, facts, backbone(config, facts))
+    tune, rank = config.train.tune, config.model.lora_rank
+    abstract = meta.unbox(jax.eval_shape(partial(networks.init, module, tune=tune, rank=rank), jax.random.key(0)))
+    best = files.folder(workdir) / BEST
+    trees = checkpoint.load_variables(best if best.is_dir() else workdir, abstract)
+    variables = networks.join(trees["params"], trees["buffers"], trees.get("batch_stats"), config.model.lora_alpha)
+    scale = {m: (np.float32(mean), np.float32(std)) for m, (mean, std) in known["scale"].items()}
+    return Task(module, variables, facts, scale, config.data.crop)
+
+
+def _facts(told: Mapping[str, Any]) -> Facts:
+    """From JSON, whose lists are tuples here."""
+    mappings = {name: {m: tuple(x) for m, x in value.items()} for name, value in told.items() if isinstance(value, dict)}
+    return Facts(**{**told, **mappings, "class_names": tuple(told["class_names"])})

@@ -1,0 +1,234 @@
+"""``data sample``: tiny copies of the published downstream data sets, made of the embedded world, to try fine-tuning without data.
+
+Files, names, dtypes and missing values are those of the originals; so are sizes, unless told otherwise. What the embedded world has not,
+burn scars, parcels' seasons, marine debris, is painted onto it: enough to be learned from, and nothing to draw conclusions from.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from terramind_jax import geo
+from terramind_jax.data import shards, world
+from terramind_jax.modalities import S2L1C_BANDS, S2L2A_BANDS
+from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
+
+WATER, CLOUDS = 1, 8  # LULC codes
+
+
+def sample(name: str, out: str | os.PathLike, *, count: int = 4, size: int | None = None, seed: int = 0) -> None:
+    """Writes a copy of the data set `name` to `out`: `count` training samples and half as many, one at least, of each other split.
+
+    `size` is the images' side in pixels, by default the original's; MADOS needs a multiple of 12. `out` appears only when it is complete.
+    Raises ValueError for unknown names and sizes, FileExistsError if `out` holds something.
+    """
+    if name not in WRITERS:
+        raise ValueError(f"There are no samples of {name!r}; known are {', '.join(WRITERS)}.")
+    write, published = WRITERS[name]
+    size = published if size is None else size
+    if count < 1 or seed < 0 or size < 12 or size % 12 and name == "mados":
+        raise ValueError(
+            f"Cannot make {count} samples of {size} pixels under seed {seed}; count is at least 1, size 12, of MADOS times 12."
+        )
+    with shards.new_folder(os.fspath(out)) as partial:
+        write(partial, {"train": count, "val": max(1, count // 2), "test": max(1, count // 2)}, size, seed)
+
+
+def scenes(seed: int, size: int, sar: bool = False) -> Iterator[world.Scene]:
+    """Scenes at least `size` pixels wide, without end; with `sar` those that have Sentinel-1 GRD."""
+    index = 1
+    while True:
+        yield world.scene(seed, index, "train", max(48, -(-size // 6) * 6))
+        index += 2 if sar else 1
+
+
+# ---- Sen1Floods11 ----
+
+
+def _sen1floods11(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Water as the world has it; clouds are not labelled, and a corner of the radar has no data."""
+    source = (s for s in scenes(seed, size, sar=True) if 0.02 < (s.arrays["LULC"][:size, :size] == WATER).mean() < 0.9)
+    number = 0
+    for split, count in counts.items():
+        rows = []
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            name = f"Synthia_{100_000 + number}"
+            cover = scene.arrays["LULC"][:size, :size, 0]
+            label = np.where((cover == 0) | (cover == CLOUDS), -1, cover == WATER).astype(np.int16)
+            radar = scene.arrays["S1GRD"][:size, :size].astype(np.float32)
+            radar[:2, :2] = np.nan
+            where, base = _degrees(scene, size), os.path.join(root, "v1.1", sen1floods11.PUBLISHED)
+            names = [f"B{b}" for b in (1, 2, 3, 4, 5, 6, 7, 8, "8A", 9, 10, 11, 12)]
+            optical = scene.arrays["S2L1C"][:size, :size].astype(np.int16)
+            geo.write(os.path.join(base, "S2Hand", f"{name}_S2Hand.tif"), optical, where, bands=names, nodata=0)
+            geo.write(os.path.join(base, "S1Hand", f"{name}_S1Hand.tif"), radar, where, bands=("VV", "VH"), nodata=np.nan)
+            geo.write(os.path.join(base, "LabelHand", f"{name}_LabelHand.tif"), label, where)
+            rows.append(f"{name}_S1Hand.tif,{name}_LabelHand.tif")
+        folder = os.path.join(root, "v1.1", "splits", "flood_handlabeled")
+        _write_lines(os.path.join(folder, f"flood_{sen1floods11.SPLITS[split]}_data.csv"), rows)
+
+
+def _degrees(scene: world.Scene, size: int) -> geo.Place:
+    """A grid of 10 m, at the equator, in degrees."""
+    step = 8.983152841195215e-05
+    return geo.Place("EPSG:4326", (step, 0.0, scene.lon, 0.0, -step, scene.lat), size, size)
+
+
+def _metres(scene: world.Scene, size: int, pixel: float = 10.0) -> geo.Place:
+    return geo.Place(geo.utm(scene.lon, scene.lat), (pixel, 0.0, 500_000.0, 0.0, -pixel, 100_000.0), size, size)
+
+
+# ---- HLS Burn Scars ----
+
+
+def _burnscars(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """A round scar in each scene: dark, above all in the near infrared, and bright in SWIR 2. A strip has no data."""
+    source = scenes(seed, size)
+    total = {"training": max(10, counts["train"] + counts["val"]), "validation": counts["test"]}  # PANGAEA validates on a tenth
+    for folder, count in total.items():
+        for number in range(count):
+            scene = next(source)
+            rng = np.random.default_rng((seed, number, folder == "validation"))
+            burned = _disc(rng, size)
+            change = np.where(burned[..., None], np.float32([0.7, 0.65, 0.7, 0.35, 0.9, 1.6]), 1)
+            image = _optical(scene, size, burnscars.BANDS) / 10_000 * change
+            image[:, :2] = burnscars.MISSING[1]
+            label = burned.astype(np.int16)
+            label[:, :2] = -1
+            name = f"subsetted_512x512_HLS.S30.T{10 + number:02d}SYN.{2018 + (folder == 'validation')}{1 + number:03d}.v1.4"
+            where = _metres(scene, size, 30.0)
+            geo.write(os.path.join(root, folder, f"{name}_merged.tif"), image.astype(np.float32), where)
+            geo.write(os.path.join(root, folder, f"{name}.mask.tif"), label, where)
+
+
+def _optical(scene: world.Scene, size: int, bands: tuple[str, ...]) -> np.ndarray:
+    """Reflectance x 10000 of L2A, without the offset of stored values, ``[size, size, C]`` float32."""
+    array = scene.arrays["S2L2A"][:size, :size].astype(np.float32) - scene.offsets.get("S2L2A", 0)
+    return np.maximum(array[..., [S2L2A_BANDS.index(b) for b in bands]], 1)
+
+
+def _disc(rng: np.random.Generator, size: int) -> np.ndarray:
+    row, column = rng.uniform(0.3, 0.7, 2) * size
+    y, x = np.mgrid[:size, :size]
+    return np.hypot(y - row, x - column) < rng.uniform(0.15, 0.3) * size
+
+
+# ---- MADOS ----
+
+
+def _mados(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """All 15 classes in every crop: small squares whose spectra differ, the rest without label."""
+    spectra = np.random.default_rng(seed).uniform(100, 4000, (len(mados.FACTS.class_names), len(mados.BANDS))).astype(np.float32)
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        names = []
+        for _ in range(count):
+            image = _optical(next(source), size, mados.BANDS)
+            label = np.zeros((size, size), np.uint8)
+            rng, cell = np.random.default_rng((seed, number)), size // 4
+            for place, k in enumerate(rng.permutation(len(spectra))):
+                top, left = divmod(place, 4)
+                at = np.s_[top * cell : top * cell + cell // 2, left * cell : left * cell + cell // 2]
+                image[at] = 0.3 * image[at] + 0.7 * spectra[k]
+                label[at] = k + 1
+            image[:, -6:] = np.nan
+            names.append(f"Scene_{number}_1")
+            _write_crop(os.path.join(root, f"Scene_{number}"), f"Scene_{number}", image / 10_000, label)
+            number += 1
+        _write_lines(os.path.join(root, "splits", f"{split}_X.txt"), names)
+
+
+def _write_crop(folder: str, scene: str, image: np.ndarray, label: np.ndarray) -> None:
+    for plane, wavelength, metres in zip(np.moveaxis(image, -1, 0), mados.WAVELENGTHS, mados.METRES, strict=True):
+        step = metres // 10
+        geo.write(os.path.join(folder, str(metres), f"{scene}_L2R_rhorc_{wavelength}_1.tif"), plane[::step, ::step].astype(np.float32))
+    for kind in ("cl", "conf", "rep"):
+        geo.write(os.path.join(folder, "10", f"{scene}_L2R_{kind}_1.tif"), label if kind == "cl" else np.minimum(label, 1))
+
+
+# ---- PASTIS-R ----
+
+
+def _pastis(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Land covers are the crops, told apart by the season in which each is green; the border is void."""
+    folds = [1 + i % 3 for i in range(counts["train"])] + [4] * counts["val"] + [5] * counts["test"]
+    features = []
+    for number, (fold, scene) in enumerate(zip(folds, scenes(seed, size, sar=True), strict=False)):
+        rng, patch = np.random.default_rng((seed, number)), 10_000 + number
+        crop = scene.arrays["LULC"][:size, :size, 0].astype(np.uint8)
+        crop[:, 0] = pastis.FACTS.ignore_index
+        optical = _optical(scene, size, pastis.BANDS["S2L2A"])
+        radar = scene.arrays["S1GRD"][:size, :size].astype(np.float32)
+        properties = {"ID_PATCH": patch, "N_Parcel": 1, "Parcel_Cover": 1.0, "Fold": fold, "TILE": "t31tfj"}
+        for stored, length in (("S2", 8), ("S1A", 10), ("S1D", 9)):
+            days = np.linspace(0, 360, length).astype(int)
+            green = np.sin(2 * np.pi * days[:, None, None] / 365 + crop)  # [T, H, W]
+            series = _seasons(optical, green) if stored == "S2" else _backscatter(radar, green, rng)
+            _save(os.path.join(root, f"DATA_{stored}", f"{stored}_{patch}.npy"), series)
+            dates = [pastis.REFERENCE_DATE + datetime.timedelta(days=int(day)) for day in days]
+            properties[f"dates-{stored}"] = {str(i): int(date.strftime("%Y%m%d")) for i, date in enumerate(dates)}
+        _save(os.path.join(root, "ANNOTATIONS", f"TARGET_{patch}.npy"), np.stack([crop] * 3))
+        features.append({"type": "Feature", "id": str(patch), "properties": properties, "geometry": None})
+    with open(os.path.join(root, "metadata.geojson"), "w", encoding="utf-8") as f:
+        json.dump({"type": "FeatureCollection", "features": features}, f)
+
+
+def _seasons(optical: np.ndarray, green: np.ndarray) -> np.ndarray:
+    """``[T, C, H, W]`` int16: the near infrared rises and red falls with the green."""
+    effect = np.float32([0, 0, -0.3, -0.1, 0.1, 0.3, 0.4, 0.4, 0, -0.1])
+    series = optical[None] * (1 + effect * green[..., None])
+    return np.moveaxis(series, -1, 1).round().astype(np.int16)
+
+
+def _backscatter(radar: np.ndarray, green: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """``[T, 3, H, W]`` float16: VV, VH and their difference in dB."""
+    series = radar[None] + np.float32([0.5, 1.5]) * green[..., None] + rng.normal(0, 0.5, (*green.shape, 2))
+    return np.moveaxis(np.concatenate([series, series[..., :1] - series[..., 1:]], -1), -1, 1).astype(np.float16)
+
+
+def _save(path: str, array: np.ndarray) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    np.save(path, array)
+
+
+# ---- EuroSAT ----
+
+
+def _eurosat(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """`count` images of every class: scenes tinted with a spectrum of their class."""
+    spectra = np.random.default_rng(seed).uniform(500, 4000, (len(eurosat.CLASSES), len(S2L1C_BANDS)))
+    stored, source = [S2L1C_BANDS.index(b) for b in eurosat.STORED], scenes(seed, size)
+    number = dict.fromkeys(eurosat.CLASSES, 0)
+    for split, count in counts.items():
+        names = []
+        for scene in (next(source) for _ in range(count)):
+            for spectrum, label in zip(spectra, eurosat.CLASSES, strict=True):
+                number[label] += 1
+                image = 0.5 * scene.arrays["S2L1C"][:size, :size] + 0.5 * spectrum
+                name = f"{label}_{number[label]}"
+                path = os.path.join(root, eurosat.FOLDERS[0], label, f"{name}.tif")
+                geo.write(path, image[..., stored].round().astype(np.uint16), _metres(scene, size))
+                names.append(f"{name}.jpg")
+        _write_lines(os.path.join(root, f"eurosat-{split}.txt"), names)
+
+
+def _write_lines(path: str, lines: list[str]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("\n".join(lines) + "\n")
+
+
+# By name: what writes it, and the original's side in pixels.
+WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] = {
+    "sen1floods11": (_sen1floods11, 512),
+    "burnscars": (_burnscars, 512),
+    "mados": (_mados, 240),
+    "pastis": (_pastis, 128),
+    "eurosat": (_eurosat, 64),
+}

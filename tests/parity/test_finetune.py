@@ -1,0 +1,102 @@
+"""Fine-tuning in both stacks: the same model, weights, data, order and hyper-parameters give the same losses."""
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import peer
+import pytest
+import torch
+from flax.core import meta
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from terratorch.models import EncoderDecoderFactory
+    from terratorch.tasks import segmentation_tasks
+
+from terramind_jax.convert import rules
+from terramind_jax.tasks import batches, convert, finetune
+from terramind_jax.tasks import model as networks
+from terramind_jax.tasks.config import finetuning
+from terramind_jax.tasks.samples import sample
+from terramind_jax.train import logging
+
+STEPS, CHANNELS = 30, (32, 16, 16, 8)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def settings(root):
+    config = finetuning()
+    config.model.update(name="terramind_v1_tiny", weights="random", channels=CHANNELS, head_dropout=0.0)
+    config.data.update(dataset="sen1floods11", root=str(root), crop=32)
+    config.optimizer.update(learning_rate=3e-4, schedule="constant", weight_decay=0.0)  # they decay norms and biases, too
+    config.train.update(batch_size=4, steps=STEPS, loss="dice")
+    config.run.update(log_every=1, eval_every=STEPS, checkpoint_every=STEPS, progress=False, tensorboard=False)
+    return config
+
+
+def reference(modalities):
+    necks = [{"name": "SelectIndices", "indices": [2, 5, 8, 11]}, {"name": "ReshapeTokensToImage", "remove_cls_token": False}]
+    return EncoderDecoderFactory().build_model(
+        task="segmentation",
+        backbone="terramind_v1_tiny",
+        backbone_pretrained=False,
+        backbone_modalities=list(modalities),
+        necks=[*necks, {"name": "LearnedInterpolateToPyramidal"}],
+        decoder="UNetDecoder",
+        decoder_channels=list(CHANNELS),
+        head_dropout=0.0,
+        num_classes=2,
+    )
+
+
+def test_thirty_steps(tmp_path):
+    """Ours is the command's; theirs begins with what ours drew, loaded strictly, and in the end holds what ours holds."""
+    sample("sen1floods11", tmp_path / "data", count=6, size=48)
+    config = settings(tmp_path / "data")
+    finetune.train(config, tmp_path / "run")
+    ours = [line["loss"] for line in logging.read(tmp_path / "run") if "loss" in line]
+
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    drawn = jax.jit(lambda key: meta.unbox(networks.init(module, key)), compiler_options={"xla_backend_optimization_level": 1})
+    parted = drawn(jax.random.key(0))
+    own = partial(rules.to_torch, rules=convert.model_rules(module))
+    theirs = reference(dataset.facts.bands)
+    peer.load_state(theirs, own(networks.join(parted["params"], parted["buffers"], parted["batch_stats"])))
+    criterion = segmentation_tasks.init_loss("dice", ignore_index=-1)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.0)
+    stream = batches.training(dataset, finetune.scale_of(config, dataset.facts), crop=32, batch_size=4, d4=True)
+    expected = []
+    for batch in (next(stream) for _ in range(STEPS)):
+        output = theirs.train()({name: peer.nchw(x) for name, x in batch["inputs"].items()}).output
+        loss = criterion(output, torch.from_numpy(np.where(batch["valid"], batch["target"], -1)).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert expected[-1] < 0.9 * expected[0]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+    task = finetune.load(tmp_path / "run")
+    peer.load_state(theirs, own(task.variables))
+    images = finetune.open_split(config, "val")[0]["inputs"]
+    cut = {name: x[None, :32, :32] for name, x in images.items()}
+    with torch.no_grad():
+        scaled = {name: peer.nchw((x - task.scale[name][0]) / task.scale[name][1]) for name, x in cut.items()}
+        assert peer.relative_error(task(cut), peer.nhwc(theirs.eval()(scaled).output)) < 1e-4
+
+
+@pytest.mark.slow
+def test_benchmark_runs_both_sides(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    sys.modules.pop("finetune", None)
+    import finetune as benchmark
+
+    flags = dict(size="tiny", side=32, batch=2, repeats=1)
+    ours, theirs = (benchmark.measure(kind, "frozen", **flags) for kind in ("ours", "peer"))
+    assert ours["seconds"] > 0 and theirs["seconds"] > 0
+    assert ours["trained"] == theirs["trained"]

@@ -1,0 +1,314 @@
+"""Downstream data sets: the published layouts, as `data sample` writes them, a user's own, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from terramind_jax import cli, geo
+from terramind_jax.modalities import S2L1C_BANDS
+from terramind_jax.tasks import datasets
+from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
+from terramind_jax.tasks.samples import sample
+
+SIZE = 48
+IMAGES = {
+    "S2L1C": {"folder": "v1.1/data/flood_events/HandLabeled/S2Hand", "pattern": "*_S2Hand.tif"},
+    "S1GRD": {"folder": "v1.1/data/flood_events/HandLabeled/S1Hand", "pattern": "*_S1Hand.tif"},
+}
+LABELS = {"folder": "v1.1/data/flood_events/HandLabeled/LabelHand", "pattern": "*_LabelHand.tif"}
+FLOODS = dict(
+    images=IMAGES,
+    labels=LABELS,
+    splits={"train": "train.txt", "val": "val.txt"},
+    class_names=("land", "water"),
+    title="floods",
+)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    base = tmp_path_factory.mktemp("samples")
+    for name in datasets.PUBLISHED:
+        sample(name, base / name, count=2, size=SIZE)
+    for split in ("train", "val"):
+        names = datasets.load("sen1floods11", base / "sen1floods11", split).names
+        (base / "sen1floods11" / f"{split}.txt").write_text("\n".join(names))
+    return base
+
+
+@pytest.fixture
+def floods(roots, tmp_path):
+    """A copy of Sen1Floods11 that may be spoilt."""
+    return pathlib.Path(shutil.copytree(roots / "sen1floods11", tmp_path / "floods"))
+
+
+def first(root: pathlib.Path, folder: str) -> pathlib.Path:
+    return sorted((root / "v1.1/data/flood_events/HandLabeled" / folder).iterdir())[0]
+
+
+# ---- published ones ----
+
+
+@pytest.mark.parametrize("name", datasets.PUBLISHED)
+def test_published_layouts(roots, name):
+    """Every split has the samples, bands, sizes, types and classes that it tells of."""
+    datasets.check(name, roots / name)
+    for split in datasets.SPLITS:
+        dataset = datasets.load(name, roots / name, split)
+        assert len(set(dataset.names)) == len(dataset) > 0
+        facts, read = dataset.facts, dataset[0]
+        for modality, bands in facts.bands.items():
+            image = read["inputs"][modality]
+            assert image.shape[-3:] == (SIZE, SIZE, len(bands)) and image.dtype == np.float32
+            assert np.isfinite(image).all()
+            assert modality not in facts.mean or len(facts.mean[modality]) == len(facts.std[modality]) == len(bands)
+        if facts.task == "segmentation":
+            assert read["target"].shape == (SIZE, SIZE) and read["target"].dtype == np.int32
+            assert (read["target"] != facts.ignore_index).any()
+        else:
+            assert sorted({s["target"] for s in dataset}) == list(range(facts.num_classes))
+
+
+def test_splits_share_nothing(roots):
+    for name in datasets.PUBLISHED:
+        names = [set(datasets.load(name, roots / name, split).names) for split in datasets.SPLITS]
+        assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+
+
+def test_values_are_in_the_units_of_the_statistics(roots):
+    """Reflectance x 10000 however the files store it, radar in dB."""
+    for name in ("sen1floods11", "burnscars", "mados", "pastis", "eurosat"):
+        for modality, image in datasets.load(name, roots / name)[0]["inputs"].items():
+            low, high = (-35, 0) if modality == "S1GRD" else (200, 6000)
+            assert low < np.median(image) < high, (name, modality)
+
+
+def test_band_8a_of_eurosat_is_stored_last(roots):
+    dataset = datasets.load("eurosat", roots / "eurosat")
+    path = dataset.samples[0].inputs["S2L1C"]
+    stored, given = np.moveaxis(geo.read_valid(path, eurosat.STORED, "EuroSAT"), -1, 0), dataset[0]["inputs"]["S2L1C"]
+    assert eurosat.STORED[-1] == "NIR_NARROW" and set(eurosat.STORED) == set(S2L1C_BANDS)
+    np.testing.assert_array_equal(given[..., S2L1C_BANDS.index("NIR_NARROW")], stored[-1])
+    np.testing.assert_array_equal(given[..., S2L1C_BANDS.index("NIR_BROAD")], stored[7])
+    np.testing.assert_array_equal(given[..., S2L1C_BANDS.index("SWIR_2")], stored[11])
+
+
+def test_coarse_bands_of_mados_are_repeated(roots):
+    dataset = datasets.load("mados", roots / "mados")
+    image, target = dataset[0]["inputs"]["S2L2A"], dataset[0]["target"]
+    coarse = image[..., mados.BANDS.index("COASTAL_AEROSOL")].reshape(SIZE // 6, 6, SIZE // 6, 6)
+    assert (coarse == coarse[:, :1, :, :1]).all()
+    assert set(np.unique(target)) == {mados.FACTS.ignore_index, *range(15)}
+
+
+def test_times_of_pastis(roots):
+    read = datasets.load("pastis", roots / "pastis", times=4)[0]
+    for modality in ("S2L2A", "S1GRD"):
+        assert read["inputs"][modality].shape == (4, SIZE, SIZE, len(pastis.BANDS[modality]))
+        assert read["dates"][modality].shape == (4,) and (np.diff(read["dates"][modality]) > 0).all()
+    assert pastis.spaced(61, 6).tolist() == [0, 12, 24, 36, 48, 60]
+    with pytest.raises(ValueError, match="0 times of each series"):
+        datasets.load("pastis", roots / "pastis", times=0)
+
+
+def test_a_tenth_of_burn_scars_validates():
+    names = [str(i) for i in range(540)]
+    held, kept = burnscars.tenth(names, held_out=True), burnscars.tenth(names, held_out=False)
+    assert len(held) == 54 and sorted(held + kept) == sorted(names)
+
+
+def test_the_layout_of_the_terramind_repository(floods):
+    """The same samples from the folders that its configurations expect."""
+    before = datasets.load("sen1floods11", floods)
+    base = floods / "v1.1"
+    for old, new in (("S2Hand", "S2L1CHand"), ("S1Hand", "S1GRDHand"), ("LabelHand", "LabelHand")):
+        (base / "data").mkdir(exist_ok=True)
+        (base / sen1floods11.PUBLISHED / old).rename(base / "data" / new)
+    for name in ("train", "valid", "test"):
+        rows = (base / "splits/flood_handlabeled" / f"flood_{name}_data.csv").read_text().split()
+        (base / "splits" / f"flood_{name}_data.txt").write_text("\n".join(row.split("_S1Hand")[0] for row in rows))
+    after = datasets.load("sen1floods11", floods)
+    assert after.names == before.names and len(after) == 2
+    assert after[0]["target"].shape == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("sen1floods11", "v1.1/data/flood_events/HandLabeled/S1Hand"),
+        ("burnscars", "validation"),
+        ("mados", "splits/val_X.txt"),
+        ("pastis", "DATA_S1A"),
+        ("eurosat", "ds/images/remote_sensing/otherDatasets/sentinel_2/tif/Forest"),
+    ],
+)
+def test_what_is_not_there_is_told_with_its_source(roots, name, part):
+    whole = roots / name / part
+    away = whole.with_name("away")
+    whole.rename(away)
+    try:
+        with pytest.raises(FileNotFoundError) as error:
+            datasets.check(name, roots / name)
+    finally:
+        away.rename(whole)
+    assert whole.name in str(error.value) and datasets.PUBLISHED[name].SOURCE in str(error.value)
+
+
+def test_unknown_names_and_splits(roots):
+    with pytest.raises(ValueError, match="There is no data set 'floods'; known are sen1floods11, burnscars"):
+        datasets.load("floods", roots)
+    for name in datasets.PUBLISHED:
+        with pytest.raises(ValueError, match="has no split 'trian'; it has train, val, test"):
+            datasets.load(name, roots / name, "trian")
+
+
+def test_sample_command(tmp_path, capsys):
+    assert cli.main(["data", "sample", "mados", f"--out={tmp_path / 'out'}", "--count=1", "--size=48"]) == 0
+    assert len(datasets.load("mados", tmp_path / "out")) == 1
+    assert cli.main(["data", "sample", "mados", f"--out={tmp_path / 'out'}", "--size=48"]) == 2
+    assert cli.main(["data", "sample", "spacenet", f"--out={tmp_path / 'other'}"]) == 2
+    assert "There are no samples of 'spacenet'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+# ---- a user's own ----
+
+
+def test_the_generic_data_set_reads_what_the_published_one_does(roots):
+    published = datasets.load("sen1floods11", roots / "sen1floods11", "val")
+    own = datasets.load("generic", roots / "sen1floods11", "val", **FLOODS)
+    assert own.names == published.names
+    for modality in IMAGES:
+        np.testing.assert_array_equal(own[0]["inputs"][modality], published[0]["inputs"][modality])
+    np.testing.assert_array_equal(own[0]["target"], published[0]["target"])
+
+
+def test_bands_scales_and_one_modality(roots):
+    optical = {**IMAGES["S2L1C"], "use": ["RED", "GREEN"], "scale": 0.5, "mean": [1, 2], "std": [3, 4]}
+    own = datasets.load("generic", roots / "sen1floods11", **{**FLOODS, "images": {**IMAGES, "S2L1C": optical}})
+    whole = datasets.load("sen1floods11", roots / "sen1floods11")[0]["inputs"]["S2L1C"]
+    wanted = [S2L1C_BANDS.index("RED"), S2L1C_BANDS.index("GREEN")]
+    np.testing.assert_array_equal(own[0]["inputs"]["S2L1C"], whole[..., wanted] / 2)
+    assert own.facts.mean == {"S2L1C": (1, 2)}
+    radar = own.only(["S1GRD"])
+    assert set(radar[0]["inputs"]) == set(radar.facts.bands) == {"S1GRD"} and not radar.facts.mean
+    with pytest.raises(ValueError, match="The inputs of floods are S2L1C, S1GRD; DEM is none."):
+        own.only(["DEM"])
+
+
+def test_statistics_are_those_of_all_pixels(roots):
+    dataset = datasets.load("sen1floods11", roots / "sen1floods11").only(["S1GRD"])
+    pixels = np.concatenate([s["inputs"]["S1GRD"].reshape(-1, 2) for s in dataset])
+    mean, std = datasets.statistics(dataset)["S1GRD"]
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "table", "expected"),
+    [
+        ("classification", "name,label\na,1\nb,water\n", [1, 1]),
+        ("scalar_regression", "name,label\na,1.5\nb,-2\n", [1.5, -2.0]),
+        ("multilabel", "name,land,water\na,0,1\nb,1,1\n", [[0, 1], [1, 1]]),
+    ],
+)
+def test_tables_of_labels(tmp_path, task, table, expected):
+    for name in ("a", "b"):
+        geo.write(tmp_path / "images" / f"{name}.tif", np.ones((8, 8, 2), np.float32))
+    (tmp_path / "labels.csv").write_text(table)
+    fields = dict(images={"S1GRD": {"folder": "images", "pattern": "*.tif"}}, labels={"table": "labels.csv"}, task=task)
+    fields |= {} if "regression" in task else {"class_names": ("land", "water")}
+    dataset = datasets.load("generic", tmp_path, **fields)
+    np.testing.assert_array_equal([dataset[i]["target"] for i in (0, 1)], expected)
+    (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nc,"))
+    with pytest.raises(FileNotFoundError, match="names 1 samples without a label in labels.csv, such as b."):
+        datasets.load("generic", tmp_path, **fields)
+    (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nb,x"))
+    with pytest.raises(ValueError, match=r"labels.csv gives b the label 'x.*', which is none of a"):
+        datasets.load("generic", tmp_path, **fields)
+
+
+# ---- bad ones ----
+
+
+def test_labels_beyond_the_classes(floods):
+    path = first(floods, "LabelHand")
+    label = geo.read_valid(path, ("label",), "a mask")
+    label[0, 0] = 7
+    geo.write(path.with_name("new.tif"), label.astype(np.int16))
+    os.replace(path.with_name("new.tif"), path)
+    with pytest.raises(ValueError, match="has the label 7, but the 2 classes of Sen1Floods11 are 0-1 and -1 for none"):
+        list(datasets.load("sen1floods11", floods))
+
+
+@pytest.mark.parametrize(("folder", "what"), [("LabelHand", "The mask of Synthia"), ("S1Hand", "The S1GRD of Synthia")])
+def test_another_size(floods, folder, what):
+    path = first(floods, folder)
+    channels, dtype = (1, np.int16) if folder == "LabelHand" else (2, np.float32)
+    geo.write(path.with_name("new.tif"), np.zeros((SIZE // 2, SIZE, channels), dtype))
+    os.replace(path.with_name("new.tif"), path)
+    with pytest.raises(ValueError, match=f"{what}.* is 24x48 pixels and its S2L1C 48x48; expected one size"):
+        list(datasets.load("sen1floods11", floods))
+
+
+def test_a_split_that_names_absent_files(floods):
+    path = first(floods, "S1Hand")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"flood_train_data.csv names Synthia_.*, whose file .*{path.name} is not there"):
+        datasets.load("sen1floods11", floods)
+    with pytest.raises(FileNotFoundError, match=f"train.txt names Synthia_.*, whose file .*{path.name} is not there"):
+        datasets.load("generic", floods, **FLOODS)
+
+
+def test_bands_in_another_order(floods):
+    path = first(floods, "S1Hand")
+    geo.write(path.with_name("new.tif"), np.zeros((SIZE, SIZE, 2), np.float32), bands=("VH", "VV"))
+    os.replace(path.with_name("new.tif"), path)
+    with pytest.raises(ValueError, match="Band 1 of .* is named 'VH', expected VV; S1GRD is VV, VH"):
+        list(datasets.load("sen1floods11", floods))
+
+
+def test_another_number_of_bands(floods):
+    fields = {**FLOODS, "images": {"S2L1C": {**IMAGES["S2L1C"], "bands": ["RED", "GREEN"]}}}
+    with pytest.raises(ValueError, match=r"has 13 bands, expected 2 for S2L1C \(RED, GREEN\)"):
+        list(datasets.load("generic", floods, **fields))
+
+
+def test_an_empty_validation_split(floods):
+    (floods / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match="val.txt names no sample, so the val split is empty"):
+        datasets.load("generic", floods, "val", **FLOODS)
+    (floods / "v1.1/splits/flood_handlabeled/flood_valid_data.csv").write_text("\n")
+    with pytest.raises(ValueError, match="The val split of Sen1Floods11 is empty"):
+        datasets.load("sen1floods11", floods, "val")
+
+
+def test_a_class_that_never_occurs(roots):
+    dataset = datasets.load("generic", roots / "sen1floods11", **{**FLOODS, "class_names": ("land", "water", "ice")})
+    with pytest.warns(UserWarning, match="No sample of the train split of floods holds: ice."):
+        counts = datasets.class_counts(dataset)
+    assert counts[2] == 0 and counts[:2].all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "detection"}, "There is no task 'detection'"),
+        ({"images": {}}, "needs images of at least one modality"),
+        ({"images": {"S1GRD": {**IMAGES["S1GRD"], "band": 1}}}, "S1GRD has no field 'band'; known are folder"),
+        ({"images": {"S1GRD": {"folder": "S1", "pattern": "a.tif"}}}, "S1GRD needs a folder and a pattern with a"),
+        ({"images": {"S1GRD": {**IMAGES["S1GRD"], "use": ["HH"]}}}, "The files of S1GRD hold the bands VV, VH; HH is none of them"),
+        ({"images": {"S1GRD": {**IMAGES["S1GRD"], "mean": [1]}}}, r"S1GRD has 1 values of mean for 2 bands"),
+        ({"labels": {"table": "labels.csv"}}, "segmentation needs labels of masks"),
+        ({"num_classes": 3}, "num_classes is 3, but 2 classes are named"),
+        ({"class_names": ()}, "segmentation needs class_names or num_classes"),
+        ({"splits": {"val": "val.txt"}}, "There is no split 'train'; known are val"),
+    ],
+)
+def test_fields_that_cannot_be(roots, changes, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.load("generic", roots / "sen1floods11", **{**FLOODS, **changes})

@@ -1,0 +1,214 @@
+"""Fine-tuning: it learns, trains what it says, goes on with the same numbers, keeps its best parameters, and predicts from them."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import nano_models
+import numpy as np
+import pytest
+
+from terramind_jax import cli, geo
+from terramind_jax import config as configuration
+from terramind_jax.convert import rules
+from terramind_jax.tasks import datasets, finetune, predict, validation
+from terramind_jax.tasks import model as networks
+from terramind_jax.tasks.config import check, finetuning
+from terramind_jax.tasks.samples import sample
+from terramind_jax.train import logging
+
+SIZE = 48
+
+pytestmark = pytest.mark.usefixtures("nano")
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    nano_models.shrink(monkeypatch, "tiny")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    out = tmp_path_factory.mktemp("floods") / "data"
+    sample("sen1floods11", out, count=16, size=SIZE)
+    return out
+
+
+def settings(root, **groups):
+    """Two nano layers with a linear decoder; `groups` are fields by group."""
+    config = finetuning()
+    config.model.update(name="terramind_v1_tiny", weights="random", modalities=("S1GRD",), decoder="linear", layers=(1,))
+    config.data.update(dataset="sen1floods11", root=str(root), crop=32)
+    config.optimizer.update(learning_rate=1e-2, schedule="constant")
+    config.train.update(batch_size=8, steps=8)
+    config.run.update(log_every=1, progress=False, tensorboard=False, eval_every=4, checkpoint_every=4)
+    for group, values in groups.items():
+        config[group].update(values)
+    return config
+
+
+def losses(workdir):
+    return [line["loss"] for line in logging.read(workdir) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        nano_models.shrink(patch, "tiny")
+        finetune.train(settings(root, train=dict(steps=24)), workdir)
+    return workdir
+
+
+def test_a_run_learns_water_from_radar(finished):
+    lines = [line for line in logging.read(finished) if "val/loss" in line]
+    assert losses(finished)[-1] < 0.7 * losses(finished)[0]
+    assert lines[-1]["val/pixel_accuracy"] > 0.75
+    assert {"val/mIoU", "val/F1", "val/accuracy"} <= lines[-1].keys()
+
+
+def test_a_run_goes_on_with_the_same_numbers(root, tmp_path, finished):
+    """Stopped after 8 of 24 steps, with dropped learning rate and best parameters as if it had not been."""
+    config = settings(root, train=dict(steps=24))
+    stopped = config.copy_and_resolve_references()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "total_samples", lambda config, samples: 8 * 8)
+        finetune.train(stopped, tmp_path)
+    finetune.train(config, tmp_path)
+    np.testing.assert_array_equal(losses(tmp_path), losses(finished))
+    ours, theirs = (rules.flatten(jax.device_get(finetune.load(d).variables)) for d in (tmp_path, finished))
+    for name, x in theirs.items():
+        np.testing.assert_array_equal(ours[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("tune", [pytest.param("frozen", marks=pytest.mark.slow), "lora"])
+def test_what_is_trained(root, tmp_path, tune):
+    """A frozen backbone stays as it was drawn; LoRA changes its attention alone."""
+    config = settings(root, train=dict(tune=tune, steps=2), model=dict(lora_rank=2), run=dict(eval_every=2))
+    facts = finetune.open_split(config, "train").facts
+    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    finetune.train(config, tmp_path)
+    drawn = jax.jit(lambda key: networks.init(module, key, tune, 2))(jax.random.key(0))
+    before = rules.flatten({"params": jax.device_get(jax.tree.map(lambda x: x, finetune.meta.unbox(drawn)))["buffers"]["frozen"]})
+    after = rules.flatten({"params": {"encoder": jax.device_get(finetune.load(tmp_path).variables["params"]["encoder"])}})
+    changed = {name for name in before if not np.allclose(before[name], after[name], atol=1e-5)}
+    assert changed == (set() if tune == "frozen" else {f"params/encoder/encoder/{name}" for name in networks.ADAPTED})
+
+
+def test_lora_is_less_than_two_per_cent(monkeypatch, root):
+    monkeypatch.undo()
+    config = settings(root, model=dict(name="terramind_v1_base", layers=(11,)))
+    facts = datasets.load("sen1floods11", root).only(["S1GRD"]).facts
+    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    shapes = jax.eval_shape(lambda key: networks.init(module, key, "lora", config.model.lora_rank), jax.random.key(0))
+    trained, held = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes["params"], shapes["buffers"]["frozen"]))
+    assert 0 < trained < 0.02 * held
+
+
+def test_lora_begins_as_the_backbone_and_adds_products(root):
+    config = settings(root)
+    facts = finetune.open_split(config, "train").facts
+    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    parted = finetune.meta.unbox(networks.init(module, jax.random.key(0), "lora", 2))
+    encoder = parted["buffers"]["frozen"]["encoder"]
+    begun = networks.join(parted["params"], parted["buffers"], {}, 4.0)["params"]["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, dict(encoder), dict(begun))
+    factors = parted["params"]["lora"]["attn_qkv_kernel"]
+    factors["up"] = jax.random.normal(jax.random.key(1), factors["up"].shape)
+    moved = networks.join(parted["params"], parted["buffers"], {}, 4.0)["params"]["encoder"]["encoder"]["attn"]["qkv"]["kernel"]
+    kernel = np.asarray(encoder["encoder"]["attn"]["qkv"]["kernel"])
+    expected = kernel[1] + (4 / 2) * (np.asarray(factors["down"][1]) @ np.asarray(factors["up"][1])).reshape(kernel.shape[1:])
+    np.testing.assert_allclose(moved[1], expected, rtol=1e-5)
+
+
+def test_layers_learn_at_decaying_rates():
+    params = {
+        "encoder": {"encoder": {"norm1": {"scale": np.ones((3, 4))}}, "mod_emb": {"a": np.ones(4)}, "encoder_norm": {"scale": np.ones(4)}},
+        "decoder": {"conv": {"kernel": np.ones(4)}},
+    }
+    found = networks.rates(params, 3, 0.5)
+    np.testing.assert_allclose(np.ravel(found["encoder"]["encoder"]["norm1"]["scale"]), [0.125, 0.25, 0.5])
+    assert found["encoder"]["mod_emb"]["a"] == 0.0625
+    assert found["encoder"]["encoder_norm"]["scale"] == found["decoder"]["conv"]["kernel"] == 1
+
+
+def test_early_stopping_lowers_the_rate_and_keeps_the_best(root, tmp_path, monkeypatch):
+    """Validations that only become worse: the rate falls, the run ends, and what is loaded is of the first; the same after a restart."""
+    told = iter(np.arange(1.0, 20))
+    monkeypatch.setattr(validation, "summarize", lambda facts, sums: {"loss": next(told)})
+    changes = dict(train=dict(stop_after=3, steps=100), run=dict(eval_every=1, checkpoint_every=1))
+    config = settings(root, optimizer=dict(schedule="plateau", plateau_patience=0), **changes)
+    assert finetune.train(config, tmp_path)["step"] == 4
+    rates = [line["learning_rate"] for line in logging.read(tmp_path) if "learning_rate" in line]
+    np.testing.assert_allclose(rates, [1e-2, 1e-2, 5e-3, 2.5e-3], rtol=1e-6)
+    assert finetune.train(config, tmp_path)["step"] == 4
+    assert finetune.checkpoint.saved(tmp_path / "best").latest() == 1
+
+
+@pytest.mark.slow
+def test_a_unet_with_both_modalities_and_dropped_ones(root, tmp_path):
+    """BatchNorm's statistics are kept, and more devices give what one does."""
+    model = dict(modalities=(), decoder="unet", layers=(0, 1, 0, 1), channels=(8, 8, 8, 8), modality_drop_rate=0.5)
+    config = settings(root, model=model, train=dict(steps=2), run=dict(eval_every=2))
+    finetune.train(config, tmp_path)
+    statistics = finetune.load(tmp_path).variables["batch_stats"]["decoder"]["blocks_0_conv1"]["norm"]
+    assert int(statistics["count"]) == 2 and np.asarray(statistics["mean"]).any()
+
+
+def test_predict_writes_maps_where_the_input_lies(finished, root, tmp_path):
+    """The command, from the work directory alone; the map is the model's own of every window."""
+    dataset = datasets.load("sen1floods11", root, "val")
+    path = dataset.samples[0].inputs["S1GRD"]
+    assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 0
+    made = geo.read(next(tmp_path.glob("*.tif")))
+    assert made.dtype == np.uint8 and geo.same_grid(made.place, geo.place(path))
+    task = finetune.load(finished)
+    logits = np.asarray(task({"S1GRD": dataset[0]["inputs"]["S1GRD"][None, :32, :32]}))[0]
+    np.testing.assert_array_equal(np.asarray(made)[:32, :32, 0], logits.argmax(-1))
+    assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 2
+    with pytest.raises(ValueError, match="The model takes S1GRD; S2L1C is given."):
+        predict.run(finished, {"S2L1C": path}, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_labels_of_images(tmp_path):
+    sample("eurosat", tmp_path / "data", count=2, size=SIZE)
+    model = dict(modalities=(), decoder="identity", layers=(1,))
+    config = settings(tmp_path / "data", model=model, data=dict(dataset="eurosat"), train=dict(steps=30), run=dict(eval_every=30))
+    assert finetune.train(config, tmp_path / "run")["val/pixel_accuracy"] > 0.3
+    image = datasets.load("eurosat", tmp_path / "data", "val")[0]["inputs"]["S2L1C"][:32, :32]
+    geo.write(tmp_path / "field.tif", image, modality="S2L1C")
+    (labels,) = predict.run(tmp_path / "run", {"S2L1C": tmp_path / "field.tif"}, tmp_path / "out")
+    task = finetune.load(tmp_path / "run")
+    expected = task.facts.class_names[int(task({"S2L1C": image[None]})[0].argmax())]
+    assert json.loads(labels.read_text()) == {"field": expected}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data=dict(root="")), "config.data.root is empty"),
+        (dict(data=dict(crop=40)), "data.crop=40; expected a multiple of 16"),
+        (dict(data=dict(crop=64)), "are 48x48 pixels; data.crop=64 can be at most 48"),
+        (dict(data=dict(labels=0.0)), "data.labels=0.0; expected a number above 0"),
+        (dict(train=dict(tune="half")), "train.tune='half'; expected one of full, frozen, lora"),
+        (dict(train=dict(loss="mse")), "train.loss='mse'; a segmentation has one of ce, dice, focal"),
+        (dict(train=dict(class_weights=(1.0, 2.0, 3.0))), "train.class_weights are 3 numbers for the loss ce"),
+        (dict(train=dict(batch_size=9)), "train.batch_size=9 must be a multiple of the 8 devices"),
+        (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
+        (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
+        (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),
+    ],
+)
+def test_configurations_that_cannot_work(root, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.train(settings(root, **changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configuration_files():
+    for name in ("sen1floods11", "eurosat"):
+        config = configuration.load(f"configs/finetune/{name}.py", ["--config.data.root=data"])
+        check(config)
+        assert configuration.command_of(config) == "finetune"
