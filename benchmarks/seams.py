@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from process import measure, where
 
-from terramind_jax import cli, generate, geo, metrics, predict
+from terramind_jax import cli, generate, generate_scenes, geo, metrics
 from terramind_jax.data import world
 from terramind_jax.scenes import reading
 from terramind_jax.scenes.feeding import Network
@@ -114,7 +114,7 @@ def make_scene(out: Path, side: int) -> Path:
 def seams(out: Path, side: int, to: Sequence[str]) -> list[str]:
     path = make_scene(out, side)
     module, variables, _ = pretrain.load(out / "model")
-    network = Network(module, variables, predict.load_tokenizers(module, ["S2L2A"], to, out / "tokenizers"))
+    network = Network(module, variables, generate_scenes.load_tokenizers(module, ["S2L2A"], to, out / "tokenizers"))
     stored = geo.read(path, "S2L2A").astype(np.float32)
     own, tiled = starts(side, WINDOW // 2), starts(side, WINDOW)
     cut = starts(side + 2 * DELTA, STRIDE)  # of the visible parts of windows
@@ -145,7 +145,7 @@ def starts(side: int, stride: int) -> list[int]:
 def ours(out: Path, path: Path, to: Sequence[str]) -> dict[str, np.ndarray]:
     call = dict(weights=out / "model", tokenizers=out / "tokenizers", inputs={"S2L2A": path}, to=to, timesteps=TIMESTEPS)
     folder = out / f"ours_{time.time_ns()}"
-    written = predict.run(**call, out=folder)
+    written = generate_scenes.run(**call, out=folder)
     images = {name: np.asarray(geo.read(p)) for name, p in zip(to, written, strict=True)}
     return {name: image[..., 0] if name == "LULC" else image for name, image in images.items()}
 

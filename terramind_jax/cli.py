@@ -239,9 +239,9 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
 def _generate(parsed: argparse.Namespace) -> None:
     inputs = _inputs(parsed.input)
     targets = [name for name in parsed.to.split(",") if name]
-    from terramind_jax import predict
+    from terramind_jax import generate_scenes
 
-    predict.run(
+    generate_scenes.run(
         weights=parsed.weights,
         inputs=inputs,
         to=targets,
@@ -275,10 +275,10 @@ def _add_embed(commands) -> None:
 
 def _embed(parsed: argparse.Namespace) -> None:
     inputs = _inputs(parsed.input)
-    from terramind_jax import embed
+    from terramind_jax import embed_scenes
 
     same = ("weights", "out", "tokenizers", "model", "layer", "pooling", "format", "lulc_codes", "overlap", "batch_size")
-    embed.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
+    embed_scenes.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
 
 
 def _add_predict(commands) -> None:

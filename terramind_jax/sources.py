@@ -298,7 +298,7 @@ def read_workdir(path: Path) -> tuple[nn.Module, Variables]:
 
     command = config.command_of(config.of_workdir(path))
     if command == "finetune":
-        raise ValueError(f"{path} is a fine-tuned model, which `predict` and tasks.finetune.load read.")
+        raise ValueError(f"{path} is a fine-tuned model, which `terramind-jax predict` and tasks.finetune.load read.")
     return (tokenizer if command == "train-tokenizer" else pretrain).load(path)[:2]
 
 

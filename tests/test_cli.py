@@ -70,10 +70,10 @@ def test_stray_arguments_are_refused(capsys):
 
 def test_generate_passes_its_arguments_on(monkeypatch, tmp_path):
     seen = {}
-    fake = types.ModuleType("terramind_jax.predict")
+    fake = types.ModuleType("terramind_jax.generate_scenes")
     fake.run = lambda **arguments: seen.update(arguments)
-    monkeypatch.setitem(sys.modules, "terramind_jax.predict", fake)
-    monkeypatch.setattr("terramind_jax.predict", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "terramind_jax.generate_scenes", fake)
+    monkeypatch.setattr("terramind_jax.generate_scenes", fake, raising=False)
     tile = tmp_path / "tile.tif"
     tile.touch()
     pair = f"--input=S2L2A={tile}"

@@ -31,7 +31,7 @@ ROWS = 64  # of patches, copied to a raster at once
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What holds for all scenes of a command; see `embed.run`. `layer` counts from 0."""
+    """What holds for all scenes of a command; see `embed_scenes.run`. `layer` counts from 0."""
 
     network: Network
     layer: int

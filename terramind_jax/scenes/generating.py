@@ -32,7 +32,7 @@ DECODING = ("timesteps", "clip")  # options of the decoders of images; all other
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What holds for all scenes of a command; see `predict.run`."""
+    """What holds for all scenes of a command; see `generate_scenes.run`."""
 
     network: Network
     to: Sequence[str]

@@ -12,7 +12,7 @@ import numpy as np
 
 from terramind_jax import files, geo
 from terramind_jax.convert.files import check_free
-from terramind_jax.predict import find_scenes
+from terramind_jax.scenes import reading
 from terramind_jax.tasks import batches, finetune
 from terramind_jax.tasks.finetune import Task
 
@@ -36,7 +36,7 @@ def run(weights: str | os.PathLike, inputs: Mapping[str, str | os.PathLike], out
     unknown = [name for name in inputs if name not in task.facts.bands]
     if unknown or len(inputs) < len(task.facts.bands):
         raise ValueError(f"The model takes {', '.join(task.facts.bands)}; {', '.join(inputs)} {'is' if len(inputs) == 1 else 'are'} given.")
-    scenes = find_scenes(inputs)
+    scenes = reading.find(inputs)
     paths = {name: Path(out) / f"{name}.tif" for name in scenes} if _is_map(task) else {LABELS: Path(out) / LABELS}
     for path in paths.values():
         check_free(path)

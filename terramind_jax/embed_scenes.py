@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from terramind_jax import modalities, predict, sources, zoo
+from terramind_jax import generate_scenes, modalities, sources, zoo
 from terramind_jax.model import Backbone, BackboneConfig
 from terramind_jax.scenes import embedding, journal, reading, windows
 from terramind_jax.scenes.embedding import Job, Pooling, embed_scene, output_path
@@ -30,16 +30,16 @@ def run(
     format: str = "geotiff",
     lulc_codes: str | None = None,
     overlap: int | None = None,
-    batch_size: int = predict.BATCH_SIZE,
+    batch_size: int = generate_scenes.BATCH_SIZE,
 ) -> list[Path]:
     """Embeds one scene, or every scene of a folder: what a layer of the encoder says, the mean over the input modalities.
 
     Writes ``{out}/{scene}.tif``, a Cloud-Optimised GeoTIFF with a pixel a patch (16 of the input's) and a float32 band a dimension, NaN
     where no input has data; or ``{out}/{scene}.parquet``, GeoParquet with the columns scene, row, column (the first pixel), embedding
-    and geometry. Nothing that exists is replaced; a run that was stopped goes on with the same arguments, as that of `predict.run` does.
+    and geometry. Nothing that exists is replaced; a run that was stopped goes on with the same arguments, as in `generate_scenes.run`.
 
     Args:
-      weights, inputs, tokenizers, model, lulc_codes, batch_size: as of `predict.run`. At least one input is an image.
+      weights, inputs, tokenizers, model, lulc_codes, batch_size: as of `generate_scenes.run`. At least one input is an image.
       layer: which of the encoder's layers, 0 the first, -1 the last, which alone is normalised.
       pooling: ``none`` gives a vector a patch, in the weighted mean of the windows that see it; ``mean`` and ``max`` one a window, over
         its patches with data, and only as a table.
@@ -49,9 +49,9 @@ def run(
 
     Raises:
       ImportError: GeoParquet without GeoPandas.
-      FileExistsError, FileNotFoundError, ValueError, OSError: as of `predict.run`; a layer, pooling or format that there is not.
+      FileExistsError, FileNotFoundError, ValueError, OSError: as of `generate_scenes.run`; a layer, pooling or format that there is not.
     """
-    sources.declare(predict.workdir(weights))
+    sources.declare(generate_scenes.workdir(weights))
     reading.check_names(inputs, lulc_codes)
     _check(inputs, pooling, format, batch_size)
     found, out = reading.find(inputs), Path(out)
@@ -70,7 +70,7 @@ def run(
     command = dict(
         version=metadata.version("terramind_jax"),
         model=model or str(weights),
-        weights_sha256=predict.digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
+        weights_sha256=generate_scenes.digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, overlap=overlap, batch_size=batch_size),
@@ -102,16 +102,16 @@ def _check(inputs: Mapping[str, object], pooling: str, format: str, batch_size: 
 
 def _trained(weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.PathLike | None) -> Network:
     """The encoder of a pretrained model, whose variables have the same names."""
-    predict.check_workdir(weights)
-    whole, variables, _ = pretrain.load(predict.workdir(weights))
+    generate_scenes.check_workdir(weights)
+    whole, variables, _ = pretrain.load(generate_scenes.workdir(weights))
     same = {f.name: getattr(whole.config, f.name) for f in dataclasses.fields(BackboneConfig) if hasattr(whole.config, f.name)}
     known = {stream.key: stream.modality for stream in whole.config.encoder}
     for name in inputs:
         if modalities.input_stream(name).key not in known:
             raise ValueError(f"This model takes no {name}; it takes {', '.join(dict.fromkeys(known.values()))}.")
     module = Backbone(BackboneConfig(**same | {"streams": whole.config.encoder}))
-    folder = Path(tokenizers) if tokenizers else predict.tokenizer_folder(weights)
-    return Network(module, variables, predict.load_tokenizers(whole, list(inputs), [], folder))
+    folder = Path(tokenizers) if tokenizers else generate_scenes.tokenizer_folder(weights)
+    return Network(module, variables, generate_scenes.load_tokenizers(whole, list(inputs), [], folder))
 
 
 def _released(name: str, weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.PathLike | None) -> Network:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from terramind_jax import cli, embed, geo, modalities, model
+from terramind_jax import cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
 
@@ -31,8 +31,8 @@ def network():
 @pytest.fixture
 def weights(network, monkeypatch, tmp_path):
     (tmp_path / "weights").mkdir()
-    monkeypatch.setattr(embed.pretrain, "load", lambda workdir: (*network, None))
-    monkeypatch.setattr(embed, "spread", lambda network: network)
+    monkeypatch.setattr(embed_scenes.pretrain, "load", lambda workdir: (*network, None))
+    monkeypatch.setattr(embed_scenes, "spread", lambda network: network)
     return tmp_path / "weights"
 
 
@@ -67,7 +67,7 @@ def expected(array):
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_a_window_is_what_the_encoder_says_of_it(weights, network, tmp_path, layer):
     array = elevation(tmp_path / "a.tif", TILE, TILE)
-    (path,) = embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", layer=layer)
+    (path,) = embed_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", layer=layer)
     whole, variables = network
     shared = {f.name: getattr(whole.config, f.name) for f in dataclasses.fields(BackboneConfig) if hasattr(whole.config, f.name)}
     module = Backbone(BackboneConfig(**shared | {"streams": whole.config.encoder}))
@@ -79,7 +79,7 @@ def test_a_window_is_what_the_encoder_says_of_it(weights, network, tmp_path, lay
 def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_size):
     array = elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
-    (path,) = embed.run(**call)
+    (path,) = embed_scenes.run(**call)
     found = geo.read(path)
     np.testing.assert_allclose(found, expected(array).repeat(DIM, -1), rtol=1e-4, atol=1e-5)
     assert found.place == geo.Place(PLACE.crs, (160.0, 0, 500_000.0, 0, -160.0, 5_300_000.0), 7, 4)
@@ -91,7 +91,7 @@ def test_patches_without_data_have_no_embedding(weights, means, tmp_path):
     hole = np.zeros((100, 112), bool)
     hole[16:32, 48:64], hole[:, 80:], hole[3, 4] = True, True, True
     elevation(tmp_path / "a.tif", width=112, hole=hole)
-    (path,) = embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+    (path,) = embed_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
     missing = np.zeros((7, 7), bool)
     missing[1, 3], missing[:, 5:] = True, True
     np.testing.assert_array_equal(np.isnan(geo.read(path)).all(-1), missing)
@@ -100,7 +100,7 @@ def test_patches_without_data_have_no_embedding(weights, means, tmp_path):
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, overlap=32, batch_size=1)
-    (whole,) = embed.run(**call, out=tmp_path / "whole")
+    (whole,) = embed_scenes.run(**call, out=tmp_path / "whole")
     left, original = [], backbone.features
 
     def stop(*arguments):
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
     while parts is None:
         left[:] = [None] * 7
         try:
-            parts = embed.run(**call, out=tmp_path / "parts")
+            parts = embed_scenes.run(**call, out=tmp_path / "parts")
         except KeyboardInterrupt:
             stops += 1
     assert stops > 1 and parts[0].read_bytes() == whole.read_bytes()
@@ -126,7 +126,7 @@ def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
     geopandas = pytest.importorskip("geopandas")
     array = elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", pooling=pooling, format="geoparquet")
-    (path,) = embed.run(**call)
+    (path,) = embed_scenes.run(**call)
     table, patches = geopandas.read_parquet(path), expected(array)[..., 0]
     patches[3, 1] = np.nan
     starts = [(row, column) for row in (0, 3, 4) for column in (0, 1)]  # the last windows are shifted back
@@ -145,7 +145,7 @@ def test_a_table_of_patches_is_the_raster(weights, tmp_path):
     geopandas = pytest.importorskip("geopandas")
     elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"})
-    raster, table = (embed.run(**call, out=tmp_path / f, format=f)[0] for f in ("geotiff", "geoparquet"))
+    raster, table = (embed_scenes.run(**call, out=tmp_path / f, format=f)[0] for f in ("geotiff", "geoparquet"))
     raster, table = geo.read(raster), geopandas.read_parquet(table)
     assert len(table) == 7 * 4 - 1
     np.testing.assert_array_equal(np.stack(table.embedding), raster[table.row // 16, table.column // 16])
@@ -155,7 +155,7 @@ def test_a_table_needs_geopandas(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     monkeypatch.setitem(sys.modules, "geopandas", None)
     with pytest.raises(ImportError, match=r"A table needs GeoPandas, which is not installed: pip install 'terramind-jax\[geo\]'"):
-        embed.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", format="geoparquet")
+        embed_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", format="geoparquet")
 
 
 @pytest.mark.parametrize(
@@ -176,31 +176,31 @@ def test_errors_say_what_is_wrong(weights, tmp_path, inputs, options, message):
     elevation(tmp_path / "a.tif", TILE, TILE)
     elevation(tmp_path / "small.tif", 47, 48)
     with pytest.raises(ValueError, match=message):
-        embed.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, out=tmp_path / "out", **options)
+        embed_scenes.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_replaced(weights, means, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
-    embed.run(**call)
+    embed_scenes.run(**call)
     with pytest.raises(FileExistsError, match=r"out/a\.tif exists already"):
-        embed.run(**call)
+        embed_scenes.run(**call)
 
 
 def test_models_that_have_no_features(tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", weights="random")
     with pytest.raises(ValueError, match="terramind_v1_base_generate is no feature extractor; choose one such as terramind_v1_base"):
-        embed.run(**call, model="terramind_v1_base_generate")
+        embed_scenes.run(**call, model="terramind_v1_base_generate")
     with pytest.raises(FileNotFoundError, match="no work directory random; for hub or random weights say which model with --model"):
-        embed.run(**call)
+        embed_scenes.run(**call)
 
 
 def test_the_command_passes_its_arguments_on(monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     given = {}
-    monkeypatch.setattr(embed, "run", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(embed_scenes, "run", lambda **arguments: given.update(arguments))
     options = ["--layer=3", "--pooling=mean", "--format=geoparquet", "--overlap=16", "--batch_size=4"]
     assert cli.main(["embed", "--weights=w", f"--input=DEM={tmp_path}/a.tif", "--out=o", *options]) == 0
     assert given == dict(weights="w", inputs={"DEM": f"{tmp_path}/a.tif"}, out="o", tokenizers=None, model=None, lulc_codes=None) | dict(

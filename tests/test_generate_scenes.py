@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from terramind_jax import generate, geo, modalities, model, predict, tokenizer
+from terramind_jax import generate, generate_scenes, geo, modalities, model, tokenizer
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating
 
@@ -43,9 +43,9 @@ def weights(networks, monkeypatch, tmp_path):
     trained, tokenizers = networks
     for name in tokenizers:
         (tmp_path / "weights" / "tokenizers" / name).mkdir(parents=True)
-    monkeypatch.setattr(predict.pretrain, "load", lambda workdir: (*trained, None))
-    monkeypatch.setattr(predict.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
-    monkeypatch.setattr(predict, "spread", lambda network: network)
+    monkeypatch.setattr(generate_scenes.pretrain, "load", lambda workdir: (*trained, None))
+    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
+    monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
     return tmp_path / "weights"
 
 
@@ -92,7 +92,7 @@ def elevation(path, height=100, width=59, seed=0, hole=None):
 def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
     array = elevation(tmp_path / "a.tif", TILE, TILE)
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
-    written = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
+    written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
     assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "coords/a.json", "LULC/a.tif"]
     made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5)
     ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[2], "LULC")
@@ -107,7 +107,7 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
 def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
     elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
-    paths = predict.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5)
+    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5)
     np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
     np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
     assert geo.read(paths[0]).place == PLACE
@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
     monkeypatch.setattr(generate, "decode_output", pixels)
     elevation(tmp_path / "a.tif", hole=np.s_[70:, :20])
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], overlap=32, samples=2)
-    whole = predict.run(**call, out=tmp_path / "whole")
+    whole = generate_scenes.run(**call, out=tmp_path / "whole")
     left = []
 
     def stop(*args, original=None, **options):
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
     while parts is None:
         left[:] = [None] * 7
         try:
-            parts = predict.run(**call, out=tmp_path / "parts")
+            parts = generate_scenes.run(**call, out=tmp_path / "parts")
         except KeyboardInterrupt:
             stops += 1
             assert "the same command goes on from there" in capsys.readouterr().out
@@ -159,18 +159,18 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
 
     monkeypatch.setattr(generate, "decode_output", stop)
     with pytest.raises(KeyboardInterrupt):
-        predict.run(**call)
+        generate_scenes.run(**call)
     with pytest.raises(FileExistsError, match="holds the work of another command: its seed was 0, now it is 1"):
-        predict.run(**call, seed=1)
+        generate_scenes.run(**call, seed=1)
     with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
-        predict.run(**call, steps=2)
+        generate_scenes.run(**call, steps=2)
 
 
 def test_no_data_stays_no_data(weights, copies, tmp_path):
     hole = np.zeros((100, 112), bool)
     hole[:, 60:], hole[3, 4] = True, True
     elevation(tmp_path / "a.tif", width=112, hole=hole)
-    ndvi, lulc = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out")
+    ndvi, lulc = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out")
     np.testing.assert_array_equal(np.isnan(geo.read(ndvi)[..., 0]), hole)
     np.testing.assert_array_equal(geo.read(lulc)[..., 0] == 255, hole)
     np.testing.assert_allclose(geo.read(ndvi)[~hole], patches(100, 112)[~hole], rtol=1e-5)
@@ -182,8 +182,8 @@ def test_no_data_stays_no_data(weights, copies, tmp_path):
 def test_the_spread_of_samples(weights, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 16)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], seed=3, quicklook=False)
-    one = predict.run(**call, out=tmp_path / "one")
-    several = predict.run(**call, out=tmp_path / "several", samples=3)
+    one = generate_scenes.run(**call, out=tmp_path / "one")
+    several = generate_scenes.run(**call, out=tmp_path / "several", samples=3)
     assert [p.parent.name for p in several] == ["NDVI", "NDVI_std", "LULC", "LULC_std"]
     for a, b in zip(one, several[::2], strict=True):
         np.testing.assert_array_equal(geo.read(a), geo.read(b))
@@ -195,7 +195,7 @@ def test_the_spread_of_samples(weights, tmp_path):
 
 def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
-    ndvi, lulc = predict.run(
+    ndvi, lulc = generate_scenes.run(
         weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
     )
     tags = geo.read_header(ndvi).tags
@@ -207,16 +207,16 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
 
 def test_weights_are_known_by_their_bytes():
     a, b = {"x": np.arange(3.0), "y": np.ones(2)}, {"x": np.arange(3.0), "y": np.array([1, 1.0000001])}
-    assert predict.digest(a) == predict.digest({k: v.copy() for k, v in a.items()})
-    assert len({predict.digest(x) for x in (a, b, {"x": a["y"], "y": a["x"]})}) == 3
+    assert generate_scenes.digest(a) == generate_scenes.digest({k: v.copy() for k, v in a.items()})
+    assert len({generate_scenes.digest(x) for x in (a, b, {"x": a["y"], "y": a["x"]})}) == 3
 
 
 def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 32)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], quicklook=False)
-    one = predict.run(**call, out=tmp_path / "one")
-    monkeypatch.setattr(predict, "spread", feeding.spread)
-    several = predict.run(**call, out=tmp_path / "several")
+    one = generate_scenes.run(**call, out=tmp_path / "one")
+    monkeypatch.setattr(generate_scenes, "spread", feeding.spread)
+    several = generate_scenes.run(**call, out=tmp_path / "several")
     np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
 
@@ -224,17 +224,17 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
 def test_nothing_is_replaced(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
-    predict.run(**call)
+    generate_scenes.run(**call)
     with pytest.raises(FileExistsError, match=r"out/a\.png exists already; choose another name"):
-        predict.run(**call)
+        generate_scenes.run(**call)
     (tmp_path / "out" / "a.png").unlink()
     with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already"):
-        predict.run(**call)
+        generate_scenes.run(**call)
 
 
 def test_a_scene_without_crs_is_said(weights, copies, tmp_path, capsys):
     geo.write(tmp_path / "a.tif", np.ones((TILE, TILE, 1), np.int16))
-    predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+    generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     assert "a: the input does not say where it lies (it has no CRS), so the outputs do not either.\n" in capsys.readouterr().out
 
 
@@ -244,7 +244,7 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
             (tmp_path / folder).mkdir(exist_ok=True)
             elevation(tmp_path / folder / f"{name}.tif", TILE, TILE + 16)
     inputs = {"DEM": tmp_path / "dem", "coords": tmp_path / "where"}
-    written = predict.run(weights=weights, inputs=inputs, to=["NDVI"], out=tmp_path / "out")
+    written = generate_scenes.run(weights=weights, inputs=inputs, to=["NDVI"], out=tmp_path / "out")
     assert [p.name for p in written] == ["b.tif", "c.tif"]
     where = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE + 16)
     expected = generate.encode_input(STREAMS["coords"], np.array([geo.lonlat(where, 24, 24), geo.lonlat(where, 24, 40)]), {})
@@ -253,7 +253,7 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
 
 def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 16)
-    (path,) = predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
+    (path,) = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
     assert json.loads(path.read_text()) == [{"lon": None, "lat": None}] * 2
 
 
@@ -291,7 +291,7 @@ def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message
     geo.write(tmp_path / "nothing.tif", np.full((TILE, TILE), np.nan, np.float32), like=square)
     (tmp_path / "text.tif").write_text("hello")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        predict.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, to=to, out=tmp_path / "out")
+        generate_scenes.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, to=to, out=tmp_path / "out")
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
@@ -299,27 +299,27 @@ def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message
 def test_options_that_cannot_be(weights, tmp_path, options, message):
     elevation(tmp_path / "a.tif", TILE, TILE)
     with pytest.raises(ValueError, match=message):
-        predict.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", **options)
+        generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", **options)
 
 
 def test_a_missing_or_foreign_tokenizer_is_named(weights, networks, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="There is no tokenizer .*elsewhere/NDVI"):
-        predict.run(**call, tokenizers=tmp_path / "elsewhere")
-    monkeypatch.setattr(predict.tokenizer, "load", lambda workdir: networks[1]["LULC"])
+        generate_scenes.run(**call, tokenizers=tmp_path / "elsewhere")
+    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: networks[1]["LULC"])
     with pytest.raises(ValueError, match="has 4375 codes, but the model was trained with 15360"):
-        predict.run(**call)
+        generate_scenes.run(**call)
 
 
 def test_weights_that_are_no_work_directory(tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="not the work directory of a training run"):
-        predict.run(weights=tmp_path, **call)
+        generate_scenes.run(weights=tmp_path, **call)
     with pytest.raises(FileNotFoundError, match=r"There is no work directory .*nothing\.$"):
-        predict.run(weights=tmp_path / "nothing", **call)
+        generate_scenes.run(weights=tmp_path / "nothing", **call)
     with pytest.raises(FileNotFoundError, match="no work directory random; for hub or random weights say which model"):
-        predict.run(weights="random", **call)
+        generate_scenes.run(weights="random", **call)
     with pytest.raises(ValueError, match="terramind_v1_tiny_tim does not generate; choose one such as terramind_v1_base"):
-        predict.run(weights="random", model="terramind_v1_tiny_tim", **call)
+        generate_scenes.run(weights="random", model="terramind_v1_tiny_tim", **call)
