@@ -27,7 +27,7 @@ from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
 
 NO_CLASS = 255  # no data, in class maps
-DECODING = ("timesteps", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
+DECODING = ("timesteps", "sampler", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
 
 
 @dataclasses.dataclass(frozen=True)
