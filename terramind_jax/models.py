@@ -124,6 +124,26 @@ class FeatureExtractor(Model):
         encode = functools.partial(self, **options)
         return temporal.over_time(encode, inputs, pooling, subset_lengths=subset_lengths)
 
+    def attention(self, inputs: Mapping[str, np.ndarray], **options: Any) -> dict[str, dict[str, jax.Array]]:
+        """What the tokens of each modality look at, layer by layer: weights of self-attention.
+
+        Args:
+          inputs, options: as of a call.
+
+        Returns:
+          ``{modality that looks: {modality it looks at: [layers, B, heads, n, m]}}`` float32, by the names of the inputs. The weights of
+          one token, over all modalities, sum to 1. Thinking in Modalities has what was generated under its stream, ``tok_lulc@224``.
+        """
+        read = self._read(inputs, **options)
+        with self._user_names():
+            found = backbone.attention(self.module, self.variables, read)
+        names = {stream.key: name for name, stream in self.streams.items() if name in inputs}
+        return {names.get(key, key): {names.get(other, other): w for other, w in row.items()} for key, row in found.items()}
+
+    def _read(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """What the encoder reads, by stream."""
+        return self.encode(inputs)
+
     def encode(self, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Inputs by stream as the network takes them: images whose stream holds tokens are tokenised."""
         generate.check_by_name(inputs)
@@ -180,6 +200,9 @@ class ThinkingInModalities(FeatureExtractor):
     def think(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> dict[str, jax.Array]:
         """The inputs by stream, followed by the ids of what was generated from them."""
         return tim.think(*self.generator, self.encode(inputs), self._targets, **self._settings(seed))
+
+    def _read(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> dict[str, jax.Array]:
+        return self.think(inputs, seed)
 
     @property
     def _targets(self) -> list[str]:

@@ -167,6 +167,24 @@ def test_time_series_of_thinking_in_modalities():
         np.testing.assert_allclose(kept[:, i], alone, rtol=1e-4, atol=1e-5)
 
 
+# ---- attention ----
+
+
+def test_attention_by_user_name():
+    model = tm.load("terramind_v1_tiny", "random", modalities=["S2L2A", "coords"])
+    given = pixels() | {"coords": np.array([[10.0, 50.0], [-70.0, -30.0]])}
+    found = model.attention(given)
+    assert [*found] == [*found["coords"]] == ["S2L2A", "coords"]
+    assert found["coords"]["S2L2A"].shape == (2, 2, 1, 3, 16)  # layers, samples, heads, tokens that look, tokens looked at
+
+
+def test_attention_to_thoughts():
+    model = tm.load("terramind_v1_tiny_tim", "random", modalities=["S2L2A"], tim_modalities=["LULC"])
+    found = model.attention(pixels(), seed=3)
+    assert [*found] == ["S2L2A", "tok_lulc@224"]
+    np.testing.assert_allclose(sum(w.sum(-1) for w in found["S2L2A"].values()), 1, rtol=1e-5)
+
+
 # ---- generators by user name ----
 
 
