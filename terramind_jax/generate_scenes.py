@@ -18,6 +18,7 @@ from terramind_jax.scenes import journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
+from terramind_jax.tokenizer import Clip, Sampler, diffusion
 from terramind_jax.train import pretrain, tokenizer
 from terramind_jax.weights import load
 
@@ -39,6 +40,9 @@ def run(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
+    timesteps: int = 10,
+    sampler: Sampler = "ddim",
+    clip: Clip = "published",
     **options: Any,
 ) -> list[Path]:
     """Generates modalities of one scene, or of every scene of a folder.
@@ -61,7 +65,8 @@ def run(
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
-      **options: `timesteps` and `clip` of diffusion decoders; the others are of `decoding.generate_tokens`, such as steps and temperature.
+      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
+      **options: those of `decoding.generate_tokens`, such as steps and temperature.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.
@@ -76,6 +81,8 @@ def run(
     _check_names(inputs, to, lulc_codes)
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
+    diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
+    options |= dict(timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []

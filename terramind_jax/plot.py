@@ -51,13 +51,18 @@ class Scene:
     def limits(self, name: str) -> Limits | None:
         """Of the truth where there is one (for elevation together with what was generated), else of what was generated or given."""
         found = [limits(name, arrays[name]) for arrays in (self.truth, self.generated, self.inputs) if name in arrays]
-        if _modality(name) == "DEM" and name in self.truth:
-            lows, highs = zip(*found, strict=True)
-            return min(lows), max(highs)
-        return found[0] if found else None
+        return _common(_modality(name), found) if found else None
 
 
 Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest value displayed, a scalar or one a channel
+
+
+def _common(modality: str, found: Sequence[Limits | None]) -> Limits | None:
+    """Of several images of a modality: those of the first, of elevation what spans all."""
+    if modality != "DEM":
+        return found[0]
+    lows, highs = zip(*found, strict=True)
+    return min(lows), max(highs)
 
 
 # ---- one image ----
@@ -156,10 +161,10 @@ ASIDE = 0.22  # between inputs and outputs
 LEGEND = 1.05  # one class in the legend
 
 
-def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: str = "", caption: str = "", dpi: int = 150) -> None:
-    """Draws each scene's inputs, its truth and below it what was generated. The file type follows from `path`.
+def contact_sheet(path: str | os.PathLike | None, scenes: Sequence[Scene], *, title: str = "", caption: str = "", dpi: int = 150) -> Figure:
+    """Draws each scene's inputs, its truth and below it what was generated. The file type follows from `path`; None: no file is written.
 
-    All scenes must have the same inputs and outputs. A scene without truth takes one row.
+    All scenes must have the same inputs and outputs. A scene without truth takes one row. Notebooks show the figure that is returned.
     """
     if not scenes:
         raise ValueError("There is no scene to draw.")
@@ -186,7 +191,35 @@ def contact_sheet(path: str | os.PathLike, scenes: Sequence[Scene], *, title: st
         _legend(sheet, top + legend / 2 - 0.07, present, in_a_row)
     if caption:
         sheet.text(LEFT, top + legend + 0.13, caption, size=7.5, color=FAINT, ha="left")
-    sheet.save(path, dpi)
+    return sheet.save(path, dpi)
+
+
+def images(shown: Mapping[str, np.ndarray], *, columns: int = 5, path: str | os.PathLike | None = None, dpi: int = 150) -> Figure:
+    """Draws images ``[H, W, C]`` side by side, in rows of so many `columns`; `path` as of `contact_sheet`.
+
+    Args:
+      shown: by what stands above them, which begins with the modality or a view of it: "DEM", "S2L2A IRRG", "LULC of seed 3". Those of one
+        modality share the colour limits of the first, and those of elevation span all.
+    """
+    if not shown or columns < 1:
+        raise ValueError(f"There are {len(shown)} images for {columns} columns; expected one of each at least.")
+    rows, columns = math.ceil(len(shown) / columns), min(columns, len(shown))
+    width = LEFT + columns * (TILE + GAP) + RIGHT - GAP
+    present = sorted({pair for name in shown for pair in _classes([Scene("", shown, {})], name)})
+    in_a_row = max(1, int((width - LEFT) / LEGEND))
+    legend = 0.14 + 0.2 * math.ceil(len(present) / in_a_row) if present else 0.0
+    row_height = HEAD + TILE + 0.16
+    views = {name: (_modality(name), name.endswith(f" {IRRG}"), name.endswith(f" {FALSE_COLOUR}")) for name in shown}
+    sheet = Sheet(width, rows * row_height + legend + 0.05)
+    for i, (name, image) in enumerate(shown.items()):
+        x, y = LEFT + i % columns * (TILE + GAP), i // columns * row_height + HEAD
+        within = _common(_modality(name), [limits(other, shown[other]) for other in shown if views[other] == views[name]])
+        sheet.text(x + TILE / 2, y - 0.13, name, size=9.5 if len(name) < 22 else 7.5, weight="bold")
+        sheet.image(x, y, render(name, image, within))
+        _scale(sheet, x, y + TILE, name, within)
+    if present:
+        _legend(sheet, rows * row_height + legend / 2 - 0.02, present, in_a_row)
+    return sheet.save(path, dpi)
 
 
 class Sheet:
@@ -208,11 +241,13 @@ class Sheet:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
 
-    def save(self, path: str | os.PathLike, dpi: int) -> None:
-        """The file, of the kind that its suffix tells, appears whole or not at all."""
-        path, content = files.folder(path), io.BytesIO()
-        self.figure.savefig(content, format=path.suffix[1:], dpi=dpi)
-        files.write_bytes(path, content.getvalue())
+    def save(self, path: str | os.PathLike | None, dpi: int) -> Figure:
+        """The file, of the kind that its suffix tells, appears whole or not at all; None: there is none. Returns the figure."""
+        if path is not None:
+            path, content = files.folder(path), io.BytesIO()
+            self.figure.savefig(content, format=path.suffix[1:], dpi=dpi)
+            files.write_bytes(path, content.getvalue())
+        return self.figure
 
 
 def _x(column: int, inputs: Sequence[str]) -> float:
@@ -290,10 +325,10 @@ def _legend(sheet: Sheet, y: float, present: Sequence[tuple[str, int]], in_a_row
 CURVES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#555555")
 
 
-def loss_curves(path: str | os.PathLike, runs: Mapping[str, str | os.PathLike], *, dpi: int = 150) -> None:
+def loss_curves(path: str | os.PathLike | None, runs: Mapping[str, str | os.PathLike], *, dpi: int = 150) -> Figure:
     """One panel a run from its ``metrics.jsonl``: training loss, and validation loss in all and per modality.
 
-    `runs` maps titles to files, or to work directories that hold one.
+    `runs` maps titles to files, or to work directories that hold one; `path` as of `contact_sheet`.
     """
     if not runs:
         raise ValueError("There is no run to draw.")
@@ -306,7 +341,7 @@ def loss_curves(path: str | os.PathLike, runs: Mapping[str, str | os.PathLike], 
     for panel in axes.flat[len(runs) :]:
         panel.set_visible(False)
     sheet.figure.tight_layout(pad=0.8)
-    sheet.save(path, dpi)
+    return sheet.save(path, dpi)
 
 
 def _read_metrics(path: str | os.PathLike) -> list[dict]:

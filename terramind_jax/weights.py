@@ -38,7 +38,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
     Args:
       name: one of `zoo.list_models`.
       weights: ``hub``, the published file, downloaded and converted once; ``random``; or a path: ``.pt``, ``.safetensors``, a directory of
-        `save`, whose options hold where none are given, or the work directory of a training.
+        `save`, whose options hold where none are given, the work directory of a training, or the folder of a quickstart. A training may
+        have had other sizes than the model of that name, which then are the model's.
       revision: of the model's repository on the hub, a commit; None: the one that was downloaded first, see `hub`.
       seed: of what is drawn: random weights, fresh embeddings of new modalities.
       **options: the reference's, by kind of model (`build.OPTIONS` has the defaults):
@@ -66,6 +67,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
     """
     of_tokenizers = options.pop("tokenizers", None)
     if weights not in ("hub", "random"):
+        weights = sources.within(weights, zoo.get(name))
         sources.declare(Path(weights))
     options = _saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
@@ -77,7 +79,9 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         if prefix.startswith(sources.TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
             inner, here = _open_tokenizer(model, module, of_tokenizers or weights), ""
         module, fresh = inner.network(here, module), jax.random.fold_in(key, i)
-        found = _take_bands(inner, model, fresh) if not prefix and model.options.get("bands") else inner.take(here, module)
+        with_bands = not prefix and model.options.get("bands")
+        own = dataclasses.replace(model, module=module)
+        found = _take_bands(inner, own, fresh) if with_bands else inner.take(here, module)
         if prefix == sources.GENERATOR and is_chained(model):
             found = tim.share(found, filled[""][1])
         filled[prefix] = module, _on_device(complete(module, found, fresh))
@@ -201,6 +205,8 @@ def save(model: Model, path: str | os.PathLike) -> None:
         parts = {prefix or sources.MAIN: part for prefix, part in networks_of(model).items()}
         own = {name: dataclasses.asdict(module.config) for name, (module, _) in parts.items() if isinstance(module, Tokenizer)}
         info = {"name": model.name, "options": dict(model.options), sources.TOKENIZERS: own}
+        transformers = [module for module, _ in parts.values() if not isinstance(module, Tokenizer)]
+        info[sources.SIZES] = {name: size for module in transformers for name, size in sources.sizes_of(module).items()}
         info[sources.MODALITIES] = declarations.of(s.modality for s in getattr(model.module.config, "streams", ()))
         (partial / sources.INFO).write_text(json.dumps(info, indent=1))
         arrays = {name: _on_device(meta.unbox(variables)) for name, (_, variables) in parts.items()}
@@ -278,10 +284,10 @@ def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:
     model, arrays = build.model(directory.name, **directory.options), directory.arrays
     if is_chained(model):
         tim.check_shared(arrays[""], arrays[sources.GENERATOR])
-    state = {}
+    state, source = {}, sources.Tree(directory, path)
     for prefix, (module, _) in networks_of(model).items():
         if prefix in arrays:  # a tokenizer may be elsewhere
-            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(directory.tokenizers.get(prefix, module))
+            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(source.network(prefix, module))
             state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
     return state
 

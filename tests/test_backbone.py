@@ -134,6 +134,17 @@ def test_a_sample_does_not_depend_on_its_batch(variables):
         close([x[i : i + 1] for x in together], alone)
 
 
+def test_attention_is_split_by_who_looks_at_what(variables):
+    arrays = inputs(S1.key, DEM.key, COORDS.key)
+    arrays[COORDS.key][0, 1:] = 0  # padding
+    found = backbone.attention(Backbone(dataclasses.replace(CONFIG, num_register_tokens=2)), variables, arrays)
+    sizes = {backbone.REGISTER_TOKENS: 2, S1.key: 9, DEM.key: 9, COORDS.key: 3}
+    for name, row in found.items():
+        assert {other: w.shape for other, w in row.items()} == {other: (3, 2, 2, sizes[name], n) for other, n in sizes.items()}
+        np.testing.assert_allclose(sum(w.sum(-1) for w in row.values()), 1, rtol=1e-5)
+        assert (row[COORDS.key][:, 0, ..., 1:] == 0).all() and (row[COORDS.key][:, 1] > 0).all()
+
+
 # ---- randomness in training ----
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from terramind_jax import checkpoint, modalities, sharding
+import terramind_jax as tm
+from terramind_jax import checkpoint, modalities, sharding, sources
 from terramind_jax import config as configuration
 from terramind_jax.train import logging, pretrain
 
@@ -44,6 +45,17 @@ def assert_equal(a, b) -> None:
 
 def losses(workdir) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in logging.read(workdir) if "loss" in line]
+
+
+def test_what_was_trained_is_loaded_as_a_model(finished, tmp_path):
+    """With its own sizes and codebooks; also from the folder that the quickstart makes."""
+    (tmp_path / "model").symlink_to(finished)
+    module, variables, _ = pretrain.load(finished)
+    for where in (finished, tmp_path):
+        model = tm.load("terramind_v1_base", where, modalities=["DEM"], img_size=tiny_run.SIZE)
+        assert model.module.config.dim == 64 and model.module.config.encoder_depth == 1
+        assert_equal(model.variables["params"]["encoder"], variables["params"]["encoder"])
+    assert sources.sizes_of(module)["vocabularies"] == {"tok_dem@224": 30, "tok_lulc@224": 20, "tok_sen1grd@224": 10}
 
 
 def test_a_run_learns_and_reports(finished):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import terramind_jax as tm
-from terramind_jax import build, cli, weights, zoo
+from terramind_jax import build, cli, sources, weights, zoo
 from terramind_jax.convert import files
 
 
@@ -155,6 +155,19 @@ def test_tokenizers_of_their_own_size(tmp_path, monkeypatch):
     }
     with pytest.raises(ValueError, match="DEM holds a tokenizer of DEM, not of NDVI"):
         tm.load("terramind_v1_tokenizer_ndvi", tmp_path / "tokenizers" / "DEM")
+
+
+def test_transformers_of_their_own_size(tmp_path, monkeypatch):
+    options = dict(modalities=["S2L2A", "LULC"], merge_method="dict", tokenizers="random")
+    model = tm.load("terramind_v1_tiny", "random", seed=4, **options)
+    words = model.variables["params"]["encoder_token_emb"]["tok_lulc@224"]
+    narrow = sources.resized(model.module, {"vocabularies": {"tok_lulc@224": 12}})
+    fewer = jax.tree.map(lambda x: x[:12] if x.shape == words.shape else x, model.variables)
+    tm.save(dataclasses.replace(model, module=narrow, variables=fewer), tmp_path / "narrow")
+    monkeypatch.setitem(zoo.SIZES, "tiny", nano_models.NANO | dict(dim=32, encoder_depth=1))
+    loaded = tm.load("terramind_v1_tiny", tmp_path / "narrow", **options)
+    assert loaded.module.config == narrow.config and equal(loaded.variables, fewer)
+    assert cli.main(["convert", str(tmp_path / "narrow"), str(tmp_path / "narrow.safetensors")]) == 0
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])

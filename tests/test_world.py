@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from terramind_jax import geo
 from terramind_jax.data import shards, world
 from terramind_jax.data.index import open_index
-from terramind_jax.data.synthesize import synthesize
+from terramind_jax.data.synthesize import synthesize, write_tiles
 from terramind_jax.data.world import draws, landcover, optics, people, place, radar, spectra, terrain
 from terramind_jax.modalities import LULC_CLASSES, MODALITIES
 
@@ -346,3 +347,21 @@ def test_a_finished_synthesis_is_left_alone_and_anything_else_refused(root, tmp_
 def test_the_world_needs_no_jax():
     code = "import sys, terramind_jax.data.world, terramind_jax.data.synthesize; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tiles_are_geotiffs_of_one_grid(tmp_path):
+    names = write_tiles(tmp_path / "tiles", count=2, size=48)
+    for name, index in zip(names, (1, 3), strict=True):
+        scene = world.scene(0, index, "val", 48)
+        assert scene.key == name
+        read = {m: geo.read(tmp_path / "tiles" / m / f"{name}.tif", m) for m in scene.arrays}
+        for m, array in scene.arrays.items():
+            np.testing.assert_array_equal(read[m], array.astype(np.float32) if array.dtype == np.float16 else array)
+            assert geo.is_metric(read[m].place) and read[m].place == read["S1GRD"].place
+        np.testing.assert_allclose(geo.lonlat(read["DEM"].place), (scene.lon, scene.lat), atol=1e-3)
+    with pytest.raises(FileExistsError):
+        write_tiles(tmp_path / "tiles", count=2, size=48)
+    for wrong in (dict(count=0), dict(size=50)):
+        with pytest.raises(ValueError):
+            write_tiles(tmp_path / "others", **wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiles"]

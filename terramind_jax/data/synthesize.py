@@ -1,4 +1,4 @@
-"""``data synthesize``: shards of the embedded world, in the layout and formats of TerraMesh."""
+"""``data synthesize``: shards of the embedded world, in the layout and formats of TerraMesh; and the same scenes as GeoTIFFs."""
 
 from __future__ import annotations
 
@@ -61,6 +61,27 @@ def synthesize(
         for (split, subset, number), group in itertools.groupby(_samples(jobs, workers), key=lambda pair: _shard(pair[0])):
             _write_shard(partial, split, subset, number, group, bar)
         _write_info(partial, arguments, jobs)
+
+
+def write_tiles(out: str | os.PathLike, *, count: int = 4, size: int = 264, seed: int = 0) -> list[str]:
+    """Writes `count` validation scenes with Sentinel-1 GRD as GeoTIFFs, ``{out}/{modality}/{name}.tif``, and returns their names.
+
+    They stand for a user's own tiles: `pack`, ``generate``, ``embed`` and the notebooks read such a folder. `size` is in pixels, a multiple
+    of 6, 48 at least. `out` appears only when it is complete; a ValueError says which numbers are wrong, FileExistsError that `out` holds
+    something.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"Cannot make {count} tiles under seed {seed}; count is at least 1, seed at least 0.")
+    world.check_size(size)
+    indices = itertools.islice((i for i in itertools.count() if subset_of(i) == "ssl4eos12"), count)
+    names = []
+    with shards.new_folder(os.fspath(out)) as partial:
+        for index in indices:
+            scene = world.scene(seed, index, "val", size)
+            for name, array in scene.arrays.items():
+                geo.write(os.path.join(partial, name, f"{scene.key}.tif"), array, _place(scene, size), modality=name)
+            names.append(scene.key)
+    return names
 
 
 def _finished(out: str, arguments: dict) -> bool:

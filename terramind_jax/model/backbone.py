@@ -1,7 +1,7 @@
 """The encoder as a feature extractor for fine-tuning (spec 5): whole modalities in, the outputs of all layers out.
 
 `Backbone` has the variables of `TerraMind`'s encoder under the same names, so that weights are taken out of a pretraining model by name.
-`select_bands` gives a pixel stream other bands. `features` is the whole thing compiled.
+`select_bands` gives a pixel stream other bands. `features` is the whole thing compiled, `attention` what its tokens look at.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -219,8 +220,29 @@ def _features(variables: Variables, inputs: Mapping[str, jax.Array], *, module: 
     return module.apply(variables, inputs)
 
 
+def attention(module: Backbone, variables: Variables, inputs: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+    """Weights of self-attention in all layers, compiled once a shape and order of `inputs`, which are those of `Backbone.__call__`.
+
+    Returns:
+      ``{stream that looks: {stream it looks at: [layers, B, heads, n, m]}}`` float32; register tokens are under ``register_tokens``. The
+      weights of one token, over all that it looks at, sum to 1; padding of sequences has none.
+    """
+    return _attention(variables, collections.OrderedDict(inputs), module=module)
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _attention(variables: Variables, inputs: Mapping[str, jax.Array], *, module: Backbone) -> dict[str, dict[str, jax.Array]]:
+    apart = module.clone(config=dataclasses.replace(module.config, merge_method="dict"))
+    features, seen = apart.apply(variables, inputs, mutable=["intermediates"])
+    names, lengths = list(features[-1]), [x.shape[1] for x in features[-1].values()]
+    ends = list(itertools.accumulate(lengths))[:-1]
+    named = lambda parts: collections.OrderedDict(zip(names, parts, strict=True))  # noqa: E731  `jax.jit` keeps its order
+    rows = jnp.split(seen["intermediates"]["encoder"]["attn"]["weights"], ends, axis=-2)
+    return named(named(jnp.split(row, ends, axis=-1)) for row in rows)
+
+
 def _split(x: jax.Array, lengths: Mapping[str, int]) -> dict[str, jax.Array]:
-    ends = [sum(list(lengths.values())[: i + 1]) for i in range(len(lengths) - 1)]
+    ends = list(itertools.accumulate(lengths.values()))[:-1]
     return dict(zip(lengths, jnp.split(x, ends, axis=1), strict=True))
 
 

@@ -117,8 +117,17 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, imp
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """What `attend` multiplies the values with: q ``[B, M, h, d]``, k ``[B, N, h, d]`` -> float32 ``[B, h, M, N]``, rows that sum to 1."""
+    scores = jnp.einsum("bmhd,bnhd->bhmn", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    return nn.softmax(scores if mask is None else jnp.where(mask, jnp.finfo(jnp.float32).min, scores))
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, output axes ``[3, heads, d]`` (spec 2.2)."""
+    """Multi-head self-attention with one fused projection, output axes ``[3, heads, d]`` (spec 2.2).
+
+    Where the collection ``intermediates`` is mutable, the `attention_weights` are in it as ``weights``.
+    """
 
     num_heads: int
     use_bias: bool
@@ -131,6 +140,8 @@ class SelfAttention(nn.Module):
         heads = (self.num_heads, dim // self.num_heads)
         axes = ("embed", None, "heads", None)
         qkv = Linear((3, *heads), axes, use_bias=self.use_bias, initializer=xavier(dim, dim), dtype=self.dtype, name="qkv")(x)
+        if self.is_mutable_collection("intermediates"):  # else not even traced
+            self.sow("intermediates", "weights", attention_weights(qkv[:, :, 0], qkv[:, :, 1], mask), reduce_fn=lambda _, new: new)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, self.attention)
         return Linear((dim,), ("heads", None, "embed"), inputs=2, use_bias=self.use_bias, dtype=self.dtype, name="proj")(out)
 
@@ -250,7 +261,7 @@ def stack(block: type[nn.Module], length: int, remat: str, unroll: int, broadcas
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0, "buffers": 0},
+        variable_axes={"params": 0, "buffers": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(*(nn.broadcast,) * broadcast, *(0,) * scanned),
         length=length,
