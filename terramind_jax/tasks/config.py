@@ -24,6 +24,12 @@ def finetuning() -> ConfigDict:
     config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
+    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read
+    config.model.tim_chained = True  # each conditions those after it; the embeddings, which both networks share, are not trained
+    config.model.tim_steps = 1  # in which an image of them is drawn
+    config.model.tim_temperature = 1.0  # 0: the most probable token
+    config.model.tim_top_p = 0.8
+    config.model.tim_top_k = 0
     config.model.time = "mean"  # of time series: mean | max | ltae
     config.model.drop_path_rate = 0.0
     config.model.modality_drop_rate = 0.0  # in training each modality is left out with this probability, but never all
@@ -60,6 +66,7 @@ def finetuning() -> ConfigDict:
     config.train.tune = "full"  # full | frozen, which trains all but the backbone | lora, which adds products of low rank to it
     config.train.loss = ""  # ce | dice | focal | bce | mse | mae; empty: the first that the task has
     config.train.class_weights = ()  # of ce
+    config.train.cache = True  # what frozen networks make is made once a sample where it does not change, see tasks.feeding
     config.train.epochs = 50
     config.train.steps = 0  # length of the run in steps; 0: from epochs
     config.train.batch_size = 8  # samples a step, over all hosts
