@@ -43,7 +43,7 @@ def finetuning() -> ConfigDict:
     config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | generic, your own
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
-    config.data.crop = 224  # side of random crops in training, and of the windows that cover an image otherwise; a multiple of 16
+    config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
     config.data.d4 = True  # turn and flip training samples in the eight ways that a square has
     config.data.statistics = "pretrained"  # inputs are standardised with those of the pretraining, or those of the data set
     config.data.labels = 1.0  # share of the training samples that is used, drawn under the seed
@@ -88,7 +88,7 @@ def check(config: ConfigDict) -> None:
     configuration.check(resolved, "finetune")
     if not config.data.root:
         raise ValueError("config.data.root is empty; set it to the data set's folder with --config.data.root=DIR.")
-    if config.data.crop < 16 or config.data.crop % 16:
+    if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
     for field, value in (("data.labels", config.data.labels), ("optimizer.layer_decay", config.optimizer.layer_decay)):
         if not 0 < value <= 1:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights, zoo
 from terramind_jax import config as configuration
 from terramind_jax.data import order
+from terramind_jax.modalities import PATCH_SIZE
 from terramind_jax.models import SAMPLING, FeatureExtractor, ThinkingInModalities
 from terramind_jax.tasks import batches, datasets, feeding, losses, thinking, validation
 from terramind_jax.tasks import config as fields
@@ -44,7 +45,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Data ----
     fields.check(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "val")
-    config = with_epochs(config, len(dataset))
+    config = with_sizes(config, dataset)
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
@@ -83,7 +84,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in feed.covering())
         found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, sums).items()}
         if history.add(found):
-            save_best(workdir, train_state, held)
+            save_best(workdir, int(train_state.step), train_state.params, held, train_state.batch_stats)
         return found
 
     def with_rate(data: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -142,13 +143,17 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
 # ---- from a configuration ----
 
 
-def with_epochs(config: ConfigDict, samples: int) -> ConfigDict:
-    """The configuration with an evaluation and a checkpoint an epoch where no number of steps is given."""
-    steps = max(1, samples // config.train.batch_size)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.run.eval_every = config.run.eval_every or steps
-        config.run.checkpoint_every = config.run.checkpoint_every or steps
+def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
+    """The configuration with what follows from the training data: an epoch in steps, and the side of whole images."""
+    config = config.copy_and_resolve_references().unlock()
+    steps = max(1, len(dataset) // config.train.batch_size)
+    config.run.eval_every = config.run.eval_every or steps
+    config.run.checkpoint_every = config.run.checkpoint_every or steps
+    if not config.data.crop:
+        height, width = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+        if height != width or height % PATCH_SIZE:
+            raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
+        config.data.crop = height
     return config.lock()
 
 
@@ -264,13 +269,12 @@ def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:
         files.write_text(files.folder(workdir) / TASK, json.dumps(known, indent=1))
 
 
-def save_best(workdir: str | os.PathLike, train_state: state.State, held: Any) -> None:
+def save_best(workdir: str | os.PathLike, step: int, params: Any, held: Any, batch_stats: Any) -> None:
     """The parameters of this step take the place of the best so far."""
-    own = {} if train_state.batch_stats is None else {"batch_stats": train_state.batch_stats}
-    trees = {"params": train_state.params, "buffers": held, **own}
+    own = {} if batch_stats is None else {"batch_stats": batch_stats}
     with contextlib.closing(checkpoint.Checkpoints(files.folder(workdir) / BEST, 1)) as checkpoints:
-        if checkpoints.latest() != int(train_state.step):
-            checkpoints.save(int(train_state.step), trees, {"step": int(train_state.step)})
+        if checkpoints.latest() != step:
+            checkpoints.save(step, {"params": params, "buffers": held, **own}, {"step": step})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +286,7 @@ class Task:
     facts: Facts
     scale: Scale
     crop: int
+    extractor: FeatureExtractor  # the released model that it stands on, with shapes in the place of weights
     thinker: Thinker | None = None
     generator: Mapping[str, Any] | None = None  # its variables
 
@@ -317,7 +322,7 @@ def load(workdir: str | os.PathLike) -> Task:
     trees = checkpoint.load_variables(best if best.is_dir() else workdir, abstract)
     variables = networks.join(trees["params"], trees["buffers"], trees.get("batch_stats"), config.model.lora_alpha)
     scale = {m: (np.float32(mean), np.float32(std)) for m, (mean, std) in known["scale"].items()}
-    return Task(module, variables, facts, scale, config.data.crop, thinker, trees["buffers"].get("generator"))
+    return Task(module, variables, facts, scale, config.data.crop, extractor, thinker, trees["buffers"].get("generator"))
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:
