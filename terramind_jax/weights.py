@@ -16,6 +16,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -354,15 +355,14 @@ def _prefix(modality: str) -> str:
 def complete(module: nn.Module, found: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
     """`found`, part of a network's variables, with what is missing fresh from `key`; only that is computed."""
     there = rules.flatten(found)
-    missing = [path for path in rules.flatten(build.abstract(module)) if path not in there]
-    if not missing:
-        return rules.unflatten(there)
+    missing = tuple(path for path in rules.flatten(build.abstract(module)) if path not in there)
+    return rules.unflatten(there | _fresh(module, missing, key) if missing else there)
 
-    def fresh(key: jax.Array) -> dict[str, jax.Array]:
-        variables = rules.flatten(meta.unbox(build.init(module, key)))
-        return {path: variables[path] for path in missing}
 
-    return rules.unflatten(there | jax.jit(fresh)(key))
+@partial(jax.jit, static_argnums=(0, 1))
+def _fresh(module: nn.Module, paths: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
+    variables = rules.flatten(meta.unbox(build.init(module, key)))
+    return {path: variables[path] for path in paths}
 
 
 def _on_device(variables: Variables) -> dict[str, Any]:
