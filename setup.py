@@ -45,6 +45,7 @@ setup(
         "beam": ["apache-beam>=2.60"],
         "http": ["aiohttp>=3.9"],
         "s3": ["s3fs>=2024.6"],
+        "export": ["flatbuffers>=24"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],
         "torch": ["torch>=2.6"],
         "parity": ["torch>=2.6", "terratorch==1.2.11", "diffusers>=0.30"],

@@ -2,15 +2,19 @@
 
     python benchmarks/inference.py                          # base features, S2L2A tokenizer, S2L2A to four modalities; float32
     python benchmarks/inference.py --peer --rounds 3 --out benchmarks/results/inference.md
+    python benchmarks/inference.py --batches 1,8,32 --repeats 1 --out benchmarks/results/inference.md
+    python benchmarks/inference.py --samplers DIR --out benchmarks/results/inference.md    # trains small tokenizers in DIR
 
-Every case runs in a process of its own, ours and the reference's one after the other; compile time is apart. Weights are random: they
-do not change the work. `--peer` needs the `parity` extra, or the environment that `make test-parity` uses.
+Each of these is a section of the file, which replaces that section alone. Every case runs in a process of its own, ours and the reference's
+one after the other; compile time is apart. Weights are random, but for the samplers: they do not change the work. `--peer` needs the
+`parity` extra, or the environment that `make test-parity` uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -73,7 +77,7 @@ def peers(work: str, batch: int, size: int) -> Callable[[], object]:
 
 def measure(side: str, case: str, size: int, repeats: int) -> dict[str, float]:
     """Seconds of the first call and the median of those after it."""
-    work, batch = CASES[case]
+    work, batch = CASES.get(case) or (case.split()[0], int(case.split()[1]))
     run = {"ours": ours, "peer": peers}[side](work, batch, size)
     times = []
     for _ in range(repeats + 1):
@@ -111,6 +115,27 @@ def report(arguments: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def batches(arguments: argparse.Namespace) -> str:
+    """Generation of all targets at several batch sizes."""
+    what = f"S2L2A to {', '.join(TARGETS)}, {STEPS} steps, base, on {process.where()}, float32, {arguments.size} px"
+    lines = [f"{what}; medians of {arguments.repeats} calls.", "", "| batch | s | s a tile | first call s |", "|---|---|---|---|"]
+    for batch in map(int, arguments.batches.split(",")):
+        try:
+            one = child("ours", f"generate {batch}", arguments)
+            lines.append(f"| {batch} | {one['seconds']:.1f} | {one['seconds'] / batch:.2f} | {one['first']:.1f} |")
+        except MemoryError:
+            lines.append(f"| {batch} | out of memory | | |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def write_section(path: Path, title: str, body: str) -> None:
+    """Puts ``## title`` and `body` into a Markdown file, in the place of the section that has that title."""
+    sections = dict(re.findall(r"^## (.*?)\n\n(.*?)(?=^## |\Z)", path.read_text(), re.M | re.S)) if path.exists() else {}
+    sections[title] = f"{body.rstrip()}\n\n"
+    path.write_text("".join(f"## {name}\n\n{text}" for name, text in sections.items()).rstrip() + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="time TerraTorch, too")
@@ -118,17 +143,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a process")
     parser.add_argument("--rounds", type=int, default=1, help="rounds, each ours then the reference")
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", default=None, metavar="FILE", help="also write the table there")
+    parser.add_argument("--batches", metavar="N,N", help="instead: generation at these batch sizes")
+    parser.add_argument("--samplers", type=Path, metavar="DIR", help="instead: steps and error of samplers")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments.case, arguments.size, arguments.repeats)))
         return
-    text = report(arguments)
+    if arguments.samplers:
+        import samplers
+
+        title, text = "Samplers", samplers.section(arguments.samplers)
+    elif arguments.batches:
+        title, text = "Batches", batches(arguments)
+    else:
+        title, text = "Speed", report(arguments)
     print("\n" + text)
     if arguments.out:
-        Path(arguments.out).write_text(text)
+        write_section(arguments.out, title, text)
 
 
 if __name__ == "__main__":

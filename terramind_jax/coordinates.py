@@ -23,6 +23,8 @@ SPECIALS = {"[PAD]": PAD, "[UNK]": UNK, "[SOS]": SOS, "[EOS]": EOS, **{f"[S_{i}]
 _FIRST_LATITUDE = 4204  # lat=-90.00; below it lie the specials, 200 sentinels and 4M's 4000 unused box tokens
 _FIRST_LONGITUDE = 4925  # lon=-180.00; the last is 6365, lon=180.00
 _STEPS_PER_DEGREE = 4
+LATITUDES = (_FIRST_LATITUDE, _FIRST_LATITUDE + 180 * _STEPS_PER_DEGREE + 1)  # first id, and the one after the last
+LONGITUDES = (_FIRST_LONGITUDE, _FIRST_LONGITUDE + 360 * _STEPS_PER_DEGREE + 1)
 
 
 def _ids(degrees: np.ndarray, first: int, limit: int, name: str) -> np.ndarray:
@@ -60,6 +62,11 @@ def decode(ids: np.ndarray) -> tuple[float, float] | tuple[np.ndarray, np.ndarra
     valid = (np.abs(lat) <= 90) & (np.abs(lon) <= 180)
     lon, lat = np.where(valid, lon, np.nan), np.where(valid, lat, np.nan)
     return (lon, lat) if ids.ndim > 1 else (float(lon), float(lat))
+
+
+def grid() -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes ``[1440]`` eastwards from -180 and latitudes ``[721]`` southwards from 90, in degrees: the places of `locate.density`."""
+    return np.arange(360 * _STEPS_PER_DEGREE) / _STEPS_PER_DEGREE - 180, 90 - np.arange(180 * _STEPS_PER_DEGREE + 1) / _STEPS_PER_DEGREE
 
 
 def vocabulary() -> dict[str, int]:

@@ -8,15 +8,16 @@ What is generated has the size of the images that are given, whatever the model 
 interpolated, as in the reference (spec 5.6). There the last image decides and another size fails later; here all must agree. Without an
 image the size is the model's own, there 224 pixels.
 
-A target compiles once for its number of steps: the steps are a scan over padded counts, and the target's own tokens have
-encoder slots from the start, hidden until they are written.
+Targets that do not depend on each other are one program, others one each, compiled once for the number of steps: these are a scan over
+padded counts, and a target's own tokens have encoder slots from the start, hidden until they are written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -51,6 +52,7 @@ def generate_tokens(
     top_k: PerTarget[int | float] = 0,
     top_p: PerTarget[float] = 0.8,
     guidance_scale: PerTarget[float] = 1.0,
+    chained: bool = True,
     visible: Mapping[str, jax.Array] | None = None,
     known_tokens: Mapping[str, jax.Array] | None = None,
     only: str | None = None,
@@ -70,6 +72,8 @@ def generate_tokens(
       temperature: 0 takes the most probable token.
       top_k, top_p: filters of `sampling.filter_logits`.
       guidance_scale: ``u + (c - u) * scale`` of the logits with (c) and without (u) the inputs and the finished targets; 1 is off.
+      chained: whether a target conditions those after it. Without, they depend on the inputs alone. Images of equal settings that do not
+        depend on each other are written together, in one pass a step, with the same result.
       visible: bool ``[B, s, s]`` by image input, which of its patches or tokens the model sees; the others are as if they were not given.
         Shapes do not depend on it, so that one program serves all masks. Inputs without one are seen whole.
       known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here.
@@ -84,113 +88,159 @@ def generate_tokens(
       ValueError: a stream that the model lacks or that is both input and target, wrong shapes, images of different sizes, settings out
         of range.
     """
-    encoder = {s.key: s for s in module.config.encoder}
-    decoder = {s.key: s for s in module.config.decoder}
+    encoder, decoder = ({s.key: s for s in streams} for streams in (module.config.encoder, module.config.decoder))
     finished = {key: jnp.asarray(value) for key, value in (known_tokens or {}).items()}
-    known = {key: jnp.asarray(value) for key, value in inputs.items()}
-    batch_size = _check(known, targets, encoder, decoder, seed, finished, only)
-    masks = _check_visible(visible or {}, known, encoder, module.config.patch_size)
+    known, masks, batch_size = check(module, inputs, targets, np.size(seed), visible, finished, only)
     known |= {key: value for key, value in finished.items() if key in encoder}
-    module, variables = transformer.at_size(module, variables, _image_size(module, known))
+    module, variables = at_inputs(module, variables, known)
     words, at = jnp.asarray(sampling.seed_words(seed, batch_size)), jnp.asarray(sampling.corners(at, batch_size))
+    given = dict(steps=steps, schedule=schedule, token_schedule=token_schedule, temperature=temperature)
+    given |= dict(temperature_schedule=temperature_schedule, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    missing = [target for target in targets if target not in finished and only in (None, target)]
+    plans = {target: _plan(module, decoder[target], **{k: _option(v, target) for k, v in given.items()}) for target in missing}
     outputs = {}
-    for i, target in enumerate(targets):
-        if target in finished or only not in (None, target):
-            continue
-        option = functools.partial(_option, target=target)
-        settings = dict(top_k=option(top_k), top_p=float(option(top_p)), guided=option(guidance_scale) != 1)
-        sampling.check_filters(settings["top_k"], settings["top_p"])
-        if decoder[target].kind == "sequence":
-            counts, run = (1,), _write_sequence
+    for group in _groups(plans, {*encoder} if chained else set()):
+        later = [key for key in targets[targets.index(group[-1]) + 1 :] if key not in finished and key in encoder]
+        starts = [key for key in later if chained and encoder[key].kind == "sequence"]
+        seen = known | {key: jnp.full((batch_size, 1), START) for key in starts}
+        plan = plans[group[0]]
+        values = jnp.asarray(plan.counts), jnp.asarray(plan.temperatures, jnp.float32), jnp.float32(plan.guidance_scale)
+        if plan.is_sequence:
+            made = [_write_sequence(variables, seen, masks, words, values, module=module, target=group[0], **dict(plan.settings))]
         else:
-            counts = sampling.token_schedule(option(token_schedule), option(steps), module.config.grid**2)
-            settings |= dict(schedule=_check_schedule(option(schedule)), width=max(counts), even=len(set(counts)) == 1)
-            run = _write_image
-        temperatures = sampling.temperature_schedule(option(temperature_schedule), option(temperature), counts)
-        settings["greedy"] = option(temperature) <= sampling.GREEDY_TEMPERATURE
-        plan = (jnp.asarray(counts), jnp.asarray(temperatures), jnp.float32(option(guidance_scale)))
-        later = [key for key in targets[i + 1 :] if key in encoder and key not in finished and encoder[key].kind == "sequence"]
-        seen = known | {key: jnp.full((batch_size, 1), START) for key in later}
-        outputs[target] = run(variables, seen, masks, words, at, *plan, module=module, target=target, **settings)
-        if target in encoder:
-            known[target] = outputs[target]
+            made = _write_images(variables, seen, masks, words, at, values, module=module, targets=tuple(group), **dict(plan.settings))
+        outputs |= zip(group, made, strict=True)
+        known |= {target: outputs[target] for target in group if chained and target in encoder}
     return outputs
 
 
-# ---- one target, one program ----
+# ---- what is done when ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How one target is written. Those with equal plans can be written together."""
+
+    is_sequence: bool
+    is_input: bool  # whether the encoder can see what has been written of it
+    counts: tuple[int, ...]  # tokens a step
+    temperatures: tuple[float, ...]
+    guidance_scale: float
+    settings: tuple[tuple[str, Any], ...]  # of the program
+
+
+def _plan(
+    module: TerraMind,
+    stream: Stream,
+    *,
+    steps: int,
+    schedule: Schedule,
+    token_schedule: sampling.TokenSchedule,
+    temperature: float,
+    temperature_schedule: sampling.TemperatureSchedule,
+    top_k: int | float,
+    top_p: float,
+    guidance_scale: float,
+) -> _Plan:
+    """Of one target; see `generate_tokens`."""
+    sampling.check_filters(top_k, top_p)
+    settings = dict(top_k=top_k, top_p=float(top_p), guided=guidance_scale != 1, greedy=temperature <= sampling.GREEDY_TEMPERATURE)
+    counts, is_sequence = (1,), stream.kind == "sequence"
+    if not is_sequence:
+        counts = sampling.token_schedule(token_schedule, steps, module.config.grid**2)
+        settings |= dict(schedule=_check_schedule(schedule), width=max(counts), even=len(set(counts)) == 1)
+    temperatures = tuple(sampling.temperature_schedule(temperature_schedule, temperature, counts).tolist())
+    return _Plan(is_sequence, stream in module.config.encoder, counts, temperatures, guidance_scale, tuple(settings.items()))
+
+
+def _groups(plans: Mapping[str, _Plan], conditioning: set[str]) -> list[list[str]]:
+    """Targets, in their order, that are written together: images with one plan, none of which conditions those after it."""
+    groups: list[list[str]] = []
+    for target, plan in plans.items():
+        last = groups[-1] if groups else []
+        if last and not plan.is_sequence and plan == plans[last[0]] and conditioning.isdisjoint(last):
+            last.append(target)
+        else:
+            groups.append([target])
+    return groups
+
+
+# ---- one group, one program ----
 
 _STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "schedule", "width", "even"))
-def _write_image(
-    variables,
-    inputs,
-    visible,
-    words,
-    at,
-    counts,
-    temperatures,
-    guidance_scale,
-    *,
-    module,
-    target,
-    schedule,
-    width,
-    even,
-    guided,
-    **settings,
-) -> jax.Array:
-    """All steps of one image stream -> ids ``[B, h, w]``. `counts` and `temperatures` ``[steps]``; `width` is the largest count."""
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "targets", "schedule", "width", "even"))
+def _write_images(
+    variables, inputs, visible, words, at, plan, *, module, targets, schedule, width, even, guided, **settings
+) -> list[jax.Array]:
+    """All steps of image streams that do not depend on each other -> ids ``[B, h, w]`` of each.
+
+    `plan` holds counts and temperatures ``[steps]`` and the guidance scale; `width` is the largest count. Arrays are ``[T * B, ...]``, one
+    target after the other.
+    """
+    counts, temperatures, guidance_scale = plan
     b, grid, length = words.shape[0], module.config.grid, module.config.grid**2
-    keys, places = sampling.sample_keys(words, target), sampling.places(at, grid, grid)
-    slots = _embed(module, variables, inputs, visible)
-    sees_itself = target in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
+
+    def each(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+        """A function of a target and its parts of arrays, for all targets."""
+        parts = zip(*(x.reshape(len(targets), b, *x.shape[1:]) for x in arrays), strict=True)
+        made = [function(target, *part) for target, part in zip(targets, parts, strict=True)]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *made)
+
+    def repeat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.concatenate([x] * len(targets)), tree)
+
+    keys = jnp.concatenate([sampling.sample_keys(words, target) for target in targets])
+    places = repeat(sampling.places(at, grid, grid))
     order = jnp.pad(sampling.random_orders(keys, places), ((0, 0), (0, width)))
+    slots = _embed(module, variables, inputs, visible)
+    sees_itself = targets[0] in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
+    slots, fixed = (repeat(slots), None) if sees_itself else (slots, repeat(_encode(module, variables, slots, None, guided)))
 
     def body(state, plan):
         ids, written = state
         step, start, count, temperature = plan
-        own = _hide(*module.apply(variables, target, ids, method="embed"), ~written) if sees_itself else None
+        contexts = fixed
+        if sees_itself:
+            content, emb = each(lambda target, ids: module.apply(variables, target, ids, method="embed"), ids)
+            contexts = _encode(module, variables, slots, _hide(content, emb, ~written), guided)
         if schedule == "roar":
             positions = jax.lax.dynamic_slice_in_dim(order, start, width, axis=1)
             missing = jnp.broadcast_to(jnp.arange(width) < count, positions.shape)
         else:
-            positions, missing = jnp.broadcast_to(jnp.arange(length), (b, length)), ~written
+            positions, missing = jnp.broadcast_to(jnp.arange(length), ids.shape), ~written
         # Slots that need no token are hidden keys, so that the decoder works as if they were not there (spec 8.3 has no other mask).
         needs_mask = not even if schedule == "roar" else counts.shape[0] > 1
         self_mask = jnp.broadcast_to(~missing[:, None, :], (*missing.shape, missing.shape[1])) if needs_mask else None
-        queries = module.apply(variables, target, positions, method="queries")
-        contexts = _encode(module, variables, slots, own, guided)
+        queries = each(lambda target, positions: module.apply(variables, target, positions, method="queries"), positions)
         y = [module.apply(variables, queries, *context, self_mask, method="decode") for context in contexts]
-        logits = _logits(module, variables, target, y, guidance_scale)
         # A step that draws each token once needs no number: windows of a scene may come to a token in different steps.
         drawn = sampling.step_keys(keys, step if schedule == "maskgit" else 0)
         drawn = sampling.place_keys(drawn, jnp.take_along_axis(places, positions, axis=1))
-        new, confidence = _sample(drawn, logits, temperature, **settings)
+
+        def draw(target: str, keys: jax.Array, *y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _sample(keys, _logits(module, variables, target, y, guidance_scale), temperature, **settings)
+
+        new, confidence = each(draw, drawn, *y)
         chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
         return _write(ids, written, positions, new, chosen), None
 
-    state = (jnp.zeros((b, length), jnp.int32), jnp.zeros((b, length), bool))
-    plan = (jnp.arange(counts.shape[0]), jnp.cumsum(counts) - counts, counts, temperatures)
-    (ids, _), _ = jax.lax.scan(body, state, plan)
-    return ids.reshape(b, grid, grid)
+    state = (jnp.zeros((len(targets) * b, length), jnp.int32), jnp.zeros((len(targets) * b, length), bool))
+    steps = (jnp.arange(counts.shape[0]), jnp.cumsum(counts) - counts, counts, temperatures)
+    (ids, _), _ = jax.lax.scan(body, state, steps)
+    return list(ids.reshape(len(targets), b, grid, grid))
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _write_sequence(
-    variables, inputs, visible, words, at, counts, temperatures, guidance_scale, *, module, target, guided, **settings
-) -> jax.Array:
+def _write_sequence(variables, inputs, visible, words, plan, *, module, target, guided, **settings) -> jax.Array:
     """One sequence stream, token after token -> ids ``[B, L]`` (spec 8.4). Ends at the first sentinel; the rest is padding."""
-    del at, counts  # a sequence lies on no grid, and is written token by token
+    _, temperatures, guidance_scale = plan
     b = words.shape[0]
     total = next(s.max_tokens for s in module.config.decoder if s.key == target)
     length = total - 1  # the first place is the input's [S_1]
     keys = sampling.sample_keys(words, target)
-    slots, own = _embed(module, variables, inputs, visible), None
-    if target in {s.key for s in module.config.encoder}:
-        own = _hide(*module.apply(variables, target, jnp.full((b, 1), START), method="embed"), jnp.zeros((b, 1), bool))
-    contexts = _encode(module, variables, slots, own, guided)
+    contexts = sequence_contexts(module, variables, inputs, visible, target, b, guided)
     positions = jnp.broadcast_to(jnp.arange(length), (b, length))
     future = jnp.broadcast_to(jnp.arange(length)[None, :] > jnp.arange(length)[:, None], (b, length, length))
 
@@ -208,6 +258,15 @@ def _write_sequence(
 
 
 # ---- pieces of a step ----
+
+
+def sequence_contexts(module, variables, inputs, visible, target: str, batch_size: int, guided: bool = False) -> list[tuple]:
+    """`_encode` for a sequence that is to be written, which the encoder sees as its start token (spec 8.4)."""
+    own = None
+    if target in {s.key for s in module.config.encoder}:
+        start = jnp.full((batch_size, 1), START)
+        own = _hide(*module.apply(variables, target, start, method="embed"), jnp.zeros(start.shape, bool))
+    return _encode(module, variables, _embed(module, variables, inputs, visible), own, guided)
 
 
 def _embed(module: TerraMind, variables: Variables, inputs: Mapping[str, jax.Array], visible: Mapping[str, jax.Array]) -> list[tuple]:
@@ -239,7 +298,7 @@ def _encode(module: TerraMind, variables: Variables, slots: list[tuple], own: tu
     return contexts
 
 
-def _logits(module: TerraMind, variables: Variables, target: str, y: list[jax.Array], guidance_scale: jax.Array) -> jax.Array:
+def _logits(module: TerraMind, variables: Variables, target: str, y: Sequence[jax.Array], guidance_scale: jax.Array) -> jax.Array:
     """``[B, m, V]`` of one decoder output, or of a conditional and an unconditional one under guidance."""
     logits = [module.apply(variables, target, x, method="logits") for x in y]
     if len(logits) == 1:
@@ -278,6 +337,11 @@ def _until_sentinel(ids: jax.Array) -> jax.Array:
 
 
 # ---- images of another size ----
+
+
+def at_inputs(module: TerraMind, variables: Variables, inputs: Mapping[str, jax.Array]) -> tuple[TerraMind, Variables]:
+    """The network for images of the size of these inputs; a ValueError if that is not one."""
+    return transformer.at_size(module, variables, _image_size(module, inputs))
 
 
 def _image_size(module: TerraMind, inputs: Mapping[str, jax.Array]) -> int:
@@ -330,8 +394,18 @@ def _check_visible(visible: Mapping[str, Any], inputs: Mapping[str, jax.Array], 
     return masks
 
 
-def _check(inputs, targets, encoder, decoder, seed, finished, only) -> int:
-    """Raises unless these streams can be generated from those; returns the batch size."""
+def check(
+    module: TerraMind,
+    inputs: Mapping[str, Any],
+    targets: Sequence[str],
+    batch_size: int = 1,
+    visible: Mapping[str, Any] | None = None,
+    finished: Mapping[str, jax.Array] | None = None,
+    only: str | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], int]:
+    """Inputs and masks as arrays, and their batch size, `batch_size` where there are none; a ValueError if they do not fit."""
+    encoder, decoder = ({s.key: s for s in streams} for streams in (module.config.encoder, module.config.decoder))
+    inputs, finished = {key: jnp.asarray(value) for key, value in inputs.items()}, finished or {}
     for role, keys, known in (("input", inputs, encoder), ("target", targets, decoder), ("target", finished, decoder)):
         unknown = [key for key in keys if key not in known]
         if unknown:
@@ -351,4 +425,4 @@ def _check(inputs, targets, encoder, decoder, seed, finished, only) -> int:
     sizes = {key: value.shape[0] for key, value in (inputs | finished).items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The inputs differ in batch size: {', '.join(f'{key} {size}' for key, size in sizes.items())}.")
-    return next(iter(sizes.values()), np.size(seed))
+    return inputs, _check_visible(visible or {}, inputs, encoder, module.config.patch_size), next(iter(sizes.values()), batch_size)

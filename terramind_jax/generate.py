@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from terramind_jax import captions, coordinates, draws, modalities, sampling
+from terramind_jax import locate as location
 from terramind_jax.bands import FillBands, fill_missing
 from terramind_jax.decoding import PerTarget, T, generate_tokens
 from terramind_jax.modalities import Stream
@@ -21,6 +22,8 @@ from terramind_jax.tokenizer import Clip, Sampler, Tokenizer, apply, decode
 
 Variables = Mapping[str, Any]
 Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
+
+ENCODING = ("vocabulary", "standardize", "version", "offset", "bands", "fill_bands", "visible")  # options of `encode_inputs`
 
 
 def generate(
@@ -110,13 +113,6 @@ def output_tokens(
     outputs: Sequence[str],
     *,
     seed: int | np.ndarray,
-    vocabulary: captions.Tokenizer | None = None,
-    standardize: bool = True,
-    version: str = "v1",
-    offset: Mapping[str, float] | None = None,
-    bands: Mapping[str, Sequence[str]] | None = None,
-    fill_bands: FillBands = "neighbours",
-    visible: Mapping[str, np.ndarray] | None = None,
     known_tokens: Mapping[str, np.ndarray] | None = None,
     only: str | None = None,
     **options: Any,
@@ -124,13 +120,53 @@ def output_tokens(
     """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids.
 
     With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of those before it; `outputs` stay the same.
+    `options` are of `encode_inputs` and of `decoding.generate_tokens`.
     """
     check_by_name(inputs)
     check_names(module, inputs, outputs, tokenizers)
-    read, made = _streams(module, inputs, outputs)
-    _check_sizes(inputs, read)
+    made = {name: modalities.output_stream(name) for name in outputs}
     _check_known(known_tokens or {}, only, made)
+    encoding = {name: options.pop(name) for name in ENCODING if name in options}
     options = {name: _by_stream(value, made) for name, value in (options | {"known_tokens": known_tokens}).items()}
+    values, visible = encode_inputs(module, tokenizers, inputs, **encoding)
+    targets = list(dict.fromkeys(stream.key for stream in made.values()))
+    chosen = only and made[only].key
+    tokens = generate_tokens(module, variables, values, targets, seed=seed, visible=visible, only=chosen, **options)
+    return {name: tokens[stream.key] for name, stream in made.items() if stream.key in tokens}
+
+
+def locate(
+    module: TerraMind,
+    variables: Variables,
+    tokenizers: Tokenizers,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    temperature: float = 1.0,
+    **options: Any,
+) -> np.ndarray:
+    """Where on Earth the inputs may lie: `locate.density`, float32 ``[B, 721, 1440]``; `options` are of `encode_inputs`."""
+    check_by_name(inputs)
+    check_names(module, inputs, [location.STREAM], tokenizers)
+    values, visible = encode_inputs(module, tokenizers, inputs, **options)
+    return np.asarray(location.density(module, variables, values, visible=visible, temperature=temperature))
+
+
+def encode_inputs(
+    module: TerraMind,
+    tokenizers: Tokenizers,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    vocabulary: captions.Tokenizer | None = None,
+    standardize: bool = True,
+    version: str = "v1",
+    offset: Mapping[str, float] | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
+    fill_bands: FillBands = "neighbours",
+    visible: Mapping[str, np.ndarray] | None = None,
+) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, np.ndarray]]:
+    """Inputs by user name as the encoder takes them, and masks of what is seen of them, both by stream; options as of `generate`."""
+    read = {name: input_stream(module, name) for name in inputs}
+    _check_sizes(inputs, read)
     _check_inputs("Bands", bands or {}, inputs)
     _check_inputs("Visible patches", visible or {}, inputs)
     masks = {name: _mask(name, mask, inputs[name], read[name]) for name, mask in (visible or {}).items()}
@@ -141,10 +177,7 @@ def output_tokens(
         return encode_input(stream, inputs[name], tokenizers, **own, **scale)
 
     values = {stream.key: encode(name, stream) for name, stream in read.items()}
-    targets = list(dict.fromkeys(stream.key for stream in made.values()))
-    options["visible"] = {read[name].key: mask for name, mask in masks.items()}
-    tokens = generate_tokens(module, variables, values, targets, seed=seed, only=only and made[only].key, **options)
-    return {name: tokens[stream.key] for name, stream in made.items() if stream.key in tokens}
+    return values, {read[name].key: mask for name, mask in masks.items()}
 
 
 def input_stream(module: TerraMind, name: str) -> Stream:
@@ -173,7 +206,7 @@ def encode_input(
     if stream.modality == "caption":
         return captions.encode(vocabulary, x)
     if stream.kind == "sequence":
-        return coordinates.encode(np.asarray(x))
+        return x if isinstance(x, jax.core.Tracer) else coordinates.encode(np.asarray(x))  # programs take ids
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if stream.modality not in modalities.MODALITIES:
         return x if visible is None else _without_hidden(x, visible, 0)  # a modality of the user's own: without statistics
@@ -220,8 +253,23 @@ def decode_output(
         return captions.decode(vocabulary, np.asarray(tokens))
     if stream.kind == "sequence":
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
+    scale = dict(standardize=standardize, version=version, offset=offset)
+    return np.asarray(decode_image(stream, tokens, tokenizers, seed=seed, **scale, **decoding), np.float32)
+
+
+def decode_image(
+    stream: Stream,
+    tokens: jax.Array,
+    tokenizers: Tokenizers,
+    *,
+    standardize: bool = True,
+    version: str = "v1",
+    offset: float = 0.0,
+    **decoding: Any,
+) -> jax.Array:
+    """`decode_output` of an image, left on its devices."""
     tokenizer, variables = tokenizers[stream.modality]
-    x = np.asarray(decode(tokenizer, variables, tokens, seed=seed, **decoding), np.float32)
+    x = decode(tokenizer, variables, tokens, **decoding)
     is_class_map = tokenizer.config.is_class_map
     return modalities.destandardize(stream.modality, x, version, offset) if standardize and not is_class_map else x
 
@@ -280,7 +328,7 @@ def check_names(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]
 
 def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:
     """Raises unless the inputs are of one batch and the images of one size."""
-    batches = {name: len(x) for name, x in inputs.items()}
+    batches = {name: np.shape(x)[0] for name, x in inputs.items()}
     sides = {name: np.shape(x)[1:3] for name, x in inputs.items() if read[name].kind != "sequence"}
     if len(set(batches.values())) > 1:
         raise ValueError(f"The inputs differ in batch size: {', '.join(f'{name} {size}' for name, size in batches.items())}.")
@@ -308,6 +356,8 @@ def check_by_name(inputs: Any) -> None:
 
 def check_integers(name: str, x: np.ndarray, count: int, kind: str) -> None:
     """Raises a ValueError unless `x` holds integers below `count`; `kind` is what they are: classes, tokens."""
+    if isinstance(x, jax.core.Tracer):
+        return  # values are not known in a program
     x = np.asarray(x)
     if x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= count:
         raise ValueError(f"{name} holds {x.dtype} values from {x.min()} to {x.max()}; expected integer {kind} 0-{count - 1}.")

@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from terramind_jax import captions, decoding, generate, modalities, tim, tokenizer, zoo
+from terramind_jax import captions, decoding, export, generate, modalities, program, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
 from terramind_jax.model import backbone, temporal
@@ -266,6 +267,64 @@ class Generator(Model):
     ) -> dict[str, jax.Array]:
         """The same before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``."""
         return generate.output_tokens(*self._parts(inputs), seed=seed, **self._settings(standardize, options))
+
+    def compile(self, batch_size: int = 1, image_size: int | None = None, **options: Any) -> program.Compiled:
+        """`generate` for one batch size and size of images, compiled now: ``made = model.compile(8)(inputs, seed=0)``.
+
+        The whole is one program, which a call neither traces nor compiles. `image_size` is the model's by default; `options` are those of
+        `generate` that hold for all calls: not `noise`, `num_samples`, `at`, `bands`, `visible`, `known_tokens` and `only`.
+        """
+        run, inputs = self._program(batch_size, image_size, **options)
+        return program.compile_for(run, self._weights(), inputs)
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        batch_size: int | None = None,
+        image_size: int | None = None,
+        platforms: Sequence[str] = export.PLATFORMS,
+        **options: Any,
+    ) -> None:
+        """Writes `generate` as a program that JAX runs without this package, and its weights, to the folder `path`; see `export`.
+
+        Arguments as of `compile`; the batch size is open by default.
+        """
+        run, inputs = self._program(export.open_size() if batch_size is None else batch_size, image_size, **options)
+        export.write(path, run, self._weights(), inputs, platforms)
+
+    def _program(
+        self,
+        batch_size: Any,
+        image_size: int | None,
+        timesteps: int | None = None,
+        standardize: bool | None = None,
+        sampler: tokenizer.Sampler = "ddim",
+        clip: tokenizer.Clip = "published",
+        **options: Any,
+    ) -> tuple:
+        settings = self._settings(standardize, options)
+        refused = [name for name in ("at", "bands", "visible", "known_tokens", "only") if settings.get(name)]
+        if refused:
+            raise ValueError(f"A compiled program takes no {refused[0]}; use generate.")
+        settings = {name: value for name, value in settings.items() if name not in ("vocabulary", "bands", "fill_bands")}
+        settings |= dict(timesteps=self.options["timesteps"] if timesteps is None else timesteps, sampler=sampler, clip=clip)
+        networks = {name: module for name, (module, _) in self.tokenizers.items()}
+        names = self.options["modalities"]
+        run = program.build(self.module, networks, names, self.options["output_modalities"], **settings)
+        return run, program.shapes(self.module, names, batch_size, image_size or self.options["img_size"])
+
+    def _weights(self) -> dict[str, jax.Array]:
+        return program.flat_weights(self.variables, {name: variables for name, (_, variables) in self.tokenizers.items()})
+
+    def locate(
+        self, inputs: Mapping[str, np.ndarray], standardize: bool | None = None, temperature: float = 1.0, **options: Any
+    ) -> np.ndarray:
+        """How probable each place on Earth is, float32 ``[B, 721, 1440]``, of a model that makes coords; see `locate.density`.
+
+        Each sample's sum to 1; `coordinates.grid` gives longitudes and latitudes. `options` are `visible`, `bands` and `fill_bands`.
+        """
+        settings = {name: value for name, value in self._settings(standardize, options).items() if name in generate.ENCODING}
+        return generate.locate(self.module, self.variables, self.tokenizers, inputs, temperature=temperature, **settings)
 
     def _parts(self, inputs: Mapping[str, np.ndarray]) -> tuple:
         return self.module, self.variables, self.tokenizers, inputs, self.options["output_modalities"]

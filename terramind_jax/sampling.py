@@ -58,12 +58,14 @@ def temperature_schedule(kind: TemperatureSchedule, temperature: float, counts: 
     return np.maximum(temperature * (1 - written / sum(counts)), MIN_TEMPERATURE).astype(np.float32)
 
 
-def seed_words(seed: int | np.ndarray, batch_size: int) -> np.ndarray:
+def seed_words(seed: int | np.ndarray | jax.Array, batch_size: int) -> np.ndarray | jax.Array:
     """`seed` as two 32-bit words a sample, ``[B, 2]`` uint32.
 
     An integer `seed` gives every sample the same random material, so a sample's result is the same in any batch and at any place in it.
-    An array ``[B]`` of seeds gives each sample its own.
+    An array ``[B]`` of seeds gives each sample its own; inside a program these are uint32.
     """
+    if isinstance(seed, jax.core.Tracer):  # in a program: one 32-bit seed a sample
+        return jnp.stack([jnp.zeros_like(seed), seed], axis=-1)
     seeds = np.asarray(seed)
     if seeds.dtype.kind not in "iu":
         raise ValueError(f"The seed has dtype {seeds.dtype}; expected an integer or an array of integers, one a sample.")
@@ -94,9 +96,11 @@ def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
 
-def corners(at: np.ndarray | None, batch_size: int) -> np.ndarray:
+def corners(at: np.ndarray | None, batch_size: int) -> np.ndarray | jax.Array:
     """`at` as ``[B, 2]`` int32: row and column of each window's first token on the grid of its scene; None: the windows are the scenes."""
-    at = np.zeros((batch_size, 2), np.int32) if at is None else np.asarray(at)
+    if at is None:
+        return jnp.zeros((batch_size, 2), jnp.int32)
+    at = np.asarray(at)
     if at.shape != (batch_size, 2) or at.dtype.kind not in "iu":
         raise ValueError(f"The option at is {at.dtype} of shape {list(at.shape)}; expected integers [{batch_size}, 2], row and column.")
     if at.min(initial=0) < 0 or at.max(initial=0) >= SCENE_SIDE:

@@ -70,10 +70,8 @@ def think(
     """
     known = collections.OrderedDict(inputs)
     new = [target for target in targets if target not in known]
-    options = dict(seed=seed, steps=steps, temperature=temperature, top_p=top_p, top_k=top_k)
-    ids: dict[str, jax.Array] = {}
-    for together in [new] if chained else [[target] for target in new]:
-        ids |= decoding.generate_tokens(module, variables, known, together, **options)
+    options = dict(seed=seed, chained=chained, steps=steps, temperature=temperature, top_p=top_p, top_k=top_k)
+    ids = decoding.generate_tokens(module, variables, known, new, **options)
     sequences = {s.key for s in module.config.decoder if s.kind == "sequence"}
     for key in new:
         known[key] = ids[key][:, :-1] if key in sequences else ids[key]  # a sequence's last place is always padding

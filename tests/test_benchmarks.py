@@ -72,6 +72,16 @@ def test_a_search_begins_no_measurement_that_would_end_too_late(scripts):
     assert list(found) == [8, 16, 32] and found[32] == {"failed": "no time left"} and now == [24.0]
 
 
+# ---- inference ----
+
+
+def test_a_section_replaces_itself_alone(scripts, tmp_path):
+    write, path = scripts("inference").write_section, tmp_path / "table.md"
+    for title, body in (("Speed", "old\n\n| a |\n"), ("Samplers", "one"), ("Speed", "new\n\n| b |\n")):
+        write(path, title, body)
+    assert path.read_text() == "## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
+
+
 # ---- one training step, beside the reference's ----
 
 NANO = {"model.dim": 64, "model.num_heads": 1, "model.encoder_depth": 1, "model.decoder_depth": 1}

@@ -163,6 +163,27 @@ def test_windows_of_a_scene_share_its_draws(network, schedule):
     assert len(np.unique(whole)) > 3 and (run((module, flat), blank, **options)["tok_a"] != whole).any()
 
 
+def test_targets_that_do_not_depend_on_each_other_are_written_together(network, monkeypatch):
+    """One program, and what each alone gives: without chaining, and where those before are no inputs."""
+    programs, write = [], decoding._write_images
+
+    def record(*arrays, targets, **options):
+        programs.append(targets)
+        return write(*arrays, targets=targets, **options)
+
+    monkeypatch.setattr(decoding, "_write_images", record)
+    targets, options = ("tok_a", "tok_b", "coords", "tok_c"), dict(seed=np.array([5, 6]), steps=2, guidance_scale=2.0, chained=False)
+    together = run(network, pixels(2), targets, **options)
+    assert programs == [("tok_a", "tok_b"), ("tok_c",)]
+    for target in targets:
+        np.testing.assert_array_equal(together[target], run(network, pixels(2), (target,), **options)[target])
+    programs.clear()
+    settings = dict(seed=3, temperature={"tok_a": 1, "tok_b": 1, "tok_c": 0.5}, chained=False)
+    one_step = run(network, pixels(2), ("tok_c", "tok_a", "tok_b"), **settings)
+    assert programs == [("tok_c",), ("tok_a", "tok_b")] and list(one_step) == ["tok_c", "tok_a", "tok_b"]
+    np.testing.assert_array_equal(one_step["tok_b"], run(network, pixels(2), ("tok_b",), seed=3)["tok_b"])
+
+
 def test_a_target_without_encoder_stream_conditions_nothing(network):
     chained = run(network, pixels(2), ("tok_c", "tok_a"), temperature=0)
     np.testing.assert_array_equal(chained["tok_a"], run(network, pixels(2), temperature=0)["tok_a"])
@@ -204,11 +225,11 @@ def test_what_is_visible_compiles_nothing_anew_and_may_be_all_or_nothing(network
     def seeing(mask):
         return run(network, pixels(2), temperature=0, visible={PIXELS.key: np.full((2, SIDE, SIDE), mask)})["tok_a"]
 
-    whole, before = seeing(True), decoding._write_image._cache_size()
+    whole = seeing(True)
     np.testing.assert_array_equal(whole, run(network, pixels(2), temperature=0)["tok_a"])
-    before = decoding._write_image._cache_size()
+    before = decoding._write_images._cache_size()
     nothing = seeing(False)
-    assert decoding._write_image._cache_size() == before and (nothing == nothing[:1]).all() and (nothing != whole).any()
+    assert decoding._write_images._cache_size() == before and (nothing == nothing[:1]).all() and (nothing != whole).any()
 
 
 def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network):
@@ -244,9 +265,9 @@ def test_images_of_another_size_interpolate_positions(network, side):
 
 def test_one_program_a_target_and_number_of_steps(network):
     run(network, pixels(2), steps=2, temperature=0)
-    before = decoding._write_image._cache_size()
+    before = decoding._write_images._cache_size()
     run(network, pixels(2, seed=1), steps=2, seed=9, temperature=0, guidance_scale=1)
-    assert decoding._write_image._cache_size() == before
+    assert decoding._write_images._cache_size() == before
 
 
 def test_sequences_are_written_token_by_token(network):

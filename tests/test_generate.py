@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import random_networks
 
-from terramind_jax import coordinates, draws, generate, modalities, sampling, tokenizer
+from terramind_jax import coordinates, decoding, draws, generate, modalities, sampling, tokenizer
 from terramind_jax.modalities import STREAMS
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -136,6 +136,32 @@ def test_hidden_patches_may_hold_anything(system):
     np.testing.assert_array_equal(painted, tokens(*clouded, **masks))
     assert (painted != tokens(dem, lulc)).any()
     np.testing.assert_array_equal(tokens(dem, lulc), tokens(dem, lulc, visible={"DEM": np.ones((2, 3, 3), bool)}))
+
+
+def test_a_density_over_the_earth(system):
+    """A row against the plain pass that writes its latitude and then looks for the longitude."""
+    module, variables, _ = system
+    density = generate.locate(*system, scene())
+    assert density.shape == (2, 721, 1440)
+    np.testing.assert_allclose(density.sum((1, 2)), 1, rtol=1e-4)
+    lons, lats = coordinates.grid()
+    assert lats[173] == 46.75 and lons[766] == 11.5
+    latitude, longitude, _ = coordinates.encode(11.5, 46.75)
+    apply = functools.partial(module.apply, variables)
+    values, _ = generate.encode_inputs(module, {}, scene())
+    slots = [apply(key, value, method="embed") for key, value in values.items()]
+    slots.append(apply("coords", jnp.full((2, 1), decoding.START), method="embed"))
+    context = apply(*(jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True)), method="encode")
+    ids, places = jnp.array([[decoding.START, latitude]] * 2), jnp.array([[0, 1]] * 2)
+    y = apply(apply("coords", places, ids, method="queries"), context, None, jnp.array([[[0, 1], [0, 0]]] * 2, bool), method="decode")
+    logits = apply("coords", y, method="logits")
+    of_latitude = jax.nn.softmax(logits[:, 0, slice(*coordinates.LATITUDES)])[:, latitude - coordinates.LATITUDES[0]]
+    of_longitude = jax.nn.softmax(logits[:, 1, slice(*coordinates.LONGITUDES)])[:, longitude - coordinates.LONGITUDES[0]]
+    np.testing.assert_allclose(density[:, 173, 766], of_latitude * of_longitude, rtol=1e-3)
+    sharp = generate.locate(*system, scene(), temperature=0.5)
+    assert (sharp.max((1, 2)) > density.max((1, 2))).all() and (density[0] != density[1]).any()
+    with pytest.raises(ValueError, match="temperature is 0; a density needs a positive one"):
+        generate.locate(*system, scene(), temperature=0)
 
 
 def test_unwritten_coordinates_are_nan(system):

@@ -1,0 +1,83 @@
+"""Generation as one program, compiled ahead of time or exported."""
+
+import json
+
+import jax
+import nano_models
+import numpy as np
+import pytest
+
+import terramind_jax as tm
+from terramind_jax import coordinates
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, compile_fast):
+    nano_models.shrink(monkeypatch, "tiny")
+
+
+def load(inputs, outputs, **options):
+    return tm.load("terramind_v1_tiny_generate", "random", modalities=inputs, output_modalities=outputs, timesteps=2, **options)
+
+
+def scene(batch=2):
+    rng = np.random.default_rng(0)
+    places = np.array([[11.5, 48.25], [-70.0, -33.5]])[:batch]
+    return {
+        "S2L2A": rng.integers(1, 6000, (batch, 32, 32, 12)).astype(np.uint16),
+        "LULC": rng.integers(0, 10, (batch, 32, 32)),
+        "coords": places,
+    }
+
+
+def same(made, expected):
+    assert list(made) == list(expected)
+    for name, x in expected.items():
+        np.testing.assert_allclose(made[name], x, atol=1e-4 * np.abs(x).max())
+
+
+def test_a_compiled_program_is_generate():
+    model, options, seeds = (
+        load(["S2L2A"], ["coords", "LULC"], offset={"S2L2A": 1000}),
+        dict(standardize=True, steps=2),
+        np.array([3, 2**32 - 1]),
+    )
+    inputs = {"S2L2A": scene()["S2L2A"]}
+    run = model.compile(2, 32, **options)
+    made, expected = run(inputs, seed=seeds), model.generate(inputs, seed=seeds, **options)
+    np.testing.assert_array_equal(made.pop("coords"), expected.pop("coords"))
+    same(made, expected)
+    same({"LULC": run(inputs, seed=5)["LULC"]}, {"LULC": model.generate(inputs, seed=5, **options)["LULC"]})
+    with pytest.raises(ValueError, match=r"S2L2A has shape \[1, 32, 32, 12\]; this program was compiled for \[2, 32, 32, 12\]"):
+        run({"S2L2A": inputs["S2L2A"][:1]})
+    with pytest.raises(ValueError, match="The inputs are DEM; this program was compiled for S2L2A"):
+        run({"DEM": 0})
+    with pytest.raises(ValueError, match="The seed is -1; a compiled program takes"):
+        run(inputs, seed=-1)
+    with pytest.raises(ValueError, match="takes no visible; use generate"):
+        model.compile(2, 32, visible={"S2L2A": np.ones((2, 2, 2), bool)})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(["S2L2A"], ["LULC"]), pytest.param(["S2L2A", "LULC", "coords"], ["DEM", "NDVI"], marks=pytest.mark.slow)]
+)
+def test_an_exported_program_runs_without_this_package_at_any_batch_size(inputs, outputs, tmp_path):
+    pytest.importorskip("flatbuffers")
+    from jax import export
+    from safetensors.numpy import load_file
+
+    model, options = load(inputs, outputs), dict(standardize=True, sampler="dpmpp", clip="none")
+    model.export(tmp_path / "made", image_size=32, **options)
+    program = export.deserialize(bytearray((tmp_path / "made" / "program.stablehlo").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    weights = load_file(tmp_path / "made" / "weights.safetensors")
+    for batch in (1, 2):
+        given, seeds = {name: x for name, x in scene(batch).items() if name in inputs}, np.arange(batch, dtype=np.uint32)
+        arrays = {"S2L2A": given["S2L2A"].astype(np.float32)}
+        if "LULC" in inputs:
+            arrays |= {"LULC": given["LULC"].astype(np.int32), "coords": coordinates.encode(given["coords"])}
+        same(jax.jit(program.call)(weights, arrays, seeds), model.generate(given, seed=seeds, **options))
+    interface = json.loads((tmp_path / "made" / "interface.json").read_text())
+    assert interface["inputs"]["S2L2A"] == {"shape": ["batch", 32, 32, 12], "dtype": "float32"} and [*interface["outputs"]] == outputs
+    with pytest.raises(FileExistsError):
+        model.export(tmp_path / "made")
