@@ -482,6 +482,11 @@ def _add_evaluate(commands) -> None:
     _add_generation(parser)
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
+    parser = _add_protocol(protocols, "knn", "classify the images of a data set by their nearest neighbours' labels", _evaluate_knn)
+    _add_features(parser)
+    parser.add_argument("--k", default="5,20", metavar="K,...", help="neighbours that vote; default: 5,20")
+    parser = _add_protocol(protocols, "linear", "classify the images of a data set by a linear probe", _evaluate_linear)
+    _add_features(parser)
 
 
 def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:
@@ -501,6 +506,37 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10, the paper's")
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    """Which images of which data set, and their features."""
+    parser.add_argument("--dataset", default="eurosat", metavar="NAME", help="whose images have one label each; default: eurosat")
+    parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample eurosat`")
+    parser.add_argument("--inputs", default="", metavar="A,B", help="modalities; default: all that it has")
+    parser.add_argument("--layer", type=int, default=-1, metavar="I", help="of the encoder, 0 the first; default: -1, the last")
+    parser.add_argument("--resize", type=int, metavar="S", help="bring images to S x S pixels; default: as they are")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N samples of a split, drawn under the seed; default: all")
+    text = "standardise with those of the pretraining, or of the data set; default: pretrained"
+    parser.add_argument("--statistics", default="pretrained", choices=("pretrained", "dataset"), help=text)
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at once; default: 32")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+
+
+def _features(parsed: argparse.Namespace) -> dict:
+    same = ("weights", "model", "dataset", "data", "out", "layer", "resize", "limit", "statistics", "batch_size", "seed")
+    return {"inputs": _names(parsed.inputs), **{name: getattr(parsed, name) for name in same}}
+
+
+def _evaluate_knn(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import classification
+
+    classification.knn(**_features(parsed), k=[int(k) for k in _names(parsed.k)])
+
+
+def _evaluate_linear(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import classification
+
+    classification.linear(**_features(parsed))
 
 
 def _evaluate_generation(parsed: argparse.Namespace) -> None:
