@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from terramind_jax import cli, models, weights
-from terramind_jax.evaluation import classification, features
+from terramind_jax.evaluation import classification, features, fewshot
 from terramind_jax.tasks import datasets
 from terramind_jax.tasks.samples import sample
 
@@ -76,6 +76,30 @@ def test_a_fit_is_at_the_least_of_its_loss():
     gradient = one.T @ (p / p.sum(1, keepdims=True) - np.eye(3)[labels]) / 60 + penalty * w * [[1], [1], [1], [0]]
     np.testing.assert_allclose(gradient, 0, atol=1e-4)
     assert (classification.predict(w, x) == labels).mean() > 0.7
+
+
+def test_few_shots(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["evaluate", "fewshot", *OF_MODEL, f"--data={root}"]
+    assert cli.main([*command, f"--out={out}", "--runs=30"]) == 0
+    each = [float(row["accuracy"]) for row in rows(out / "scores.csv")]
+    text = (out / "report.md").read_text()
+    assert len(each) == 30 and f"| terramind_v1_tiny | S2L1C | {100 * np.mean(each):.2f} |" in text
+    assert "| TerraMind-base | S2L1C | 70.83 |" in text and "METER" not in text
+    assert cli.main([*command, f"--out={tmp_path / 'other'}", "--ways=11"]) == 2
+    assert "ways is 11; the training images of EuroSAT have 10 classes" in capsys.readouterr().err
+
+
+def test_prototypes_of_classes_that_lie_apart():
+    """Classes around corners are told apart by one example, at chance if their test images are not of the classes they claim."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(8), 30)
+    x = 3 * np.eye(8)[labels] + 0.8 * rng.normal(size=(240, 8)) + 50  # far from zero, as features are
+    found = fewshot.accuracies(x, labels, x + 0.1 * rng.normal(size=x.shape), labels, runs=40)
+    assert 0.8 < found.mean() < 1
+    wrong = fewshot.accuracies(x, labels, x, rng.permutation(labels), runs=40)
+    assert abs(wrong.mean() - 0.2) < 0.05
+    assert fewshot.accuracies(x, labels, x, labels, shots=5, runs=40).mean() > found.mean()
+    np.testing.assert_array_equal(fewshot.accuracies(x, labels, x, labels, runs=3), fewshot.accuracies(x, labels, x, labels, runs=5)[:3])
 
 
 @pytest.mark.parametrize(
