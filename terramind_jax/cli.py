@@ -512,9 +512,34 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards, or of GeoTIFFs MODALITY/NAME.tif of any size")
     parser.add_argument("--from", required=True, dest="inputs", metavar="A,B", help="modalities to generate from")
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, each alone")
-    _add_generation(parser)
+    _add_generation(parser, "val")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
+    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
+    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
+    parser = _add_protocol(protocols, "knn", "classify the images of a data set by their nearest neighbours' labels", _evaluate_knn)
+    _add_features(parser)
+    parser.add_argument("--k", default="5,20", metavar="K,...", help="neighbours that vote; default: 5,20")
+    parser = _add_protocol(protocols, "linear", "classify the images of a data set by a linear probe", _evaluate_linear)
+    _add_features(parser)
+    parser = _add_protocol(protocols, "fewshot", "classify the images of a data set by one example of some classes", _evaluate_fewshot)
+    _add_features(parser)
+    parser.add_argument("--shots", type=int, default=1, metavar="N", help="examples of a class; default: 1")
+    parser.add_argument("--ways", type=int, default=5, metavar="N", help="classes of a run; default: 5")
+    parser.add_argument("--runs", type=int, default=200, metavar="N", help="default: 200, as published")
+    parser = _add_protocol(protocols, "zeroshot", "map the water of Sen1Floods11 by generated land cover", _evaluate_zeroshot)
+    parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample sen1floods11`")
+    parser.add_argument("--from", default="S2L1C", dest="inputs", metavar="A,B", help="S2L1C, S1GRD or both; default: S2L1C")
+    _add_generation(parser, "test")
+    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
+    text = "moves a modality's mean, where reflectance has no offset and that of the pretraining has; e.g. S2L1C=-1000"
+    parser.add_argument("--offset", action="append", default=[], metavar="MODALITY=VALUE", help=text)
+    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="chips in the picture; default: 4")
+    parser = _add_protocol(protocols, "geolocate", "generate coordinates from images, and say how far they are", _evaluate_geolocate)
+    parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards, or of GeoTIFFs MODALITY/NAME.tif")
+    parser.add_argument("--from", required=True, dest="inputs", metavar="A,B", help="modalities to look at")
+    _add_generation(parser, "val")
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
 
 
 def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:
@@ -525,23 +550,73 @@ def _add_protocol(protocols, name: str, text: str, command) -> argparse.Argument
     return parser
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
+def _add_generation(parser: argparse.ArgumentParser, split: str) -> None:
     """How much is generated, and how."""
-    parser.add_argument("--split", default="val", metavar="NAME", help="of shards; default: val")
+    parser.add_argument("--split", default=split, metavar="NAME", help=f"not of a folder of GeoTIFFs; default: {split}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples; default: all")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10, the paper's")
-    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    """Which images of which data set, and their features."""
+    parser.add_argument("--dataset", default="eurosat", metavar="NAME", help="whose images have one label each; default: eurosat")
+    parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample eurosat`")
+    parser.add_argument("--inputs", default="", metavar="A,B", help="modalities; default: all that it has")
+    parser.add_argument("--layer", type=int, default=-1, metavar="I", help="of the encoder, 0 the first; default: -1, the last")
+    parser.add_argument("--resize", type=int, metavar="S", help="bring images to S x S pixels; default: as they are")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N samples of a split, drawn under the seed; default: all")
+    text = "standardise with those of the pretraining, or of the data set; default: pretrained"
+    parser.add_argument("--statistics", default="pretrained", choices=("pretrained", "dataset"), help=text)
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at once; default: 32")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+
+
+def _features(parsed: argparse.Namespace) -> dict:
+    same = ("weights", "model", "dataset", "data", "out", "layer", "resize", "limit", "statistics", "batch_size", "seed")
+    return {"inputs": _names(parsed.inputs), **{name: getattr(parsed, name) for name in same}}
+
+
+def _evaluate_knn(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import classification
+
+    classification.knn(**_features(parsed), k=[int(k) for k in _names(parsed.k)])
+
+
+def _evaluate_linear(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import classification
+
+    classification.linear(**_features(parsed))
+
+
+def _evaluate_fewshot(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import fewshot
+
+    fewshot.run(**_features(parsed), shots=parsed.shots, ways=parsed.ways, runs=parsed.runs)
 
 
 def _evaluate_generation(parsed: argparse.Namespace) -> None:
     from terramind_jax.evaluation import generation
 
-    same = ("weights", "model", "tokenizers", "data", "out", "split", "lulc_codes", "limit", "pictures", "batch_size", "seed")
-    options = {name: getattr(parsed, name) for name in (*same, "timesteps", "steps", "temperature")}
-    generation.run(inputs=_names(parsed.inputs), to=_names(parsed.to), **options)
+    generation.run(**_generated(parsed, "lulc_codes", "timesteps", "steps", "pictures"), to=_names(parsed.to))
+
+
+def _evaluate_zeroshot(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import zeroshot
+
+    zeroshot.run(**_generated(parsed, "steps", "pictures"), offset=_offsets(parsed.offset))
+
+
+def _evaluate_geolocate(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import geolocate
+
+    geolocate.run(**_generated(parsed, "lulc_codes"))
+
+
+def _generated(parsed: argparse.Namespace, *others: str) -> dict:
+    same = ("weights", "model", "tokenizers", "data", "out", "split", "limit", "batch_size", "seed", "temperature", *others)
+    return {"inputs": _names(parsed.inputs), **{name: getattr(parsed, name) for name in same}}
 
 
 def _names(text: str) -> list[str]:

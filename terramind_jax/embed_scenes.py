@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -58,8 +58,7 @@ def run(
     written = [output_path(out, scene, format) for scene in found]
     journal.check_outputs(out, written)
     scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
-    print(f"Loading {model or weights}", flush=True)
-    network = _released(model, weights, inputs, tokenizers) if model else _trained(weights, inputs, tokenizers)
+    network = load_network(weights, model, inputs, tokenizers)
     depth, side = network.module.config.encoder_depth, network.module.config.image_size
     if not -depth <= layer < depth:
         raise ValueError(f"The layer is {layer}; this model's are 0-{depth - 1}, or -{depth} to -1 from the last.")
@@ -100,7 +99,15 @@ def _check(inputs: Mapping[str, object], pooling: str, format: str, batch_size: 
         embedding.libraries()
 
 
-def _trained(weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.PathLike | None) -> Network:
+def load_network(
+    weights: str | os.PathLike, model: str | None, inputs: Collection[str], tokenizers: str | os.PathLike | None = None
+) -> Network:
+    """The encoder for `inputs`; weights, model and tokenizers as of `run`."""
+    print(f"Loading {model or weights}", flush=True)
+    return _released(model, weights, inputs, tokenizers) if model else _trained(weights, inputs, tokenizers)
+
+
+def _trained(weights: str | os.PathLike, inputs: Collection[str], tokenizers: str | os.PathLike | None) -> Network:
     """The encoder of a pretrained model, whose variables have the same names."""
     generate_scenes.check_workdir(weights)
     whole, variables, _ = pretrain.load(generate_scenes.workdir(weights))
@@ -114,7 +121,7 @@ def _trained(weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.P
     return Network(module, variables, generate_scenes.load_tokenizers(whole, list(inputs), [], folder))
 
 
-def _released(name: str, weights: str | os.PathLike, inputs: Mapping, tokenizers: str | os.PathLike | None) -> Network:
+def _released(name: str, weights: str | os.PathLike, inputs: Collection[str], tokenizers: str | os.PathLike | None) -> Network:
     if zoo.get(name).kind != "backbone":
         raise ValueError(f"{name} is no feature extractor; choose one such as terramind_v1_base.")
     options = {} if tokenizers is None else {"tokenizers": tokenizers}

@@ -14,6 +14,7 @@ import numpy as np
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+KNN_QUERIES = 1024  # at a time: their distances to all else are in memory
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 DATA_RANGE = {"S2L2A": 10_000.0, "S1GRD": 40.0, "S1RTC": 40.0, "DEM": 4000.0, "NDVI": 2.0}  # full scale as used here, in the unit
 
@@ -215,18 +216,35 @@ def class_scores(confusion: np.ndarray, ignore: int | None = None) -> dict[str, 
 def knn_accuracy(features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:
     """Share of rows of `features` ``[N, D]`` whose label ``[N]`` the `k` others nearest to them vote for, leaving each out in turn.
 
-    Votes are weighted with ``exp(cosine / temperature)``; `k` and `temperature` are DINO's (arXiv 2104.14294). A ValueError for fewer
-    than two rows.
+    Votes as in `knn_labels`. A ValueError for fewer than two rows.
     """
     if len(features) < 2:
         raise ValueError(f"There are {len(features)} samples; nearest neighbours need two.")
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    cosine = unit @ unit.T
+    cosine = cosines(features, features)
     np.fill_diagonal(cosine, -np.inf)
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, len(features) - 1)]
+    return float((_voted(cosine, labels, min(k, len(features) - 1), temperature) == labels).mean())
+
+
+def knn_labels(queries: np.ndarray, features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> np.ndarray:
+    """The label ``[Q]`` that the `k` rows of `features` ``[N, D]`` nearest to each query ``[Q, D]`` vote for.
+
+    Votes are weighted with ``exp(cosine / temperature)``; `k` and `temperature` are DINO's (arXiv 2104.14294).
+    """
+    parts = np.array_split(queries, -(-len(queries) // KNN_QUERIES))
+    return np.concatenate([_voted(cosines(part, features), labels, min(k, len(features)), temperature) for part in parts])
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``[A, D]``, ``[B, D]`` -> cosine of every pair ``[A, B]``."""
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+    return a @ b.T
+
+
+def _voted(cosine: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> np.ndarray:
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
     weights = np.exp(np.take_along_axis(cosine, nearest, axis=1) / temperature)
     votes = weights[:, :, None] * (labels[nearest][:, :, None] == np.unique(labels))
-    return float((np.unique(labels)[votes.sum(1).argmax(1)] == labels).mean())
+    return np.unique(labels)[votes.sum(1).argmax(1)]
 
 
 def jump(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:

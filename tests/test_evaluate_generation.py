@@ -11,9 +11,11 @@ import pytest
 import tiny_run
 
 from terramind_jax import cli, generate_scenes, geo, metrics, modalities, model, tokenizer
-from terramind_jax.evaluation import generation, scores
+from terramind_jax.evaluation import generation, geolocate, scores
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import windows
+from terramind_jax.tasks import datasets
+from terramind_jax.tasks.samples import sample
 
 SIDE = 32
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 80, 48)
@@ -23,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 @pytest.fixture(scope="module")
 def trained():
-    """Random networks that make LULC and NDVI from elevation, 32 pixels at a time."""
-    encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
+    """Random networks that make LULC, NDVI and coordinates from elevation or radar, 32 pixels at a time."""
+    encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "untok_sen1grd@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
     sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=SIDE)
-    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=encoder[1:]))
+    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=encoder[2:]))
     tokenizers = {}
     for name in ("LULC", "NDVI"):
         facts = modalities.get(name)
@@ -122,6 +124,58 @@ def test_scores_of_bands_and_spectra():
     assert found.errors.ssim == pytest.approx(np.mean(similar))
     assert 0 < found.spectral_angle < metrics.spectral_angle(truth + np.arange(12), truth).mean()  # brightness alone turns nothing
     assert np.isnan(scores.scores_of("S1GRD").add(truth[0, ..., :2], truth[0, ..., :2]).spectral_angle)
+
+
+def test_water_in_generated_land_cover(weights, tmp_path, monkeypatch, capsys):
+    """On chips larger than a window, of which clouds do not count."""
+    sample("sen1floods11", tmp_path / "data", count=4, size=48)
+    dataset = datasets.load("sen1floods11", tmp_path / "data", "test").only(["S1GRD"])
+    command = ["evaluate", "zeroshot", f"--weights={weights}", f"--data={tmp_path / 'data'}", "--from=S1GRD"]
+    assert cli.main([*command, f"--out={tmp_path / 'out'}", "--batch_size=3"]) == 0
+    network, total = generate_scenes.load_network(weights, None, ["S1GRD"], ["LULC"]), 0
+    for i, row in enumerate(rows(tmp_path / "out")[:-1]):
+        made = np.zeros((48, 48), int)
+        for top, left in ((16, 16), (16, 0), (0, 16), (0, 0)):  # the first window of a pixel is laid on top
+            window = dataset[i]["inputs"]["S1GRD"][top : top + SIDE, left : left + SIDE]
+            made[top : top + SIDE, left : left + SIDE] = generation.alone(network, {"S1GRD": window[None]}, "LULC")[0]
+        total = total + metrics.confusion_matrix((made == 1).astype(int), dataset[i]["target"], 2, ignore=-1)
+        assert row["sample"] == dataset[i]["name"]
+    assert float(rows(tmp_path / "out")[-1]["accuracy"]) == metrics.accuracy(total)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {100 * metrics.accuracy(total):.2f} | this run |" in text and "| 45.40 |" in text
+    assert cli.main([*command, f"--out={tmp_path / 'other'}", "--from=S2L1C"]) == 2
+    assert "This model takes no S2L1C" in capsys.readouterr().err
+
+
+def test_distances_on_a_sphere():
+    paris, sydney = (2.35, 48.86), (151.21, -33.87)
+    assert geolocate.distance(paris, sydney) == pytest.approx(16_960, rel=0.002)
+    np.testing.assert_allclose(
+        geolocate.distance([(179.5, 0), (0, 90), (0, 0)], [(-179.5, 0), (77, 90), (180, 0)]), [111.19, 0, 20015], atol=0.5
+    )
+    assert np.isinf(geolocate.distance((np.nan, 0), (0, 0)))
+
+
+def test_places_of_images(weights, tmp_path, monkeypatch):
+    """Of shards and of the same images as rasters: what is generated is compared with where they are."""
+    root = tiny_run.write_shards(tmp_path / "shards", tokens=False)
+    index, told = generation.open_index(root, "val"), []
+
+    def write(module, variables, tokenizers, inputs, outputs, **options):
+        told.append(inputs["DEM"][:, 0, 0, 0])
+        return {"coords": np.stack([np.where(told[-1] == told[0][0], np.nan, 3.0), np.zeros(len(told[-1]))], 1)}
+
+    monkeypatch.setattr(geolocate.generate, "generate", write)
+    far = geolocate.run(weights=weights, data=root, inputs=["DEM"], out=tmp_path / "out", batch_size=3)
+    levels = [index.read(i, "DEM")[0, 0, 0] for i in range(5)]
+    expected = [np.inf if level == levels[0] else geolocate.distance((3, 0), index.coordinates(i)) for i, level in enumerate(levels)]
+    np.testing.assert_allclose(far, expected)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {np.mean(np.isfinite(far)):.3f} | this run |" in text and "the place of another sample" in text
+    (tmp_path / "data" / "DEM").mkdir(parents=True)
+    geo.write(tmp_path / "data" / "DEM" / "a.tif", np.full((80, 48, 1), levels[1], np.int16), like=PLACE, modality="DEM")
+    far = geolocate.run(weights=weights, data=tmp_path / "data", inputs=["DEM"], out=tmp_path / "other")
+    assert far == ([np.inf] if levels[1] == levels[0] else pytest.approx([geolocate.distance((3, 0), geo.lonlat(PLACE))]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""k-NN, linear probe and few-shot classification of frozen features, of a tiny EuroSAT and of features that are known."""
+
+from __future__ import annotations
+
+import csv
+
+import nano_models
+import numpy as np
+import pytest
+
+from terramind_jax import cli, models, weights
+from terramind_jax.evaluation import classification, features, fewshot
+from terramind_jax.tasks import datasets
+from terramind_jax.tasks.samples import sample
+
+SIZE = 48
+OF_MODEL = ["--model=terramind_v1_tiny", "--weights=random"]
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    nano_models.shrink(monkeypatch, "tiny")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    out = tmp_path_factory.mktemp("eurosat") / "data"
+    sample("eurosat", out, count=4, size=SIZE)
+    return out
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_features_are_the_mean_of_a_layer(root):
+    facts, (test,) = features.run(weights="random", model="terramind_v1_tiny", dataset="eurosat", data=root, splits=["test"], batch_size=5)
+    dataset = datasets.load("eurosat", root, "test")
+    model = weights.load("terramind_v1_tiny", "random", modalities=["S2L1C"])
+    assert isinstance(model, models.FeatureExtractor) and facts.num_classes == 10
+    images = np.stack([dataset[i]["inputs"]["S2L1C"] for i in range(3)])
+    expected = np.asarray(model(model.standardize({"S2L1C": images}))[-1]).mean(1)
+    np.testing.assert_allclose(test.x[:3], expected, atol=1e-4)
+    assert test.names == dataset.names and list(test.labels) == [dataset.target(i) for i in range(len(dataset))]
+
+
+def test_nearest_neighbours_of_the_training_split(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["evaluate", "knn", *OF_MODEL, f"--data={root}", f"--out={out}"]
+    assert cli.main([*command, "--k=1,3"]) == 0
+    found = rows(out / "scores.csv")
+    assert [(row["model"], row["setting"]) for row in found[:2]] == [("terramind_v1_tiny", "k 1"), ("terramind_v1_tiny", "k 3")]
+    predicted = rows(out / "predictions.csv")
+    assert float(found[0]["accuracy"]) == np.mean([row["truth"] == row["predicted"] for row in predicted])
+    assert all(row["sample"].startswith(row["truth"]) for row in predicted) and len(predicted) == 20
+    assert "| TerraMind-large | EuroSAT | S2RGB | k 5 | 0.751 |" in (out / "report.md").read_text()
+    assert cli.main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_linear_probe(root, tmp_path):
+    """The classes of the sample are tints, which means of bands tell apart."""
+    out = tmp_path / "out"
+    assert cli.main(["evaluate", "linear", *OF_MODEL, f"--data={root}", f"--out={out}"]) == 0
+    of_model, of_bands = rows(out / "scores.csv")
+    assert float(of_bands["accuracy"]) > 0.8 and float(of_model["accuracy"]) > 0.2
+
+
+def test_a_fit_is_at_the_least_of_its_loss():
+    rng = np.random.default_rng(0)
+    x, penalty = rng.normal(size=(60, 3)), 0.1
+    labels = np.argmax(x + 0.5 * rng.normal(size=x.shape), 1)
+    w = classification.fit(x, labels, 3, penalty)
+    one = np.append(x, np.ones((60, 1)), 1)
+    p = np.exp(one @ w)
+    gradient = one.T @ (p / p.sum(1, keepdims=True) - np.eye(3)[labels]) / 60 + penalty * w * [[1], [1], [1], [0]]
+    np.testing.assert_allclose(gradient, 0, atol=1e-4)
+    assert (classification.predict(w, x) == labels).mean() > 0.7
+
+
+def test_few_shots(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["evaluate", "fewshot", *OF_MODEL, f"--data={root}"]
+    assert cli.main([*command, f"--out={out}", "--runs=30"]) == 0
+    each = [float(row["accuracy"]) for row in rows(out / "scores.csv")]
+    text = (out / "report.md").read_text()
+    assert len(each) == 30 and f"| terramind_v1_tiny | S2L1C | {100 * np.mean(each):.2f} |" in text
+    assert "| TerraMind-base | S2L1C | 70.83 |" in text and "METER" not in text
+    assert cli.main([*command, f"--out={tmp_path / 'other'}", "--ways=11"]) == 2
+    assert "ways is 11; the training images of EuroSAT have 10 classes" in capsys.readouterr().err
+
+
+def test_prototypes_of_classes_that_lie_apart():
+    """Classes around corners are told apart by one example, at chance if their test images are not of the classes they claim."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(8), 30)
+    x = 3 * np.eye(8)[labels] + 0.8 * rng.normal(size=(240, 8)) + 50  # far from zero, as features are
+    found = fewshot.accuracies(x, labels, x + 0.1 * rng.normal(size=x.shape), labels, runs=40)
+    assert 0.8 < found.mean() < 1
+    wrong = fewshot.accuracies(x, labels, x, rng.permutation(labels), runs=40)
+    assert abs(wrong.mean() - 0.2) < 0.05
+    assert fewshot.accuracies(x, labels, x, labels, shots=5, runs=40).mean() > found.mean()
+    np.testing.assert_array_equal(fewshot.accuracies(x, labels, x, labels, runs=3), fewshot.accuracies(x, labels, x, labels, runs=5)[:3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=nothing"], "There is no data set 'nothing'"),
+        (["--dataset=sen1floods11"], "Sen1Floods11 is not complete"),
+        (["--inputs=S1GRD"], "The inputs of EuroSAT are S2L1C; S1GRD is none"),
+        (["--layer=5"], "The layer is 5; this model's are 0-1"),
+        (["--k=0"], "k is 0; expected numbers of neighbours"),
+    ],
+)
+def test_what_cannot_be_evaluated(root, tmp_path, capsys, arguments, message):
+    assert cli.main(["evaluate", "knn", *OF_MODEL, f"--data={root}", f"--out={tmp_path / 'out'}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
