@@ -86,7 +86,8 @@ def _add_training(commands) -> None:
     ):
         parser = _add(commands, name, text, command)
         parser.epilog = "Any field of the configuration is overridden with --config.FIELD=VALUE, e.g. --config.data.root=DIR."
-        parser.add_argument("--config", required=True, metavar="FILE", help=f"a file with get_config(), such as {example}")
+        also = "; or TerraTorch's YAML" if name == "finetune" else ""
+        parser.add_argument("--config", required=True, metavar="FILE", help=f"a file with get_config(), such as {example}{also}")
         parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics, local or gs://; a run there goes on")
         text = "process 0 of several, with JAX_NUM_PROCESSES and JAX_PROCESS_ID; not needed on TPU pods, GKE, SLURM and Open MPI"
         parser.add_argument("--coordinator", metavar="HOST:PORT", help=text)
@@ -112,14 +113,27 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
 def _finetune(parsed: argparse.Namespace) -> int:
     from terramind_jax.tasks import finetune
 
-    return _train(finetune.train, parsed)
+    return _train(finetune.train, parsed, _task_config(parsed))
 
 
-def _train(train, parsed: argparse.Namespace) -> int:
+def _task_config(parsed: argparse.Namespace):
+    """The configuration of a fine-tuning, ours or TerraTorch's; what has no equivalent is told."""
+    from terramind_jax import config
+    from terramind_jax.tasks import terratorch
+
+    if Path(parsed.config).suffix not in terratorch.SUFFIXES:
+        return config.load(parsed.config, parsed.overrides)
+    settings, rest = terratorch.read(parsed.config)
+    for line in rest:
+        print(f"{parsed.config}: no equivalent: {line}", file=sys.stderr)
+    return config.overridden(settings, parsed.overrides)
+
+
+def _train(train, parsed: argparse.Namespace, settings=None) -> int:
     from terramind_jax import checkpoint, config, processes
 
     _accept_grain_workers()
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = config.load(parsed.config, parsed.overrides) if settings is None else settings
     settings.run.profile = parsed.profile or settings.run.profile
     processes.join(parsed.coordinator, heartbeat_seconds=settings.run.heartbeat_seconds)
     try:
@@ -313,17 +327,28 @@ def _inputs(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _add_convert(commands) -> None:
-    text = "copy weights between PyTorch (.pt), .safetensors and Orbax directories, by suffix"
+    text = "copy weights between PyTorch (.pt), .safetensors and Orbax directories, by suffix; fine-tuned models to TerraTorch and back"
     parser = _add(commands, "convert", text, _convert)
     parser.add_argument("source", metavar="IN", help="a file, a directory of weights, or the work directory of a training")
     parser.add_argument("target", metavar="OUT", help="must not exist; without a suffix, a directory")
     parser.add_argument("--model", default=None, metavar="NAME", help="what a file holds, where it does not tell; see `info`")
+    text = "of finetune, or TerraTorch's YAML: IN is a model fine-tuned there, such as a .ckpt, OUT becomes a work directory for predict"
+    parser.add_argument("--config", default=None, metavar="FILE", help=text)
+    parser.set_defaults(overrides=[])
 
 
 def _convert(parsed: argparse.Namespace) -> None:
     from terramind_jax import weights
+    from terramind_jax.tasks import exchange, finetune
 
-    weights.convert(parsed.source, parsed.target, parsed.model)
+    if parsed.config:
+        exchange.import_model(parsed.source, parsed.target, _task_config(parsed))
+    elif parsed.overrides:
+        raise ValueError(f"{parsed.overrides[0]} needs --config=FILE.")
+    elif (Path(parsed.source) / finetune.TASK).exists():
+        exchange.export(parsed.source, parsed.target)
+    else:
+        weights.convert(parsed.source, parsed.target, parsed.model)
 
 
 def _add_quickstart(commands) -> None:

@@ -224,7 +224,11 @@ def read(path: str | os.PathLike) -> ConfigDict:
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
     """A configuration file with overrides as on the command line: ``--config.model.dim=192``."""
-    config = read(path)
+    return overridden(read(path), overrides)
+
+
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The configuration, changed."""
     for field, text in _pairs(overrides):
         override(config, field, text)
     return config

@@ -9,10 +9,10 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import cli, geo
+from terramind_jax import cli, geo, tim
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
-from terramind_jax.tasks import datasets, finetune, predict, validation
+from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import check, finetuning
 from terramind_jax.tasks.samples import sample
@@ -94,6 +94,59 @@ def test_what_is_trained(root, tmp_path, tune):
     after = rules.flatten({"params": {"encoder": jax.device_get(finetune.load(tmp_path).variables["params"]["encoder"])}})
     changed = {name for name in before if not np.allclose(before[name], after[name], atol=1e-5)}
     assert changed == (set() if tune == "frozen" else {f"params/encoder/encoder/{name}" for name in networks.ADAPTED})
+
+
+def counted(monkeypatch):
+    """The samples that networks which are not trained have seen, of features and of ids."""
+    seen = {"features": 0, "ids": 0}
+    featured, think = feeding._features, thinking.Thinker.__call__
+
+    def features(variables, inputs, **options):
+        seen["features"] += len(next(iter(inputs.values())))
+        return featured(variables, inputs, **options)
+
+    def ids(self, variables, inputs):
+        seen["ids"] += len(next(iter(inputs.values())))
+        return think(self, variables, inputs)
+
+    monkeypatch.setattr(feeding, "_features", features)
+    monkeypatch.setattr(thinking.Thinker, "__call__", ids)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["terramind_v1_tiny", pytest.param("terramind_v1_tiny_tim", marks=pytest.mark.slow)])
+def test_features_of_a_frozen_backbone_are_computed_once_a_sample(root, tmp_path, monkeypatch, name):
+    """Of 16 samples and 8 in validation; losses are those of features that every step computes."""
+    changes = dict(model=dict(name=name), data=dict(crop=SIZE, d4=False))
+    finetune.train(settings(root, train=dict(tune="frozen", cache=False), **changes), tmp_path / "anew")
+    seen = counted(monkeypatch)
+    finetune.train(settings(root, train=dict(tune="frozen"), **changes), tmp_path / "kept")
+    assert seen == {"features": 24, "ids": 24 * name.endswith("tim")}
+    for metric in ("loss", "val/loss", "val/mIoU"):
+        anew, kept = ([line[metric] for line in logging.read(tmp_path / run) if metric in line] for run in ("anew", "kept"))
+        np.testing.assert_allclose(kept, anew, rtol=1e-4)
+
+
+def test_thinking_in_modalities(root, tmp_path, monkeypatch):
+    """Ids are made once a turned sample, from the inputs alone; embeddings, which the generator shares, stay; `predict` thinks as well."""
+    model = dict(name="terramind_v1_tiny_tim", tim_modalities=("LULC", "DEM"), tim_temperature=0.0)
+    config = settings(root, model=model, data=dict(crop=SIZE), train=dict(steps=24), run=dict(eval_every=12, checkpoint_every=24))
+    seen = counted(monkeypatch)
+    finetune.train(config, tmp_path / "run")
+    assert seen["ids"] == 8 * 16 + 8 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    task = finetune.load(tmp_path / "run")
+    tim.check_shared({group: task.variables[group]["encoder"] for group in ("params", "buffers")}, task.generator)
+    path = datasets.load("sen1floods11", root, "val").samples[0].inputs["S1GRD"]
+    made = np.asarray(geo.read(*predict.run(tmp_path / "run", {"S1GRD": path}, tmp_path / "out")))[..., 0]
+
+    radar = datasets.load("sen1floods11", root, "val")[0]["inputs"]["S1GRD"][None]
+    scaled = (radar - task.scale["S1GRD"][0]) / task.scale["S1GRD"][1]
+    targets = ["tok_lulc@224", "tok_dem@224"]
+    thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
+    inputs = {"S1GRD": scaled, **{key: thought[key] for key in targets}}
+    np.testing.assert_array_equal(made, task.module.apply(task.variables, inputs)[0].argmax(-1))
+    without = task.module.apply(task.variables, {"S1GRD": scaled})
+    assert not np.allclose(without, task.module.apply(task.variables, inputs), atol=1e-3)
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
@@ -198,6 +251,8 @@ def test_labels_of_images(tmp_path):
         (dict(train=dict(batch_size=9)), "train.batch_size=9 must be a multiple of the 8 devices"),
         (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
         (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
+        (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=())), "model.tim_modalities is empty"),
+        (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=("S3",))), "S3"),
         (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),
     ],
 )
@@ -205,6 +260,13 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune.train(settings(root, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_thinking_needs_all_bands(tmp_path):
+    sample("burnscars", tmp_path / "data", count=1, size=SIZE)
+    model = dict(name="terramind_v1_tiny_tim", modalities=())
+    with pytest.raises(ValueError, match="terramind_v1_tiny_tim reads all bands of S2L2A, and the data set has BLUE, GREEN, RED"):
+        finetune.train(settings(tmp_path / "data", data=dict(dataset="burnscars"), model=model), tmp_path / "run")
 
 
 def test_configuration_files():

@@ -11,13 +11,16 @@ import uuid
 import zipfile
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+LIGHTNING = ".ckpt"  # a checkpoint of Lightning's, whose state dict is one entry of several
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", LIGHTNING)
+STATE_DICT = "state_dict"
 SAFETENSORS = ".safetensors"
 TIED = "tied"  # what the header of a .safetensors file calls the names that were one array with another
 DTYPES = {
@@ -42,11 +45,14 @@ def read(path: str | os.PathLike) -> dict[str, Array]:
 
 
 def write(path: str | os.PathLike, state: Mapping[str, Array]) -> None:
-    """Writes a state dict by the suffix of `path`, which must be free. Arrays that are one object stay tied in a ``.pt``."""
+    """Writes a state dict by the suffix of `path`, which must be free; a ``.ckpt`` as Lightning does.
+
+    Arrays that are one object stay tied in a ``.pt``.
+    """
     path = Path(path)
-    write_to = _write_safetensors if is_safetensors(path) else _write_torch
-    with replacing(path) as partial:
-        write_to(partial, state)
+    write_to = _write_safetensors if is_safetensors(path) else partial(_write_torch, lightning=path.suffix == LIGHTNING)
+    with replacing(path) as unfinished:
+        write_to(unfinished, state)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -193,6 +199,8 @@ def _torch_load(path: Path, fake: bool = True) -> dict[str, Any]:
             raise ValueError(f"{path} holds Python objects beside its tensors; it was not loaded, as that would run its code.") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is truncated or no PyTorch file ({reason}).") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get(STATE_DICT), Mapping):
+        loaded = loaded[STATE_DICT]
     is_flat = isinstance(loaded, Mapping) and all(isinstance(k, str) and isinstance(x, torch.Tensor) for k, x in loaded.items())
     if not is_flat or not all(x.layout == torch.strided for x in loaded.values()):
         raise ValueError(f"{path} is no flat dictionary of dense tensors, as the published files are; save model.state_dict() instead.")
@@ -215,7 +223,7 @@ def to_numpy(x) -> np.ndarray:
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def _write_torch(path: Path, state: Mapping[str, Array]) -> None:
+def _write_torch(path: Path, state: Mapping[str, Array], lightning: bool = False) -> None:
     torch = _torch()
     tensors: dict[int, object] = {}
 
@@ -227,4 +235,7 @@ def _write_torch(path: Path, state: Mapping[str, Array]) -> None:
     for x in state.values():
         if id(x) not in tensors:
             tensors[id(x)] = to_tensor(x)
-    torch.save({name: tensors[id(x)] for name, x in state.items()}, path)
+    named: dict[str, Any] = {name: tensors[id(x)] for name, x in state.items()}
+    if lightning:
+        named = {STATE_DICT: named, "pytorch-lightning_version": "2.0.0", "epoch": 0, "global_step": 0}
+    torch.save(named, path)

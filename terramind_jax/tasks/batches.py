@@ -19,6 +19,7 @@ from terramind_jax.tasks.datasets import Dataset
 
 Batch = dict[str, Any]
 ENDLESS = 2**48
+WAYS = 8  # in which a square can be turned and flipped
 
 
 def training(
@@ -37,7 +38,8 @@ def training(
 ) -> Iterator[Batch]:
     """This host's share of the batches from position `consumed` on, without end; an epoch is every sample once.
 
-    ``{"inputs": {modality: [B, (T,) S, S, C]}, "target", "valid": [B, ...] bool}``, and ``days`` ``[B, T]`` of a time series.
+    ``{"inputs": {modality: [B, (T,) S, S, C]}, "target", "valid": [B, ...] bool, "view": [B]}``, and ``days`` ``[B, T]`` of a time series.
+    The view is the sample's number, plus that of its turn (`turned`) times the number of samples.
 
     Args:
       scale: mean and standard deviation, ``[C]``, by modality.
@@ -53,17 +55,26 @@ def covering(
     *,
     crop: int,
     batch_size: int,
+    way: int = 0,
     host: int = 0,
     hosts: int = 1,
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """This host's share of all windows of all samples, whose images have one size; the last batch is filled up with what is not valid."""
+    """This host's share of all windows of all samples, whose images have one size; the last batch is filled up with what is not valid.
+
+    As of `training`, all turned in one `way`; the view is the window's number.
+    """
     shape = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
-    parts = windows(shape, crop)
-    total = -(-len(dataset) * len(parts) // batch_size) * batch_size
-    read = functools.partial(_window, _Reader(dataset), scale, shape, parts)
+    total, parts = count(dataset, crop, batch_size), windows(shape, crop)
+    read = functools.partial(_window, _Reader(dataset), scale, shape, parts, way)
     return iterate(grain.MapDataset.range(0, total)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
+
+
+def count(dataset: Dataset, crop: int, batch_size: int) -> int:
+    """How many windows `covering` gives, those with which it fills up the last batch included."""
+    parts = windows(next(iter(dataset[0]["inputs"].values())).shape[-3:-1], crop)
+    return -(-len(dataset) * len(parts) // batch_size) * batch_size
 
 
 # ---- one sample ----
@@ -77,10 +88,11 @@ def _random_crop(dataset: Dataset, scale: Mapping, crop: int, seed: int, d4: boo
     check_crop(dataset, crop, (height, width))
     top, left = (int(rng.integers(side - crop + 1)) for side in (height, width))
     found = cut(dataset, sample, scale, slice(top, top + crop), slice(left, left + crop))
-    return turned(found, int(rng.integers(8))) if d4 else found
+    way = int(rng.integers(WAYS)) if d4 else 0
+    return {**turned(found, way), "view": np.int32(way * len(dataset) + place.rank)}
 
 
-def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list[Window], position: int) -> Batch:
+def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list[Window], way: int, position: int) -> Batch:
     i, number = divmod(position, len(parts))
     sample, part = reader(min(i, len(reader.dataset) - 1)), parts[number]
     if (size := next(iter(sample["inputs"].values())).shape[-3:-1]) != shape:
@@ -88,7 +100,8 @@ def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list
         raise ValueError(f"{sample['name']} is {size[0]}x{size[1]} pixels, the first of its split {first}; images need one size.")
     found = cut(reader.dataset, sample, scale, part.rows, part.columns)
     own = part.own if found["valid"].ndim == 2 else np.bool_(True)
-    return {**found, "valid": found["valid"] & own & (i < len(reader.dataset))}
+    found["valid"] = found["valid"] & own & (i < len(reader.dataset))
+    return {**turned(found, way), "view": np.int32(position)}
 
 
 def cut(dataset: Dataset, sample: Mapping[str, Any], scale: Mapping, rows: slice, columns: slice) -> Batch:

@@ -24,6 +24,12 @@ def finetuning() -> ConfigDict:
     config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
+    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read
+    config.model.tim_chained = True  # each conditions those after it; the embeddings, which both networks share, are not trained
+    config.model.tim_steps = 1  # in which an image of them is drawn
+    config.model.tim_temperature = 1.0  # 0: the most probable token
+    config.model.tim_top_p = 0.8
+    config.model.tim_top_k = 0
     config.model.time = "mean"  # of time series: mean | max | ltae
     config.model.drop_path_rate = 0.0
     config.model.modality_drop_rate = 0.0  # in training each modality is left out with this probability, but never all
@@ -37,7 +43,7 @@ def finetuning() -> ConfigDict:
     config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | generic, your own
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
-    config.data.crop = 224  # side of random crops in training, and of the windows that cover an image otherwise; a multiple of 16
+    config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
     config.data.d4 = True  # turn and flip training samples in the eight ways that a square has
     config.data.statistics = "pretrained"  # inputs are standardised with those of the pretraining, or those of the data set
     config.data.labels = 1.0  # share of the training samples that is used, drawn under the seed
@@ -60,6 +66,7 @@ def finetuning() -> ConfigDict:
     config.train.tune = "full"  # full | frozen, which trains all but the backbone | lora, which adds products of low rank to it
     config.train.loss = ""  # ce | dice | focal | bce | mse | mae; empty: the first that the task has
     config.train.class_weights = ()  # of ce
+    config.train.cache = True  # what frozen networks make is made once a sample where it does not change, see tasks.feeding
     config.train.epochs = 50
     config.train.steps = 0  # length of the run in steps; 0: from epochs
     config.train.batch_size = 8  # samples a step, over all hosts
@@ -81,7 +88,7 @@ def check(config: ConfigDict) -> None:
     configuration.check(resolved, "finetune")
     if not config.data.root:
         raise ValueError("config.data.root is empty; set it to the data set's folder with --config.data.root=DIR.")
-    if config.data.crop < 16 or config.data.crop % 16:
+    if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
     for field, value in (("data.labels", config.data.labels), ("optimizer.layer_decay", config.optimizer.layer_decay)):
         if not 0 < value <= 1:

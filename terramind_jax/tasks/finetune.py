@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,17 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights
+from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights, zoo
 from terramind_jax import config as configuration
 from terramind_jax.data import order
-from terramind_jax.models import FeatureExtractor
-from terramind_jax.tasks import batches, datasets, losses, validation
+from terramind_jax.modalities import PATCH_SIZE
+from terramind_jax.models import SAMPLING, FeatureExtractor, ThinkingInModalities
+from terramind_jax.tasks import batches, datasets, feeding, losses, thinking, validation
 from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Dataset, Facts
 from terramind_jax.tasks.model import TaskModel
+from terramind_jax.tasks.thinking import Thinker
 from terramind_jax.train import loop, optimizer, state
 
 TASK, BEST = "task.json", "best"
@@ -43,7 +45,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Data ----
     fields.check(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "val")
-    config = with_epochs(config, len(dataset))
+    config = with_sizes(config, dataset)
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
@@ -53,9 +55,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
     extractor = backbone(config, dataset.facts)
-    module = task_model(config, dataset.facts, extractor)
+    module, thinker = task_model(config, dataset.facts, extractor), thinker_of(config, extractor)
     tx = optimizer.adamw(config.optimizer, partial(networks.rates, depth=module.backbone.encoder_depth, decay=config.optimizer.layer_decay))
-    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank)
+    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, thinker=thinker)
     given = None if is_begun(workdir) else initial(config, init, extractor)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     write_task(workdir, dataset.facts, scale)
@@ -72,20 +74,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     measured = partial(validation.measure, module, criterion(config, loss_name), dataset.facts, config.model.lora_alpha)
     measure_fn = jax.jit(measured, out_shardings=replicated)
 
+    # ---- Batches, with what frozen networks make of them ----
+    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held))
+
     # ---- Validation, on which the learning rate, the end and the best parameters depend ----
     history = validation.Progress(config, workdir, int(train_state.step))
 
     def validated(train_state: state.State, held: Any) -> dict[str, float]:
-        windows = covering(config, held_out, scale, mesh)
-        sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in windows)
+        sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in feed.covering())
         found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, sums).items()}
         if history.add(found):
-            save_best(workdir, train_state, held)
+            save_best(workdir, int(train_state.step), train_state.params, held, train_state.batch_stats)
         return found
 
     def with_rate(data: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in data:
-            yield {**sharding.to_global(batch, mesh), "rate": jax.device_put(np.float32(history.rate), replicated)}
+            yield {**batch, "rate": jax.device_put(np.float32(history.rate), replicated)}
 
     # ---- Loop ----
     training = loop.Training(
@@ -95,7 +99,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": 0.0},
         summed=("bad",),
         step=step_fn,
-        batches=lambda consumed: with_rate(random_crops(config, dataset, scale, mesh, consumed)),
+        batches=lambda consumed: with_rate(feed.training(consumed)),
         validate=validated,
         is_over=lambda: history.is_over,
     )
@@ -117,8 +121,7 @@ def loss(
 ) -> tuple[jax.Array, Any]:
     """The loss of a batch, and the running statistics after it; `key` draws what is dropped."""
     variables = networks.join(params, held, batch_stats, alpha)
-    options = dict(train=True, days=batch.get("days"), mutable=["batch_stats"], rngs={"dropout": key})
-    outputs, changed = module.apply(variables, batch["inputs"], **options)
+    outputs, changed = networks.outputs(module, variables, batch, train=True, mutable=["batch_stats"], rngs={"dropout": key})
     return criterion(outputs, batch["target"], batch["valid"]), changed.get("batch_stats") or None
 
 
@@ -140,13 +143,17 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
 # ---- from a configuration ----
 
 
-def with_epochs(config: ConfigDict, samples: int) -> ConfigDict:
-    """The configuration with an evaluation and a checkpoint an epoch where no number of steps is given."""
-    steps = max(1, samples // config.train.batch_size)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.run.eval_every = config.run.eval_every or steps
-        config.run.checkpoint_every = config.run.checkpoint_every or steps
+def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
+    """The configuration with what follows from the training data: an epoch in steps, and the side of whole images."""
+    config = config.copy_and_resolve_references().unlock()
+    steps = max(1, len(dataset) // config.train.batch_size)
+    config.run.eval_every = config.run.eval_every or steps
+    config.run.checkpoint_every = config.run.checkpoint_every or steps
+    if not config.data.crop:
+        height, width = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+        if height != width or height % PATCH_SIZE:
+            raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
+        config.data.crop = height
     return config.lock()
 
 
@@ -193,7 +200,28 @@ def backbone_options(config: ConfigDict, facts: Facts) -> dict[str, Any]:
     names = [name if name in known else {name: len(bands)} for name, bands in facts.bands.items()]
     bands = {name: list(bands) for name, bands in facts.bands.items() if name in known and tuple(bands) != known[name].bands}
     same = {name: m[name] for name in ("merge_method", "drop_path_rate", "modality_drop_rate", "remat", "unroll")}
-    return dict(modalities=names, bands=bands, dtype=state.compute_dtype(m.dtype), **same)
+    if zoo.get(m.name).kind == "tim":
+        own = thinking_options(config, bands)
+    else:
+        own = {"bands": bands}
+    return dict(modalities=names, dtype=state.compute_dtype(m.dtype), **own, **same)
+
+
+def thinking_options(config: ConfigDict, bands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Options of Thinking in Modalities; a ValueError for inputs with some bands, of which the generator knows nothing."""
+    m = config.model
+    if bands:
+        name = next(iter(bands))
+        raise ValueError(f"{m.name} reads all bands of {name}, and the data set has {', '.join(bands[name])}; choose another model.name.")
+    if not m.tim_modalities:
+        raise ValueError(f"model.tim_modalities is empty; {m.name} generates one at least, such as LULC.")
+    sampling = {f"tim_{theirs}": m[f"tim_{ours}"] for theirs, ours in SAMPLING.items()}
+    return dict(tim_modalities=list(m.tim_modalities), tim_chained_generations=m.tim_chained, **sampling)
+
+
+def thinker_of(config: ConfigDict, extractor: FeatureExtractor) -> Thinker | None:
+    """What generates for a backbone that thinks in modalities; None for any other."""
+    return thinking.of(extractor, config.train.seed) if isinstance(extractor, ThinkingInModalities) else None
 
 
 def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) -> TaskModel:
@@ -203,35 +231,23 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
         raise ValueError(f"{tokens[0]} enters as tokens, which fine-tuning does not read; choose others with model.modalities.")
     own = extractor.module.config
     head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
-    return TaskModel(own, head, tuple((name, stream.key) for name, stream in extractor.streams.items()), config.model.time)
+    names = {name: stream.key for name, stream in extractor.streams.items()}
+    if isinstance(extractor, ThinkingInModalities):
+        names |= {stream: stream for stream in thinker_of(config, extractor).targets}
+    return TaskModel(own, head, tuple(names.items()), config.model.time)
 
 
 def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: FeatureExtractor) -> dict[str, Any] | None:
     """Variables of a fresh run: the backbone from ``model.weights``, all else drawn; None if all is drawn."""
     if config.model.weights == "random":
         return None
-    found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options).variables
+    found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options)
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
     drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
-    drawn["buffers"]["buffers"] = {"encoder": found["buffers"]}
-    (drawn["params"] if config.train.tune == "full" else drawn["buffers"]["frozen"])["encoder"] = found["params"]
-    return jax.device_get(drawn)
-
-
-def random_crops(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, consumed: int) -> Iterator[Mapping[str, Any]]:
-    """This process's share of the training batches from a position on."""
-    host, hosts = sharding.host_share(mesh)
-    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, seed=config.train.seed, d4=config.data.d4)
-    return batches.training(
-        dataset, scale, consumed=consumed, host=host, hosts=hosts, workers=config.run.workers, threads=config.run.threads, **options
-    )
-
-
-def covering(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Batches of the whole mesh with all windows of a split."""
-    host, hosts = sharding.host_share(mesh)
-    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, workers=config.run.workers, threads=1)
-    return (sharding.to_global(batch, mesh) for batch in batches.covering(dataset, scale, host=host, hosts=hosts, **options))
+    drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
+    if isinstance(found, ThinkingInModalities):
+        drawn["buffers"]["generator"] = found.generator[1]
+    return jax.device_get(networks.with_encoder(drawn, found.variables["params"]))
 
 
 # ---- what is kept of a run ----
@@ -253,13 +269,12 @@ def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:
         files.write_text(files.folder(workdir) / TASK, json.dumps(known, indent=1))
 
 
-def save_best(workdir: str | os.PathLike, train_state: state.State, held: Any) -> None:
+def save_best(workdir: str | os.PathLike, step: int, params: Any, held: Any, batch_stats: Any) -> None:
     """The parameters of this step take the place of the best so far."""
-    own = {} if train_state.batch_stats is None else {"batch_stats": train_state.batch_stats}
-    trees = {"params": train_state.params, "buffers": held, **own}
+    own = {} if batch_stats is None else {"batch_stats": batch_stats}
     with contextlib.closing(checkpoint.Checkpoints(files.folder(workdir) / BEST, 1)) as checkpoints:
-        if checkpoints.latest() != int(train_state.step):
-            checkpoints.save(int(train_state.step), trees, {"step": int(train_state.step)})
+        if checkpoints.latest() != step:
+            checkpoints.save(step, {"params": params, "buffers": held, **own}, {"step": step})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +286,9 @@ class Task:
     facts: Facts
     scale: Scale
     crop: int
+    extractor: FeatureExtractor  # the released model that it stands on, with shapes in the place of weights
+    thinker: Thinker | None = None
+    generator: Mapping[str, Any] | None = None  # its variables
 
     def __call__(self, inputs: Mapping[str, np.ndarray], days: np.ndarray | None = None) -> jax.Array:
         """Inputs by modality in the data set's units, ``[B, (T,) H, W, C]``, to logits or values, see `TaskModel`."""
@@ -278,7 +296,8 @@ class Task:
         if missing:
             raise ValueError(f"The model was trained with {', '.join(self.facts.bands)}; {missing[0]} is missing.")
         scaled = {name: (np.asarray(inputs[name], np.float32) - mean) / std for name, (mean, std) in self.scale.items()}
-        return _apply(self.variables, scaled, days, module=self.module)
+        ids = {} if self.thinker is None else self.thinker(self.generator, scaled)
+        return _apply(self.variables, {**scaled, **ids}, days, module=self.module)
 
 
 @partial(jax.jit, static_argnames="module")
@@ -295,14 +314,15 @@ def load(workdir: str | os.PathLike) -> Task:
     known = json.loads(path.read_text())
     declarations.declare(known["modalities"], TASK)
     facts = _facts(known["facts"])
-    module = task_model(config, facts, backbone(config, facts))
-    tune, rank = config.train.tune, config.model.lora_rank
-    abstract = meta.unbox(jax.eval_shape(partial(networks.init, module, tune=tune, rank=rank), jax.random.key(0)))
+    extractor = backbone(config, facts)
+    module, thinker = task_model(config, facts, extractor), thinker_of(config, extractor)
+    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, thinker=thinker)
+    abstract = meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     best = files.folder(workdir) / BEST
     trees = checkpoint.load_variables(best if best.is_dir() else workdir, abstract)
     variables = networks.join(trees["params"], trees["buffers"], trees.get("batch_stats"), config.model.lora_alpha)
     scale = {m: (np.float32(mean), np.float32(std)) for m, (mean, std) in known["scale"].items()}
-    return Task(module, variables, facts, scale, config.data.crop)
+    return Task(module, variables, facts, scale, config.data.crop, extractor, thinker, trees["buffers"].get("generator"))
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:

@@ -11,14 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from terramind_jax import tim
 from terramind_jax.modalities import PATCH_SIZE
 from terramind_jax.model import Backbone, BackboneConfig, temporal
 from terramind_jax.model.layers import uniform
 from terramind_jax.tasks import decoders, layers
 from terramind_jax.tasks.decoders import DecoderConfig
 from terramind_jax.tasks.temporal import LTAE
+from terramind_jax.tasks.thinking import Thinker
 
 Variables = Mapping[str, Any]
+EMBEDDINGS = tuple(name for group, name in tim.SHARED if group == "params")
 ADAPTED = ("attn/qkv/kernel", "attn/proj/kernel")  # what LoRA adds to, of each layer of the encoder
 
 
@@ -27,7 +30,7 @@ class TaskModel(nn.Module):
 
     backbone: BackboneConfig
     config: DecoderConfig
-    streams: tuple[tuple[str, str], ...]  # (user name, stream) of the inputs, in order
+    streams: tuple[tuple[str, str], ...]  # (user name, stream) of the inputs, in order; then of what is generated, (stream, stream)
     time: str = "mean"  # how the features of a time series become those of one image
 
     def setup(self) -> None:
@@ -43,19 +46,27 @@ class TaskModel(nn.Module):
         A regression of one variable has no last axis. `days` ``[B, T]`` are those of a time series.
         """
         size = next(iter(inputs.values())).shape[-3:-1]
-        return self.decode(self.features(inputs, train, days), size, train)
+        return self.decode(self.features(inputs, train), size, train, days)
 
-    def features(self, inputs: Mapping[str, jax.Array], train: bool = False, days: jax.Array | None = None) -> list[jax.Array]:
-        """``[B, N, D]`` of each of the layers that the decoder reads."""
+    def features(self, inputs: Mapping[str, jax.Array], train: bool = False) -> list[jax.Array]:
+        """What the backbone makes of them: ``[B, N, D]`` of each of the layers that the decoder reads, for L-TAE ``[B, T, N, D]``."""
         ordered = collections.OrderedDict((stream, inputs[name]) for name, stream in self.streams if name in inputs)
         encode = lambda x: [every[i] for every in [self.encoder(x, train=train)] for i in self.config.layers]  # noqa: E731
         if next(iter(ordered.values())).ndim == 4:
             return encode(ordered)
-        found = temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
-        return found if self.over_time is None else [self.over_time(x, days, train) for x in found]
+        return temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
 
-    def decode(self, features: Sequence[jax.Array], size: Sequence[int], train: bool = False) -> jax.Array:
-        """Features to outputs, of maps at `size`."""
+    def decode(
+        self,
+        features: Sequence[jax.Array],
+        size: Sequence[int] | None = None,
+        train: bool = False,
+        days: jax.Array | None = None,
+    ) -> jax.Array:
+        """Features to outputs, of maps at `size`; None: a square of whole patches."""
+        if features[0].ndim == 4:
+            features = [self.over_time(x, days, train) for x in features]
+        size = (math.isqrt(features[0].shape[1]) * PATCH_SIZE,) * 2 if size is None else size
         x = [decoders.to_image(f, [n // PATCH_SIZE for n in size]) for f in features]
         x = self.neck(x, train) if self.neck is not None else x
         x = self.decoder(x, train)
@@ -67,34 +78,68 @@ class TaskModel(nn.Module):
         """Touches every parameter once: what `init` runs."""
         self.encoder.everything()
         width = self.backbone.out_channels[0]
-        series = [jnp.zeros((1, 2, 16, width))] * len(self.config.layers)
-        found = [x.mean(1) if self.over_time is None else self.over_time(x) for x in series]
-        return self.decode(found, (4 * PATCH_SIZE,) * 2)
+        time = () if self.over_time is None else (2,)
+        return self.decode([jnp.zeros((1, *time, 16, width))] * len(self.config.layers))
+
+
+def outputs(module: TaskModel, variables: Variables, batch: Mapping[str, Any], **options: Any) -> Any:
+    """`TaskModel.__call__` of a batch with ``inputs``, or from the ``features`` that the backbone has made of them (`caching`)."""
+    if "features" in batch:
+        return module.apply(variables, batch["features"], days=batch.get("days"), method="decode", **options)
+    return module.apply(variables, batch["inputs"], days=batch.get("days"), **options)
 
 
 # ---- which parameters are trained ----
 
 
-def init(module: TaskModel, key: jax.Array, tune: str = "full", rank: int = 0) -> dict[str, Any]:
-    """Fresh variables, the encoder's boxed, parted as `part` does; with ``lora`` the products of rank `rank` are zero."""
+def init(module: TaskModel, key: jax.Array, tune: str = "full", rank: int = 0, thinker: Thinker | None = None) -> dict[str, Any]:
+    """Fresh variables, the encoder's boxed, parted as `part` does; with ``lora`` the products of rank `rank` are zero.
+
+    A thinker's are in ``buffers`` as ``generator``; if it is chained, its embeddings are the encoder's, which are not trained.
+    """
     variables = module.init(key, method="everything")
     if tune == "lora":
         adapted = init_lora(jax.random.fold_in(key, 1), nn.meta.unbox(variables["params"]["encoder"]), rank)
         variables = {**variables, "params": {**variables["params"], "lora": adapted}}
-    return part(variables, tune)
+    parted = part(variables, tune, thinker is not None and thinker.chained)
+    if thinker is not None:
+        parted["buffers"]["generator"] = _generator(thinker, jax.random.fold_in(key, 2), variables)
+    return parted
 
 
-def part(variables: Variables, tune: str) -> dict[str, Any]:
-    """``params`` that are trained; what is not is in ``buffers``, as ``frozen`` and ``buffers``."""
+def _generator(thinker: Thinker, key: jax.Array, variables: Variables) -> dict[str, Any]:
+    found = thinker.module.init(key, method="everything")
+    if not thinker.chained:
+        return dict(found)
+    own = {group: {name: x for name, x in tree.items() if (group, name) not in tim.SHARED} for group, tree in found.items()}
+    return tim.share(own, {group: variables[group]["encoder"] for group in own})
+
+
+def part(variables: Variables, tune: str, keeps_embeddings: bool = False) -> dict[str, Any]:
+    """``params`` that are trained; what is not is in ``buffers``, as ``frozen`` and ``buffers``.
+
+    `keeps_embeddings`: the encoder's are never trained.
+    """
     params = dict(variables["params"])
-    frozen = {} if tune == "full" else {"encoder": params.pop("encoder")}
+    encoder = dict(params.pop("encoder"))
+    held = {name for name in encoder if tune != "full" or keeps_embeddings and name in EMBEDDINGS}
+    frozen, trained = ({name: x for name, x in encoder.items() if (name in held) == is_held} for is_held in (True, False))
+    params |= {"encoder": trained} if trained else {}
     own = {name: variables[name] for name in ("batch_stats",) if name in variables}
-    return {"params": params, "buffers": {"frozen": frozen, "buffers": variables["buffers"]}, **own}
+    return {"params": params, "buffers": {"frozen": {"encoder": frozen} if frozen else {}, "buffers": variables["buffers"]}, **own}
+
+
+def with_encoder(parted: Variables, params: Variables) -> Variables:
+    """Parted variables with other parameters of the encoder."""
+    for tree in (parted["params"], parted["buffers"]["frozen"]):
+        if "encoder" in tree:
+            tree["encoder"] = {name: params[name] for name in tree["encoder"]}
+    return parted
 
 
 def join(params: Variables, held: Variables, batch_stats: Variables | None, alpha: float = 1.0) -> dict[str, Any]:
     """The module's own variables from parted ones; products of LoRA are added to the kernels that they belong to."""
-    params = {**params, **held["frozen"]}
+    params = {**params, "encoder": {**params.get("encoder", {}), **held["frozen"].get("encoder", {})}}
     if "lora" in params:
         params["encoder"] = add_lora(params["encoder"], params.pop("lora"), alpha)
     return {"params": params, "buffers": held["buffers"], "batch_stats": batch_stats or {}}

@@ -23,7 +23,7 @@ def measure(
     module: TaskModel, criterion: losses.Loss, facts: Facts, alpha: float, params, held, batch_stats, batch
 ) -> dict[str, jax.Array]:
     """Sums of one batch, from which `summarize` makes metrics."""
-    outputs = module.apply(networks.join(params, held, batch_stats, alpha), batch["inputs"], days=batch.get("days"))
+    outputs = networks.outputs(module, networks.join(params, held, batch_stats, alpha), batch)
     target, valid = batch["target"], batch["valid"]
     count = valid.sum()
     sums = {"loss": criterion(outputs, target, valid) * count, "count": count}

@@ -13,7 +13,7 @@ from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, 
 
 PUBLISHED = {"sen1floods11": sen1floods11, "burnscars": burnscars, "mados": mados, "pastis": pastis, "eurosat": eurosat}
 
-__all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "load", "statistics"]
+__all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "facts", "load", "statistics"]
 
 
 def load(name: str, root: str | os.PathLike, split: str = "train", **options) -> Dataset:
@@ -22,6 +22,11 @@ def load(name: str, root: str | os.PathLike, split: str = "train", **options) ->
     Raises ValueError for unknown names and empty splits, FileNotFoundError in one sentence for what is not there.
     """
     return (generic if name == "generic" else _published(name)).dataset(root, split, **options)
+
+
+def facts(name: str, **options) -> Facts:
+    """What `load` would say of the data set, without its files."""
+    return generic.facts(**options) if name == "generic" else _published(name).FACTS
 
 
 def check(name: str, root: str | os.PathLike) -> None:

@@ -35,6 +35,14 @@ class Facts:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def only(self, modalities: Sequence[str]) -> Facts:
+        """With those inputs alone."""
+        unknown = [m for m in modalities if m not in self.bands]
+        if unknown or not modalities:
+            what = f"{unknown[0]} is none" if unknown else "at least one is needed"
+            raise ValueError(f"The inputs of {self.title} are {', '.join(self.bands)}; {what}.")
+        return dataclasses.replace(self, **{key: _those(getattr(self, key), modalities) for key in ("bands", "mean", "std")})
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -90,15 +98,11 @@ class Dataset:
 
     def only(self, modalities: Sequence[str]) -> Dataset:
         """With those inputs alone; the others are not read."""
-        unknown = [m for m in modalities if m not in self.facts.bands]
-        if unknown or not modalities:
-            what = f"{unknown[0]} is none" if unknown else "at least one is needed"
-            raise ValueError(f"The inputs of {self.facts.title} are {', '.join(self.facts.bands)}; {what}.")
+        facts = self.facts.only(modalities)
         if len(self.facts.bands) == 1:
             return self
-        facts = {key: _those(getattr(self.facts, key), modalities) for key in ("bands", "mean", "std")}
         samples = (dataclasses.replace(s, inputs=_those(s.inputs, modalities), dates=_those(s.dates, modalities)) for s in self.samples)
-        return dataclasses.replace(self, facts=dataclasses.replace(self.facts, **facts), samples=tuple(samples))
+        return dataclasses.replace(self, facts=facts, samples=tuple(samples))
 
     num_classes = property(lambda self: self.facts.num_classes)
     class_names = property(lambda self: self.facts.class_names)

@@ -30,8 +30,8 @@ def dataset(
     root: str | os.PathLike,
     split: str = "train",
     *,
-    images: Mapping[str, Mapping[str, Any]],
-    labels: Mapping[str, Any],
+    images: Mapping[str, Mapping[str, Any]] = {},
+    labels: Mapping[str, Any] = {},
     splits: Mapping[str, str] | None = None,
     task: str = "segmentation",
     class_names: Sequence[str] = (),
@@ -58,15 +58,13 @@ def dataset(
       ValueError: unknown fields, bands or task, a split without samples; FileNotFoundError: a folder, split file or sample is not there.
     """
     root = os.fspath(root)
-    _check_fields(images, labels, task)
-    names = _class_names(class_names, num_classes, task)
+    own = dict(images=images, labels=labels, task=task, class_names=class_names, num_classes=num_classes)
+    known = facts(**own, ignore_index=ignore_index, title=title)
     how = {m: _bands(m, fields) for m, fields in images.items()}
-    statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
-    facts = Facts(title, task, {m: b.use for m, b in how.items()}, names, ignore_index, **statistics)
     found, where = _names(root, split, images, splits)
     paths = {name: {m: files.path_of(_folder(root, f, split), f["pattern"], name) for m, f in images.items()} for name in found}
     if "table" in labels:
-        targets = _table(os.path.join(root, labels["table"]), task, names)
+        targets = _table(os.path.join(root, labels["table"]), task, known.class_names)
         _check_rows(targets, found, where, labels["table"])
         read_target = given
     else:
@@ -76,7 +74,25 @@ def dataset(
         read_target = functools.partial(read_map, task=task, ignore_index=ignore_index, **options)
     files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
     samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
-    return Dataset(facts, split, samples, functools.partial(read_images, how), read_target)
+    return Dataset(known, split, samples, functools.partial(read_images, how), read_target)
+
+
+def facts(
+    *,
+    images: Mapping[str, Mapping[str, Any]] = {},
+    labels: Mapping[str, Any] = {},
+    splits: Mapping[str, str] | None = None,
+    task: str = "segmentation",
+    class_names: Sequence[str] = (),
+    num_classes: int | None = None,
+    ignore_index: int | None = IGNORE,
+    title: str = "the data set",
+) -> Facts:
+    """What the fields of `dataset` say, without any file."""
+    _check_fields(images, labels, task)
+    names = _class_names(class_names, num_classes, task)
+    statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
+    return Facts(title, task, {m: _bands(m, fields).use for m, fields in images.items()}, names, ignore_index, **statistics)
 
 
 # ---- reading ----

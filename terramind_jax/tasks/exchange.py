@@ -1,0 +1,124 @@
+"""Whole fine-tuned models to TerraTorch and back: backbone, neck, decoder and head, in its names (spec 5.7, 10.3).
+
+The state dict is that of the model which TerraTorch's ``EncoderDecoderFactory`` builds; a ``.ckpt`` is a checkpoint of its task, as
+Lightning writes them, ``{"state_dict": {"model.NAME": ...}}``, and is read without running anything that is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import meta
+from ml_collections import ConfigDict
+
+from terramind_jax import build, sources, weights
+from terramind_jax import config as configuration
+from terramind_jax.convert import files, rules
+from terramind_jax.modalities import IMAGE_SIZE
+from terramind_jax.models import ThinkingInModalities
+from terramind_jax.tasks import convert, datasets, finetune
+from terramind_jax.tasks import model as networks
+from terramind_jax.tasks.datasets import Facts
+from terramind_jax.tasks.finetune import Task
+
+TASK = "model."  # what a task calls its model
+ENCODER = "encoder."  # what the model calls its backbone
+
+
+def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Writes the best parameters of a fine-tuning by the suffix of `target`: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
+
+    Raises FileExistsError if `target` exists, ValueError for what TerraTorch cannot hold.
+    """
+    target = Path(target)
+    files.check_free(target)
+    files.is_safetensors(target)  # raises for unknown suffixes, before anything is read
+    state = to_torch(finetune.load(workdir), configuration.of_workdir(workdir).model.weights)
+    prefix = TASK if target.suffix == files.LIGHTNING else ""
+    files.write(target, {prefix + name: x for name, x in state.items()})
+
+
+def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
+    """The state dict that loads strictly into TerraTorch's model of the same configuration.
+
+    Thinking in Modalities holds tokenizers there, too, which nothing but decoding needs: `tokenizers` says whence, as in `weights.load`.
+    """
+    if task.module.time == "ltae":
+        raise ValueError("TerraTorch has no L-TAE, so a model with model.time='ltae' cannot be exported.")
+    model = dataclasses.replace(task.extractor, variables={group: task.variables[group]["encoder"] for group in ("params", "buffers")})
+    if task.thinker is not None:
+        held = {modality: _tokenizer(modality, tokenizers, model.version) for modality in model.tokenizers}
+        model = dataclasses.replace(model, generator=(task.thinker.module, task.generator), tokenizers=held)
+    state = {ENCODER + name: x for name, x in weights.to_torch(model).items()}
+    return state | rules.to_torch(_without_encoder(jax.device_get(task.variables)), convert.rules(task.module.config))
+
+
+def _tokenizer(modality: str, words: str, version: str) -> tuple:
+    try:
+        return weights.tokenizer(modality, words, version)
+    except FileNotFoundError:
+        warnings.warn(f"There is no tokenizer of {modality} near {words}; it is random, and only decoding needs it.", stacklevel=3)
+        return weights.tokenizer(modality, "random", version)
+
+
+def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {group: {name: x for name, x in tree.items() if name != "encoder"} for group, tree in variables.items()}
+
+
+def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts) -> dict[str, Any]:
+    """``{"params", "buffers", "batch_stats"}`` of a `TaskModel` from TerraTorch's model, or from its task; a thinker's are ``generator``.
+
+    Raises ValueError for a state dict that is not of this configuration.
+    """
+    if any(name.startswith(TASK) for name in state):  # a task, which also holds a loss and metrics
+        state = {name.removeprefix(TASK): x for name, x in state.items() if name.startswith(TASK)}
+    extractor = finetune.backbone(config, facts)
+    module = finetune.task_model(config, facts, extractor)
+    encoder = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
+    rest = {name: x for name, x in state.items() if not name.startswith(ENCODER)}
+    abstract = _without_encoder(meta.unbox(jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0))))
+    found = rules.from_torch(rest, convert.rules(module.config), abstract)
+    own = {name: x for name, x in encoder.items() if not name.startswith((sources.GENERATOR, sources.TOKENIZER))}
+    for group, tree in _network(own, extractor.module).items():
+        found[group]["encoder"] = tree
+    if isinstance(extractor, ThinkingInModalities):
+        thinks = {name.removeprefix(sources.GENERATOR): x for name, x in encoder.items() if name.startswith(sources.GENERATOR)}
+        found["generator"] = _network(thinks, extractor.generator[0])
+    return found
+
+
+def _network(state: dict[str, np.ndarray], module: Any) -> dict[str, Any]:
+    return rules.from_torch(state, sources.rules_of(module), build.abstract(module))
+
+
+def import_model(source: str | os.PathLike, workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Makes a work directory, as `predict` and `finetune.load` read it, of a file with a fine-tuned model of TerraTorch.
+
+    Args:
+      source: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
+      workdir: must not exist yet.
+      config: of the model; of its data set no file is read.
+
+    Raises FileExistsError, FileNotFoundError, ValueError for a file of another configuration or with anything but tensors in it.
+    """
+    workdir, config = Path(workdir), config.copy_and_resolve_references()
+    files.check_free(workdir)
+    config.train.tune = "full"  # LoRA's products are in the kernels
+    config.data.crop = config.data.crop or IMAGE_SIZE
+    facts = datasets.facts(config.data.dataset, **config.data.options.to_dict())
+    facts = facts.only(config.model.modalities) if config.model.modalities else facts
+    found = from_torch(files.read(source), config, facts)
+    generator = {"generator": found.pop("generator")} if "generator" in found else {}
+    parted = networks.part(found, "full", bool(generator) and config.model.tim_chained)
+    with files.replacing(workdir) as partial:
+        configuration.bind_workdir(config, partial)
+        finetune.write_task(partial, facts, finetune.scale_of(config, facts))
+        held = {**parted["buffers"], **generator}
+        finetune.save_best(partial, 0, *map(jax.device_put, (parted["params"], held, parted.get("batch_stats"))))
