@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["terramind_jax", "terramind_jax.*"]),
+    package_data={"terramind_jax.evaluation": ["published.json"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

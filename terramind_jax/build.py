@@ -39,7 +39,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "backbone": dict(bands={}, in_chans=None, **_BACKBONE),
     "tim": dict(tim_modalities=["LULC"], tim_chained_generations=True, **{f"tim_{k}": v for k, v in _SAMPLING.items()}, **_BACKBONE),
     "generate": dict(
-        modalities=REQUIRED, output_modalities=REQUIRED, timesteps=50, img_size=224, standardize=False, offset={}, **_SAMPLING, **_NETWORK
+        modalities=REQUIRED,
+        output_modalities=REQUIRED,
+        bands={},
+        fill_bands="neighbours",  # or "zeros", see `bands.fill_missing`
+        timesteps=50,
+        img_size=224,
+        standardize=False,
+        offset={},
+        **_SAMPLING,
+        **_NETWORK,
     ),
     "encdec": dict(_NETWORK),
     "tokenizer": dict(dtype="float32", unroll=1),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
 LULC_CODES = ("terramesh", "esri", "dynamicworld")
+SAMPLERS = ("ddim", "dpmpp", "ddpm")
+CLIPS = ("published", "none", "dynamic")
 STOPPED = 130  # what the shell reports for Ctrl-C
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
@@ -59,6 +61,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_quickstart(commands)
     _add_convert(commands)
     _add_data(commands)
+    _add_evaluate(commands)
     _add_watch(commands)
     _add(commands, "info", "versions, devices and models", _info)
     parsed, rest = parser.parse_known_args(arguments)
@@ -217,6 +220,10 @@ def _add_generate(commands) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures; none that exists is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
     parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
+    text = "of a diffusion decoder: dpmpp needs a fraction of the steps of ddim, ddpm draws noise in every one; default: ddim"
+    parser.add_argument("--sampler", default="ddim", choices=SAMPLERS, help=text)
+    text = "limit of a diffusion decoder: published keeps outputs within one standard deviation of the mean; default: published"
+    parser.add_argument("--clip", default="published", choices=CLIPS, help=text)
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
@@ -229,14 +236,19 @@ def _add_generate(commands) -> None:
     )
 
 
-def _add_scenes(parser: argparse.ArgumentParser) -> None:
-    """What to read, and with which model."""
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
     text = "a released model, such as terramind_v1_base; not for a work directory"
     parser.add_argument("--model", default=None, metavar="NAME", help=text)
     text = "work directory of a pretrained model; with --model also hub, random, or a file"
     parser.add_argument("--weights", required=True, metavar="W", help=text)
     text = "folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
     parser.add_argument("--tokenizers", metavar="DIR", help=text)
+
+
+def _add_scenes(parser: argparse.ArgumentParser) -> None:
+    """What to read, and with which model."""
+    _add_model(parser)
     text = "a GeoTIFF or a folder of them; repeat for more"
     parser.add_argument("--input", action="append", required=True, metavar="MODALITY=PATH", help=text)
 
@@ -252,7 +264,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
 
 def _generate(parsed: argparse.Namespace) -> None:
     inputs = _inputs(parsed.input)
-    targets = [name for name in parsed.to.split(",") if name]
+    targets = _names(parsed.to)
     from terramind_jax import generate_scenes
 
     generate_scenes.run(
@@ -269,6 +281,8 @@ def _generate(parsed: argparse.Namespace) -> None:
         batch_size=parsed.batch_size,
         quicklook=parsed.quicklook,
         timesteps=parsed.timesteps,
+        sampler=parsed.sampler,
+        clip=parsed.clip,
         steps=parsed.steps,
         temperature=parsed.temperature,
     )
@@ -485,6 +499,53 @@ def _stats(parsed: argparse.Namespace) -> None:
         return
     for split, result in found.items():
         print(f"{split}\n{check.format_stats(result)}")
+
+
+# ---- evaluation ----
+
+
+def _add_evaluate(commands) -> None:
+    text = "benchmark protocols: what a model generates and what its features say, beside published numbers"
+    evaluate = commands.add_parser("evaluate", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    protocols = evaluate.add_subparsers(title="protocols", required=True, metavar="PROTOCOL")
+    parser = _add_protocol(protocols, "generation", "generate modalities that are there, and say how far from them", _evaluate_generation)
+    parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards, or of GeoTIFFs MODALITY/NAME.tif of any size")
+    parser.add_argument("--from", required=True, dest="inputs", metavar="A,B", help="modalities to generate from")
+    parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, each alone")
+    _add_generation(parser)
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
+    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
+
+
+def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:
+    """What all protocols are told: the model, and where the results go."""
+    parser = _add(protocols, name, text, command)
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="report.md, tables as CSV and pictures; must not exist")
+    return parser
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    """How much is generated, and how."""
+    parser.add_argument("--split", default="val", metavar="NAME", help="of shards; default: val")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples; default: all")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once; default: 8")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10, the paper's")
+    parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+
+
+def _evaluate_generation(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import generation
+
+    same = ("weights", "model", "tokenizers", "data", "out", "split", "lulc_codes", "limit", "pictures", "batch_size", "seed")
+    options = {name: getattr(parsed, name) for name in (*same, "timesteps", "steps", "temperature")}
+    generation.run(inputs=_names(parsed.inputs), to=_names(parsed.to), **options)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 # ---- watch ----

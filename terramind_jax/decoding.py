@@ -51,6 +51,7 @@ def generate_tokens(
     top_k: PerTarget[int | float] = 0,
     top_p: PerTarget[float] = 0.8,
     guidance_scale: PerTarget[float] = 1.0,
+    visible: Mapping[str, jax.Array] | None = None,
     known_tokens: Mapping[str, jax.Array] | None = None,
     only: str | None = None,
     at: np.ndarray | None = None,
@@ -69,6 +70,8 @@ def generate_tokens(
       temperature: 0 takes the most probable token.
       top_k, top_p: filters of `sampling.filter_logits`.
       guidance_scale: ``u + (c - u) * scale`` of the logits with (c) and without (u) the inputs and the finished targets; 1 is off.
+      visible: bool ``[B, s, s]`` by image input, which of its patches or tokens the model sees; the others are as if they were not given.
+        Shapes do not depend on it, so that one program serves all masks. Inputs without one are seen whole.
       known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here.
       only: the one target to sample now. Target after target, each with `known_tokens` of those before, gives what one call gives.
       at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the random
@@ -86,6 +89,7 @@ def generate_tokens(
     finished = {key: jnp.asarray(value) for key, value in (known_tokens or {}).items()}
     known = {key: jnp.asarray(value) for key, value in inputs.items()}
     batch_size = _check(known, targets, encoder, decoder, seed, finished, only)
+    masks = _check_visible(visible or {}, known, encoder, module.config.patch_size)
     known |= {key: value for key, value in finished.items() if key in encoder}
     module, variables = transformer.at_size(module, variables, _image_size(module, known))
     words, at = jnp.asarray(sampling.seed_words(seed, batch_size)), jnp.asarray(sampling.corners(at, batch_size))
@@ -107,7 +111,7 @@ def generate_tokens(
         plan = (jnp.asarray(counts), jnp.asarray(temperatures), jnp.float32(option(guidance_scale)))
         later = [key for key in targets[i + 1 :] if key in encoder and key not in finished and encoder[key].kind == "sequence"]
         seen = known | {key: jnp.full((batch_size, 1), START) for key in later}
-        outputs[target] = run(variables, seen, words, at, *plan, module=module, target=target, **settings)
+        outputs[target] = run(variables, seen, masks, words, at, *plan, module=module, target=target, **settings)
         if target in encoder:
             known[target] = outputs[target]
     return outputs
@@ -120,12 +124,27 @@ _STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "schedule", "width", "even"))
 def _write_image(
-    variables, inputs, words, at, counts, temperatures, guidance_scale, *, module, target, schedule, width, even, guided, **settings
+    variables,
+    inputs,
+    visible,
+    words,
+    at,
+    counts,
+    temperatures,
+    guidance_scale,
+    *,
+    module,
+    target,
+    schedule,
+    width,
+    even,
+    guided,
+    **settings,
 ) -> jax.Array:
     """All steps of one image stream -> ids ``[B, h, w]``. `counts` and `temperatures` ``[steps]``; `width` is the largest count."""
     b, grid, length = words.shape[0], module.config.grid, module.config.grid**2
     keys, places = sampling.sample_keys(words, target), sampling.places(at, grid, grid)
-    slots = _embed(module, variables, inputs)
+    slots = _embed(module, variables, inputs, visible)
     sees_itself = target in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
     order = jnp.pad(sampling.random_orders(keys, places), ((0, 0), (0, width)))
 
@@ -159,14 +178,16 @@ def _write_image(
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _write_sequence(variables, inputs, words, at, counts, temperatures, guidance_scale, *, module, target, guided, **settings) -> jax.Array:
+def _write_sequence(
+    variables, inputs, visible, words, at, counts, temperatures, guidance_scale, *, module, target, guided, **settings
+) -> jax.Array:
     """One sequence stream, token after token -> ids ``[B, L]`` (spec 8.4). Ends at the first sentinel; the rest is padding."""
     del at, counts  # a sequence lies on no grid, and is written token by token
     b = words.shape[0]
     total = next(s.max_tokens for s in module.config.decoder if s.key == target)
     length = total - 1  # the first place is the input's [S_1]
     keys = sampling.sample_keys(words, target)
-    slots, own = _embed(module, variables, inputs), None
+    slots, own = _embed(module, variables, inputs, visible), None
     if target in {s.key for s in module.config.encoder}:
         own = _hide(*module.apply(variables, target, jnp.full((b, 1), START), method="embed"), jnp.zeros((b, 1), bool))
     contexts = _encode(module, variables, slots, own, guided)
@@ -189,15 +210,17 @@ def _write_sequence(variables, inputs, words, at, counts, temperatures, guidance
 # ---- pieces of a step ----
 
 
-def _embed(module: TerraMind, variables: Variables, inputs: Mapping[str, jax.Array]) -> list[tuple]:
-    """Encoder slots ``(content, emb, hidden)`` of each input; padding of sequences is hidden."""
+def _embed(module: TerraMind, variables: Variables, inputs: Mapping[str, jax.Array], visible: Mapping[str, jax.Array]) -> list[tuple]:
+    """Encoder slots ``(content, emb, hidden)`` of each input; what is not visible and the padding of sequences are hidden."""
     slots = []
     for stream in module.config.encoder:  # in the model's order, so that the caller's does not matter
         if stream.key in inputs:
             value = inputs[stream.key]
             content, emb = module.apply(variables, stream.key, value, method="embed")
-            is_padding = value == coordinates.PAD if stream.kind == "sequence" else jnp.zeros(content.shape[:2], bool)
-            slots.append(_hide(content, emb, is_padding))
+            hidden = value == coordinates.PAD if stream.kind == "sequence" else jnp.zeros(content.shape[:2], bool)
+            if stream.key in visible:
+                hidden = ~visible[stream.key].reshape(hidden.shape)
+            slots.append(_hide(content, emb, hidden))
     return slots
 
 
@@ -292,6 +315,19 @@ def _check_schedule(schedule: str) -> str:
     if schedule not in ("roar", "maskgit"):
         raise ValueError(f"Unknown decoding schedule {schedule!r}; known schedules: roar, maskgit.")
     return schedule
+
+
+def _check_visible(visible: Mapping[str, Any], inputs: Mapping[str, jax.Array], encoder: Mapping[str, Stream], patch_size: int) -> dict:
+    """`visible` as arrays; a ValueError for one that is no mask of an image input."""
+    masks = {key: jnp.asarray(mask) for key, mask in visible.items()}
+    for key, mask in masks.items():
+        if key not in inputs or encoder[key].kind == "sequence":
+            raise ValueError(f"The option visible is given for {key!r}, which is no image among the inputs.")
+        side = _side(encoder[key], inputs[key].shape, patch_size) // patch_size
+        if mask.dtype != bool or mask.shape != (inputs[key].shape[0], side, side):
+            expected = f"bool [{inputs[key].shape[0]}, {side}, {side}], one a patch"
+            raise ValueError(f"The option visible of {key!r} is {mask.dtype} of shape {list(mask.shape)}; expected {expected}.")
+    return masks
 
 
 def _check(inputs, targets, encoder, decoder, seed, finished, only) -> int:

@@ -6,14 +6,14 @@ output streams one after another, a finished one being an input of those that fo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from terramind_jax import captions, coordinates, modalities
+from terramind_jax import captions, coordinates, draws, modalities, sampling
+from terramind_jax.bands import FillBands, fill_missing
 from terramind_jax.decoding import PerTarget, T, generate_tokens
 from terramind_jax.modalities import Stream
 from terramind_jax.model import TerraMind
@@ -35,6 +35,9 @@ def generate(
     standardize: bool = True,
     version: str = "v1",
     offset: Mapping[str, float] | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
+    fill_bands: FillBands = "neighbours",
+    visible: Mapping[str, np.ndarray] | None = None,
     timesteps: int = 10,
     noise: Mapping[str, np.ndarray] | None = None,
     sampler: Sampler = "ddim",
@@ -52,6 +55,10 @@ def generate(
       vocabulary: of captions, see `terramind_jax.captions`; None: captions are ids.
       standardize: False if the inputs are standardised already; then the outputs are, too.
       version, offset: whose statistics standardise, and by how much they move a modality's mean, by user name.
+      bands, fill_bands: which bands an input has, by user name, if not all, and what stands for the others; see `bands.fill_missing`.
+      visible: bool ``[B, S / 16, S / 16]`` by input, which patches of an image are seen, such as those without clouds. The pixels of the
+        others may be anything, NaN too. Where tokens enter, those that are seen are made of an image without the others: their pixels are
+        the mean, or class 0.
       timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
@@ -67,7 +74,8 @@ def generate(
     offset, noise = offset or {}, noise or {}
     _check_outputs("Noise", noise, outputs)
     scale = dict(vocabulary=vocabulary, standardize=standardize, version=version)
-    tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, at=at, offset=offset, **scale, **options)
+    own = dict(offset=offset, bands=bands, fill_bands=fill_bands, visible=visible)
+    tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, at=at, **own, **scale, **options)
     decoding = dict(seed=seed, at=at, timesteps=timesteps, sampler=sampler, clip=clip)
 
     def finish(name: str, ids: jax.Array) -> np.ndarray | list[str]:
@@ -75,6 +83,23 @@ def generate(
         return decode_output(modalities.output_stream(name), ids, tokenizers, **own, **scale, **decoding)
 
     return {name: finish(name, ids) for name, ids in tokens.items()}
+
+
+def generate_draws(
+    module: TerraMind,
+    variables: Variables,
+    tokenizers: Tokenizers,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    num_samples: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """`generate`, drawn `num_samples` times: ``{name: draws}``, see `draws.collect`. The first draw is that of `seed` alone."""
+    seeds = sampling.draw_seeds(seed, num_samples)
+    made = [generate(module, variables, tokenizers, inputs, outputs, seed=one, **options) for one in seeds]
+    return {name: draws.collect(name, [one[name] for one in made]) for name in outputs}
 
 
 def output_tokens(
@@ -89,6 +114,9 @@ def output_tokens(
     standardize: bool = True,
     version: str = "v1",
     offset: Mapping[str, float] | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
+    fill_bands: FillBands = "neighbours",
+    visible: Mapping[str, np.ndarray] | None = None,
     known_tokens: Mapping[str, np.ndarray] | None = None,
     only: str | None = None,
     **options: Any,
@@ -103,9 +131,18 @@ def output_tokens(
     _check_sizes(inputs, read)
     _check_known(known_tokens or {}, only, made)
     options = {name: _by_stream(value, made) for name, value in (options | {"known_tokens": known_tokens}).items()}
-    encode = functools.partial(encode_input, tokenizers=tokenizers, vocabulary=vocabulary, standardize=standardize, version=version)
-    values = {stream.key: encode(stream, inputs[name], offset=(offset or {}).get(name, 0.0)) for name, stream in read.items()}
+    _check_inputs("Bands", bands or {}, inputs)
+    _check_inputs("Visible patches", visible or {}, inputs)
+    masks = {name: _mask(name, mask, inputs[name], read[name]) for name, mask in (visible or {}).items()}
+    scale = dict(vocabulary=vocabulary, standardize=standardize, version=version, fill_bands=fill_bands)
+
+    def encode(name: str, stream: Stream) -> np.ndarray | jax.Array:
+        own = dict(offset=(offset or {}).get(name, 0.0), bands=(bands or {}).get(name), visible=masks.get(name))
+        return encode_input(stream, inputs[name], tokenizers, **own, **scale)
+
+    values = {stream.key: encode(name, stream) for name, stream in read.items()}
     targets = list(dict.fromkeys(stream.key for stream in made.values()))
+    options["visible"] = {read[name].key: mask for name, mask in masks.items()}
     tokens = generate_tokens(module, variables, values, targets, seed=seed, only=only and made[only].key, **options)
     return {name: tokens[stream.key] for name, stream in made.items() if stream.key in tokens}
 
@@ -125,17 +162,29 @@ def encode_input(
     standardize: bool = True,
     version: str = "v1",
     offset: float = 0.0,
+    bands: Sequence[str] | None = None,
+    fill_bands: FillBands = "neighbours",
+    visible: np.ndarray | None = None,
 ) -> np.ndarray | jax.Array:
-    """One user array, or captions, as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens."""
+    """One user array, or captions, as its encoder stream takes it: standardised pixels, or ids where the stream holds tokens.
+
+    An image on devices stays on them. One with `bands` is completed to all of its modality, see `bands.fill_missing`.
+    """
     if stream.modality == "caption":
         return captions.encode(vocabulary, x)
-    x = np.asarray(x)
     if stream.kind == "sequence":
-        return coordinates.encode(x)
+        return coordinates.encode(np.asarray(x))
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
     if stream.modality not in modalities.MODALITIES:
-        return x  # a modality of the user's own: without statistics
+        return x if visible is None else _without_hidden(x, visible, 0)  # a modality of the user's own: without statistics
     is_class_map = modalities.get(stream.modality).kind == "classes"
     x = x[..., None] if is_class_map and x.ndim == 3 else x
+    if bands is not None:
+        own = dict(standardised=not standardize, version=version, offset=offset)
+        x = fill_missing(stream.modality, np.asarray(x), bands, fill_bands, **own)
+    if visible is not None:
+        mean = modalities.statistics(stream.modality, version, offset)[0] if standardize and not is_class_map else 0
+        x = _without_hidden(x, visible, mean)
     modalities.check_image(stream.modality, x)
     modalities.check_scale(stream.modality, x, standardised=not standardize)
     if is_class_map:
@@ -146,6 +195,12 @@ def encode_input(
         return x
     tokenizer, variables = tokenizers[stream.modality]
     return apply(tokenizer, variables, x, "encode")
+
+
+def _without_hidden(x: np.ndarray, visible: np.ndarray, value: np.ndarray | float) -> np.ndarray:
+    """An image ``[B, H, W, C]`` whose hidden patches hold `value`, whatever they held."""
+    rows = np.repeat(np.repeat(visible, modalities.PATCH_SIZE, 1), modalities.PATCH_SIZE, 2)
+    return np.where(rows[..., None], x, np.asarray(value, np.asarray(x).dtype))
 
 
 def decode_output(
@@ -182,10 +237,16 @@ def _by_stream(value: PerTarget[T], streams: Mapping[str, Stream]) -> PerTarget[
     return {streams[name].key: setting for name, setting in value.items()}
 
 
-def _check_outputs(what: str, given: Mapping[str, Any], outputs: Iterable[str]) -> None:
+def _check_outputs(what: str, given: Iterable[str], outputs: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(outputs))
     if unknown:
         raise ValueError(f"{what} is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(outputs)}.")
+
+
+def _check_inputs(what: str, given: Iterable[str], inputs: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(inputs))
+    if unknown:
+        raise ValueError(f"{what} are given for {', '.join(unknown)}, which is no input; inputs: {', '.join(inputs)}.")
 
 
 def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mapping[str, Stream]) -> None:
@@ -226,6 +287,17 @@ def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:
     if len(set(sides.values())) > 1:
         sizes = (f"{name} {'x'.join(map(str, side))}" for name, side in sides.items())
         raise ValueError(f"The images must be of one size; theirs are {', '.join(sizes)} pixels.")
+
+
+def _mask(name: str, visible: np.ndarray, x: Any, stream: Stream) -> np.ndarray:
+    """`visible` as an array, a ValueError unless it fits the image `x`."""
+    visible, shape = np.asarray(visible), np.shape(x)
+    if stream.kind == "sequence":
+        raise ValueError(f"Visible patches are given for {name}, which is no image.")
+    if visible.dtype != bool or visible.shape != (shape[0], shape[1] // modalities.PATCH_SIZE, shape[2] // modalities.PATCH_SIZE):
+        expected = f"bool, one a patch of 16 pixels of {list(shape[:3])}"
+        raise ValueError(f"The visible patches of {name} are {visible.dtype} of shape {list(visible.shape)}; expected {expected}.")
+    return visible
 
 
 def check_by_name(inputs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from terramind_jax.scenes import journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
+from terramind_jax.tokenizer import Clip, Sampler, diffusion
 from terramind_jax.train import pretrain, tokenizer
 from terramind_jax.weights import load
 
@@ -39,6 +40,11 @@ def run(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
+    timesteps: int = 10,
+    sampler: Sampler = "ddim",
+    clip: Clip = "published",
+    only: Collection[str] | None = None,
+    network: Network | None = None,
     **options: Any,
 ) -> list[Path]:
     """Generates modalities of one scene, or of every scene of a folder.
@@ -61,7 +67,10 @@ def run(
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
-      **options: `timesteps` and `clip` of diffusion decoders; the others are of `decoding.generate_tokens`, such as steps and temperature.
+      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
+      only: names of the scenes to do of a folder; None: all.
+      network: what `load_network` has loaded of these weights already.
+      **options: those of `decoding.generate_tokens`, such as steps and temperature.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.
@@ -73,16 +82,18 @@ def run(
       OSError: the disk is full (ENOSPC).
     """
     sources.declare(workdir(weights))
-    _check_names(inputs, to, lulc_codes)
+    check_names(inputs, to, lulc_codes)
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
+    diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
+    options |= dict(timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)
+    found = {name: paths for name, paths in found.items() if only is None or name in only}
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []
     journal.check_outputs(out, [*pictures, *written])
     scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
-    print(f"Loading {model or weights}", flush=True)
-    network = _released(model, weights, inputs, to, tokenizers) if model else _trained(weights, inputs, to, tokenizers)
+    network = network or load_network(weights, model, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers)
     side = network.module.config.image_size
     overlap = side // 2 // PATCH * PATCH if overlap is None else overlap
@@ -114,14 +125,24 @@ def run(
 # ---- models ----
 
 
-def _trained(weights: str | os.PathLike, inputs: Mapping, to: Sequence[str], tokenizers: str | os.PathLike | None) -> Network:
+def load_network(
+    weights: str | os.PathLike, model: str | None, inputs: Collection[str], to: Sequence[str], tokenizers: str | os.PathLike | None = None
+) -> Network:
+    """What generates `to` from `inputs`; weights, model and tokenizers as of `run`."""
+    print(f"Loading {model or weights}", flush=True)
+    return _released(model, weights, inputs, to, tokenizers) if model else _trained(weights, inputs, to, tokenizers)
+
+
+def _trained(weights: str | os.PathLike, inputs: Collection[str], to: Sequence[str], tokenizers: str | os.PathLike | None) -> Network:
     check_workdir(weights)
     module, variables, _ = pretrain.load(workdir(weights))
     folder = Path(tokenizers) if tokenizers else tokenizer_folder(weights)
     return Network(module, variables, load_tokenizers(module, list(inputs), to, folder))
 
 
-def _released(name: str, weights: str | os.PathLike, inputs: Mapping, to: Sequence[str], tokenizers: str | os.PathLike | None) -> Network:
+def _released(
+    name: str, weights: str | os.PathLike, inputs: Collection[str], to: Sequence[str], tokenizers: str | os.PathLike | None
+) -> Network:
     entry = zoo.get(name)
     if entry.kind not in ("backbone", "generate"):
         raise ValueError(f"{name} does not generate; choose one such as terramind_v1_base.")
@@ -158,7 +179,8 @@ def digest(*variables: Any) -> str:
     return found.hexdigest()
 
 
-def _check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str | None) -> None:
+def check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str | None) -> None:
+    """Raises a ValueError for modalities that are no rasters or that no model generates, and for undeclared codes of land cover."""
     reading.check_names(inputs, lulc_codes)
     if not to:
         raise ValueError("No output is named; generation needs at least one.")

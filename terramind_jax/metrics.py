@@ -20,12 +20,16 @@ DATA_RANGE = {"S2L2A": 10_000.0, "S1GRD": 40.0, "S1RTC": 40.0, "DEM": 4000.0, "N
 
 @dataclasses.dataclass
 class Errors:
-    """Sums from which MAE, RMSE, PSNR and SSIM of everything added so far follow: RMSE is over all pixels, not a mean over images."""
+    """Sums from which MAE, RMSE, PSNR, SSIM and bias of everything added so far follow: RMSE is over all pixels, not a mean over images.
+
+    The sum of two, such as those of two bands, is that of all they were given.
+    """
 
     data_range: float
     pixels: int = 0
     absolute: float = 0.0
     squared: float = 0.0
+    signed: float = 0.0
     images: int = 0
     ssim_sum: float = 0.0
 
@@ -41,6 +45,7 @@ class Errors:
         self.pixels += difference.size
         self.absolute += float(np.abs(difference).sum())
         self.squared += float(np.square(difference).sum())
+        self.signed += float(difference.sum())
         images = (x.reshape(-1, *truth.shape[-3:]) for x in (prediction, truth))
         for p, t, v in zip(*images, valid.reshape(-1, *valid.shape[-2:]), strict=True):
             similarity = ssim(p, t, data_range=self.data_range, valid=v)
@@ -49,6 +54,12 @@ class Errors:
                 self.ssim_sum += similarity
         return self
 
+    def __add__(self, other: Errors) -> Errors:
+        if other.data_range != self.data_range:
+            raise ValueError(f"Errors of the full scales {self.data_range} and {other.data_range} cannot be added.")
+        sums = (f.name for f in dataclasses.fields(self) if f.name != "data_range")
+        return Errors(self.data_range, **{name: getattr(self, name) + getattr(other, name) for name in sums})
+
     @property
     def mae(self) -> float:
         return self.absolute / self.pixels if self.pixels else math.nan
@@ -56,6 +67,11 @@ class Errors:
     @property
     def rmse(self) -> float:
         return math.sqrt(self.squared / self.pixels) if self.pixels else math.nan
+
+    @property
+    def bias(self) -> float:
+        """Mean of prediction minus truth."""
+        return self.signed / self.pixels if self.pixels else math.nan
 
     @property
     def psnr(self) -> float:
@@ -127,6 +143,14 @@ def _windows(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         size = x.shape[axis] - len(weights) + 1
         x = sum(w * np.take(x, range(i, i + size), axis=axis) for i, w in enumerate(weights))
     return x
+
+
+def spectral_angle(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Angle in degrees between the spectra of each pixel, ``[..., C]`` -> ``[...]``: blind to brightness. NaN where one is all zero."""
+    prediction, truth = _pair(prediction, truth)
+    lengths = np.linalg.norm(prediction, axis=-1) * np.linalg.norm(truth, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.degrees(np.arccos(np.clip((prediction * truth).sum(-1) / lengths, -1, 1)))
 
 
 # ---- classes ----

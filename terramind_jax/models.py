@@ -68,7 +68,7 @@ class Model:
         if known is None or not known.is_image or known.kind == "classes":
             return x
         mean, std = modalities.statistics(modality, self.version, self.options.get("offset", {}).get(name, 0.0))
-        bands = self.options.get("bands", {}).get(name)
+        bands = None if inverse and name in self.options.get("output_modalities", ()) else self.options.get("bands", {}).get(name)
         if bands:
             at = [modalities.get(modality).bands.index(band) for band in bands if band in modalities.get(modality).bands]
             if len(at) != len(bands):
@@ -226,31 +226,40 @@ class Generator(Model):
         noise: Mapping[str, np.ndarray] | None = None,
         sampler: tokenizer.Sampler = "ddim",
         clip: tokenizer.Clip = "published",
+        num_samples: int | None = None,
         **options: Any,
-    ) -> dict[str, np.ndarray | list[str]]:
+    ) -> dict[str, Any]:
         """Inputs by user name to every output that the model was built for, each conditioning the next.
 
         Args:
-          inputs: images ``[B, S, S, C]``, LULC ``[B, S, S]`` classes, coords ``[B, 2]`` as (lon, lat), caption a list of strings or ids
+          inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the
+            others, see `bands.fill_missing`), LULC ``[B, S, S]`` classes, coords ``[B, 2]`` as (lon, lat), caption a list of strings or ids
             ``[B, L]``. Images are of one size, any multiple of 16 pixels; diffusion decoders need multiples of 32.
           seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
           sampler: of diffusion decoders: "ddim" as published, "dpmpp", which needs a fraction of its steps, or "ddpm".
           clip: the limit of their predictions: "published", one standard deviation around the mean, "none" or "dynamic".
-          **options: `at` of `generate.generate`, for windows of a scene, and those of `decoding.generate_tokens`, also under the names that
+          num_samples: how often each output is drawn; None: once.
+          **options: `at`, for windows of a scene, and `visible`, for images of which some patches are hidden, as in `generate.generate`;
+            `bands` and `fill_bands`, which the model can be built with; and those of `decoding.generate_tokens`, also under the names that
             the model is built with (`SAMPLING`), and over what it was built with; a mapping gives each output its own.
 
         Returns:
           ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where
-          none was written, caption a list of strings, or ids without a vocabulary.
+          none was written, caption a list of strings, or ids without a vocabulary. With `num_samples` an image is a `draws.Draws` with
+          `values` ``[N, B, S, S, C]``, `mean`, `std` and `quantiles`, LULC a `draws.ClassDraws` with `probabilities` and `entropy`, and
+          coords are ``[N, B, 2]``; the first draw is what is made without `num_samples`.
 
         Raises:
           ValueError: as `generate.generate`.
         """
         timesteps = self.options["timesteps"] if timesteps is None else timesteps
         decoding = dict(timesteps=timesteps, noise=noise, sampler=sampler, clip=clip)
-        return generate.generate(*self._parts(inputs), seed=seed, **decoding, **self._settings(standardize, options))
+        settings = dict(seed=seed, **decoding, **self._settings(standardize, options))
+        if num_samples is None:
+            return generate.generate(*self._parts(inputs), **settings)
+        return generate.generate_draws(*self._parts(inputs), num_samples=num_samples, **settings)
 
     def generate_tokens(
         self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
@@ -264,7 +273,8 @@ class Generator(Model):
     def _settings(self, standardize: bool | None, options: Mapping[str, Any]) -> dict[str, Any]:
         standardize = self.options["standardize"] if standardize is None else standardize
         _check_options(options)
-        scale = dict(vocabulary=self.vocabulary, standardize=standardize, version=self.version, offset=self.options["offset"])
+        scale = dict(vocabulary=self.vocabulary, standardize=standardize, version=self.version)
+        scale |= {name: self.options[name] for name in ("offset", "bands", "fill_bands")}
         built = {ours: self.options[theirs] for theirs, ours in SAMPLING.items()}
         return {**scale, **built, **{SAMPLING.get(name, name): value for name, value in options.items()}}
 
@@ -276,10 +286,11 @@ class Generator(Model):
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    known = {*SAMPLING, *inspect.signature(decoding.generate_tokens).parameters} - {"module", "variables", "inputs", "targets", "seed"}
+    known = {*SAMPLING, "bands", "fill_bands", *inspect.signature(decoding.generate_tokens).parameters}
+    known -= {"module", "variables", "inputs", "targets", "seed"}
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, "standardize", "timesteps", "noise", "sampler", "clip"], n=1)
+            close = difflib.get_close_matches(name, [*known, "standardize", "timesteps", "noise", "sampler", "clip", "num_samples"], n=1)
             raise ValueError(f"Unknown option {name!r} of generation{f'; did you mean {close[0]!r}?' if close else '.'}")
 
 

@@ -73,6 +73,15 @@ def seed_words(seed: int | np.ndarray, batch_size: int) -> np.ndarray:
     return np.stack([wide >> np.uint64(32), wide & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
+def draw_seeds(seed: int | np.ndarray, num_samples: int) -> list[np.ndarray]:
+    """The seeds of so many draws, each uint64 of `seed`'s shape, ``[]`` or ``[B]``. The first is `seed` itself; more change none before."""
+    if num_samples < 1:
+        raise ValueError(f"The number of samples is {num_samples}; it must be at least 1.")
+    first = np.asarray(seed).astype(np.uint64)
+    states = [np.random.SeedSequence(int(one)).generate_state(num_samples, np.uint64) for one in first.ravel()]
+    return [first, *np.stack(states, axis=-1)[1:].reshape(-1, *first.shape)]
+
+
 def sample_keys(words: jax.Array, target: str) -> jax.Array:
     """One key a sample, ``[B]``, for everything drawn for stream `target`; `words` as from `seed_words`."""
     # Threefry whatever the default is: hardware generators give other bits under vmap, so a sample would depend on its batch.

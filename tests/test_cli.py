@@ -77,10 +77,11 @@ def test_generate_passes_its_arguments_on(monkeypatch, tmp_path):
     tile = tmp_path / "tile.tif"
     tile.touch()
     pair = f"--input=S2L2A={tile}"
-    assert cli.main(["generate", "--weights=w", pair, "--to=S1GRD,LULC", "--out=o", "--seed=3", "--temperature=0"]) == 0
+    assert cli.main(["generate", "--weights=w", pair, "--to=S1GRD,LULC", "--out=o", "--seed=3", "--temperature=0", "--sampler=dpmpp"]) == 0
     assert seen["inputs"] == {"S2L2A": str(tile)}
     assert seen["to"] == ["S1GRD", "LULC"]
     assert (seen["seed"], seen["temperature"], seen["out"], seen["weights"]) == (3, 0.0, "o", "w")
+    assert (seen["timesteps"], seen["sampler"], seen["clip"]) == (10, "dpmpp", "published")
     with pytest.raises(ValueError, match="twice"):
         cli._inputs([f"DEM={tile}", f"DEM={tile}"])
 

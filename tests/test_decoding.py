@@ -176,6 +176,41 @@ def test_a_sequence_to_come_is_seen_as_its_start(network):
     assert (before != run(network, pixels(2), temperature=0)["tok_a"]).any()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_hidden_patches_are_as_if_not_given(network, steps):
+    """Against a pass over the visible slots alone, each sample with a mask of its own; what hidden patches hold does not matter."""
+    module, variables = network
+    visible = np.array([[1, 0, 1, 1, 0, 0, 0, 1, 0], [0] * 8 + [1]], bool).reshape(2, SIDE, SIDE)
+    inputs = pixels(2) | {"tok_b": np.arange(18).reshape(2, SIDE, SIDE)}
+    tokens = run(network, inputs, temperature=0, visible={PIXELS.key: visible}, steps=steps)["tok_a"]
+    if steps == 1:
+        for i in range(2):
+            slots = [module.apply(variables, key, value[i : i + 1], method="embed") for key, value in inputs.items()]
+            seen = np.concatenate([np.flatnonzero(visible[i]), SIDE**2 + np.arange(SIDE**2)])
+            content, emb = (jnp.concatenate(parts, axis=1)[:, seen] for parts in zip(*slots, strict=True))
+            context = module.apply(variables, content, emb, method="encode")
+            y = module.apply(
+                variables, module.apply(variables, "tok_a", np.arange(9)[None], method="queries"), context, None, method="decode"
+            )
+            expected = module.apply(variables, "tok_a", y, method="logits").argmax(-1)
+            np.testing.assert_array_equal(tokens[i].ravel(), expected[0])
+    holes = np.where(np.kron(visible, np.ones((1, 16, 16), bool))[..., None], inputs[PIXELS.key], np.nan)
+    same = run(network, inputs | {PIXELS.key: holes}, temperature=0, visible={PIXELS.key: visible}, steps=steps)["tok_a"]
+    np.testing.assert_array_equal(tokens, same)
+    assert (tokens != run(network, inputs, temperature=0, steps=steps)["tok_a"]).any()
+
+
+def test_what_is_visible_compiles_nothing_anew_and_may_be_all_or_nothing(network):
+    def seeing(mask):
+        return run(network, pixels(2), temperature=0, visible={PIXELS.key: np.full((2, SIDE, SIDE), mask)})["tok_a"]
+
+    whole, before = seeing(True), decoding._write_image._cache_size()
+    np.testing.assert_array_equal(whole, run(network, pixels(2), temperature=0)["tok_a"])
+    before = decoding._write_image._cache_size()
+    nothing = seeing(False)
+    assert decoding._write_image._cache_size() == before and (nothing == nothing[:1]).all() and (nothing != whole).any()
+
+
 def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network):
     plain = run(network, pixels(2), temperature=0, steps=2)["tok_a"]
     np.testing.assert_array_equal(plain, run(network, pixels(2), temperature=0, steps=2, guidance_scale=1 + 2e-7)["tok_a"])
@@ -257,6 +292,8 @@ def test_padding_of_a_sequence_input_is_hidden(network):
         (pixels(1), ("tok_a",), {"known_tokens": {"tok_a": np.zeros((2, SIDE, SIDE), int)}}, "differ in batch size"),
         (pixels(1), ("tok_a",), {"only": "tok_a", "known_tokens": {"tok_a": np.zeros((1, 3, 3), int)}}, "'tok_a', which is to be sampled"),
         (pixels(1), ("tok_a",), {"at": np.zeros((2, 2), int)}, r"expected integers \[1, 2\], row and column"),
+        (pixels(1), ("tok_a",), {"visible": {"tok_b": np.ones((1, 3, 3), bool)}}, "given for 'tok_b', which is no image among the inputs"),
+        (pixels(1), ("tok_a",), {"visible": {PIXELS.key: np.ones((1, 9), bool)}}, r"bool of shape \[1, 9\]; expected bool \[1, 3, 3\]"),
         (pixels(1), ("tok_a",), {"steps": 0}, "must be at least 1"),
         (pixels(1), ("tok_a",), {"schedule": "raster"}, "known schedules: roar, maskgit"),
         (pixels(1), ("tok_a",), {"top_p": 2.0}, "top_p is 2.0"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_networks
 
-from terramind_jax import coordinates, generate, modalities, tokenizer
+from terramind_jax import coordinates, draws, generate, modalities, sampling, tokenizer
 from terramind_jax.modalities import STREAMS
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -39,6 +43,24 @@ def test_generates_every_modality_in_its_unit(system):
     np.testing.assert_allclose(modalities.destandardize("NDVI", standardized["NDVI"]), result["NDVI"], rtol=1e-5)
 
 
+def test_several_draws_give_the_spread_of_each_pixel(system):
+    names, seeds = ["NDVI", "LULC", "coords"], np.array([4, 5])
+    made = generate.generate_draws(*system, scene(), names, seed=seeds, num_samples=3)
+    ndvi, lulc = made["NDVI"], made["LULC"]
+    for k, one in enumerate(sampling.draw_seeds(seeds, 3)):
+        alone = generate.generate(*system, scene(), names, seed=one)
+        np.testing.assert_array_equal(ndvi.values[k], alone["NDVI"])
+        np.testing.assert_array_equal(made["coords"][k], alone["coords"])
+    assert ndvi.mean.shape == ndvi.std.shape == (2, 48, 48, 1) and ndvi.std.max() > 0
+    low, middle, high = ndvi.quantiles([0, 0.5, 1])
+    np.testing.assert_array_equal((low, high), (ndvi.values.min(0), ndvi.values.max(0)))
+    np.testing.assert_array_equal(middle, ndvi.quantiles(0.5))
+    assert lulc.probabilities.shape == (2, 48, 48, 10) and lulc.entropy.shape == (2, 48, 48)
+    np.testing.assert_allclose(lulc.probabilities.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(draws.ClassDraws(np.zeros((2, 1, 1, 1, 10))).entropy, np.log(10))
+    assert (lulc.entropy > 0).all() and lulc.entropy.max() <= np.log(10) + 1e-6
+
+
 def test_images_of_another_size_return_at_that_size(system):
     dem = np.tile(scene()["DEM"], (1, 2, 2, 1))[:, :80, :80]
     lulc = np.random.default_rng(3).integers(0, 10, (2, 80, 80))
@@ -58,6 +80,28 @@ def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
     assert calls[1] == {"seed": 6, "timesteps": 3, "sampler": "dpmpp", "clip": "none", "noise": None, "at": None}
 
 
+def test_a_sample_follows_its_own_seed_alone(system):
+    """Whatever the others of its batch are, where it lies among them, and on how many devices; with a diffusion decoder."""
+    module, variables, tokenizers = system
+    unet = dict(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    diffusion = tokenizer.Tokenizer(dataclasses.replace(tokenizers["NDVI"][0].config, image_size=64, **unet))
+    decoders = {"NDVI": (diffusion, random_networks.random_variables(tokenizer.init, diffusion, scale=0.1))}
+    dem, seeds = np.random.default_rng(1).normal(size=(4, 32, 32, 1)).astype(np.float32), np.array([3, 1, 4, 1])
+
+    def run(dem, seeds):
+        how = dict(seed=seeds, standardize=False, steps=2, timesteps=2, clip="none")
+        return generate.generate(module, variables, decoders, {"DEM": dem}, ["NDVI"], **how)["NDVI"]
+
+    together, devices = run(dem, seeds), jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5 * together.std())
+    np.testing.assert_array_equal(run(dem, seeds), together)
+    np.testing.assert_array_equal(run(dem, np.array([9, 1, 8, 7]))[1], together[1])
+    close(run(dem[::-1], seeds[::-1])[::-1], together)
+    spread = run(jax.device_put(dem, jax.NamedSharding(devices, jax.P("data"))), seeds)
+    close(spread, together)
+    assert np.abs(run(dem, seeds + 1) - together).max((1, 2, 3)).min() > 0.1 * together.std()
+
+
 def test_output_after_output_equals_one_call(system):
     outputs, options = ["NDVI", "coords", "LULC"], dict(seed=np.array([4, 5]), at=np.array([[0, 3], [2, 1]]))
     together, known = generate.output_tokens(*system, scene(), outputs, **options), {}
@@ -75,6 +119,23 @@ def test_tokenised_inputs_and_coordinates_condition(system):
     np.testing.assert_array_equal(flat, square)
     elsewhere = generate.generate(*system, {"LULC": lulc, "coords": where[::-1]}, ["NDVI"], seed=0, temperature=0)["NDVI"]
     assert (flat != elsewhere).any()
+
+
+def test_hidden_patches_may_hold_anything(system):
+    """Clouds: the elevation itself is painted anew from what is seen of it, and of land cover, which enters as tokens."""
+    dem, lulc = scene()["DEM"].astype(np.float32), np.random.default_rng(3).integers(0, 10, (2, 48, 48))
+    visible = np.random.default_rng(4).random((2, 3, 3)) < 0.5
+    hidden = ~np.kron(visible, np.ones((1, 16, 16), bool))
+    masks = {"visible": {"DEM": visible, "LULC": visible}}
+
+    def tokens(dem, lulc, **options):
+        return np.asarray(generate.output_tokens(*system, {"DEM": dem, "LULC": lulc}, ["DEM"], seed=0, temperature=0, **options)["DEM"])
+
+    painted = tokens(dem, lulc, **masks)
+    clouded = np.where(hidden[..., None], np.nan, dem), np.where(hidden, 200, lulc)
+    np.testing.assert_array_equal(painted, tokens(*clouded, **masks))
+    assert (painted != tokens(dem, lulc)).any()
+    np.testing.assert_array_equal(tokens(dem, lulc), tokens(dem, lulc, visible={"DEM": np.ones((2, 3, 3), bool)}))
 
 
 def test_unwritten_coordinates_are_nan(system):
@@ -98,6 +159,13 @@ def test_unwritten_coordinates_are_nan(system):
         (scene(), ["NDVI"], {"only": "DEM"}, "The option only is given for DEM, which is no output; outputs: NDVI"),
         (scene(), ["NDVI"], {"known_tokens": {"DEM": np.zeros((2, 3, 3), int)}}, "known_tokens is given for DEM, which is no output"),
         (scene(), ["NDVI"], {"known_tokens": {"NDVI": np.full((2, 3, 3), 10**6)}}, "known_tokens of NDVI holds .* integer tokens 0-"),
+        (scene(), ["NDVI"], {"visible": {"NDVI": True}}, "Visible patches are given for NDVI, which is no input; inputs: DEM"),
+        (
+            scene(),
+            ["NDVI"],
+            {"visible": {"DEM": np.ones((2, 48, 48), bool)}},
+            r"of DEM are bool of shape \[2, 48, 48\]; expected bool, one",
+        ),
         (scene(), ["NDVI"], {"noise": {"DEM": 0}}, "Noise is given for DEM, which is no output; outputs: NDVI"),
         (scene() | {"tok_ndvi@224": 0, "NDVI": 0}, ["LULC"], {}, "The inputs tok_ndvi@224 and NDVI are one stream"),
         (scene() | {"coords": np.zeros((1, 2))}, ["NDVI"], {}, "differ in batch size: DEM 2, coords 1"),

@@ -107,12 +107,13 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
 def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
     elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
-    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5)
+    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5, sampler="dpmpp", clip="none")
     np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
     np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
     assert geo.read(paths[0]).place == PLACE
     assert all(call["seed"] == 7 and len(call["at"]) == min(batch_size, 2) for call in copies)
-    assert all((call.get("steps"), call.get("timesteps")) in ((3, None), (None, 5)) for call in copies)
+    settings = {tuple(call.get(name) for name in ("steps", "timesteps", "sampler", "clip")) for call in copies}
+    assert settings == {(3, None, None, None), (None, 5, "dpmpp", "none")}
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
@@ -295,7 +296,16 @@ def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
-@pytest.mark.parametrize("options, message", [({"overlap": 8}, "The overlap is 8 pixels"), ({"samples": 0}, "samples is 0")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"overlap": 8}, "The overlap is 8 pixels"),
+        ({"samples": 0}, "samples is 0"),
+        ({"timesteps": 0}, "number of timesteps is 0"),
+        ({"sampler": "euler"}, "Unknown sampler 'euler'"),
+        ({"clip": "no"}, "Unknown clip 'no'"),
+    ],
+)
 def test_options_that_cannot_be(weights, tmp_path, options, message):
     elevation(tmp_path / "a.tif", TILE, TILE)
     with pytest.raises(ValueError, match=message):

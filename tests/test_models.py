@@ -12,7 +12,7 @@ import pytest
 from test_captions import write as write_captions
 
 import terramind_jax as tm
-from terramind_jax import captions, coordinates, hub, modalities, tokenizer
+from terramind_jax import bands, captions, coordinates, hub, modalities, tokenizer
 
 TEXTS = ["a river with fields", "city"]
 
@@ -223,6 +223,25 @@ def test_an_offset_moves_inputs_and_outputs():
         generator(["DEM"], ["S2L2A"], offset={"S1GRD": 1})
 
 
+def test_bands_that_an_input_lacks_are_filled():
+    names = modalities.S2L2A_BANDS[1:9] + modalities.S2L2A_BANDS[10:]
+    model = generator(["LULC", "S2L2A"], ["S2L2A"], bands={"S2L2A": names})
+    x = np.random.default_rng(0).integers(1, 6000, (1, 32, 32, 10)).astype(np.uint16)
+
+    standard = model.standardize({"S2L2A": x})["S2L2A"]
+
+    def tokens(x, **options):
+        return np.asarray(model.generate_tokens({"S2L2A": x}, only="LULC", temps=0.0, **options)["LULC"])
+
+    for how in ("neighbours", "zeros"):
+        full = bands.fill_missing("S2L2A", x, names, how)
+        np.testing.assert_array_equal(tokens(x, standardize=True, fill_bands=how), tokens(full, standardize=True, bands={}))
+        np.testing.assert_array_equal(tokens(x, standardize=True, fill_bands=how), tokens(standard, fill_bands=how))
+    assert model.destandardize({"S2L2A": np.zeros((1, 32, 32, 12))})["S2L2A"][0, 0, 0, 0] == np.float32(1390.458)  # outputs have all
+    with pytest.raises(ValueError, match="Bands are given for S1GRD, which is no input; inputs: S2L2A"):
+        model.generate_tokens({"S2L2A": full}, standardize=True, bands={"S1GRD": ["VV"]})
+
+
 def test_settings_of_each_output_noise_and_clip():
     model = generator(["DEM", "LULC"], ["S2L2A"])
     x = pixels(1, 32)
@@ -235,6 +254,9 @@ def test_settings_of_each_output_noise_and_clip():
     made = model.generate(x, seed=5, noise={"DEM": noise}, clip="none", **by_name)["DEM"]
     module, variables = model.tokenizers["DEM"]
     np.testing.assert_array_equal(made, tokenizer.decode(module, variables, tokens["DEM"], noise=noise, timesteps=1, clip="none"))
+    several = model.generate(x, seed=5, noise={"DEM": noise}, clip="none", num_samples=2, **by_name)
+    np.testing.assert_array_equal(several["DEM"].values[0], made)
+    assert several["LULC"].entropy.shape == (1, 32, 32)
     for outputs in (dict(noise={"S1GRD": noise}), dict(temps={"S1GRD": 0.0})):
         with pytest.raises(ValueError, match="is given for S1GRD, which is no output; outputs: DEM, LULC"):
             model.generate(x, **outputs)

@@ -10,19 +10,20 @@ import pytest
 
 from terramind_jax import cli, geo, metrics, quickstart
 from terramind_jax import config as configuration
+from terramind_jax.evaluation.scores import Scores
 from terramind_jax.modalities import LULC_CLASSES
 from terramind_jax.quickstart import evaluate
 
 
 def _errors(rmse):
     truth = np.zeros((1, 16, 16, 1))
-    return evaluate.Scores(errors=metrics.Errors(4000.0).add(truth + rmse, truth))
+    return Scores("DEM", {"elevation": metrics.Errors(4000.0).add(truth + rmse, truth)})
 
 
 def _classes(right):
     confusion = np.zeros((len(LULC_CLASSES), len(LULC_CLASSES)), np.int64)
     confusion[1, 1], confusion[1, 2] = right, 100 - right
-    return evaluate.Scores(confusion=confusion)
+    return Scores("LULC", confusion=confusion)
 
 
 def test_the_report_says_what_beats_what():
@@ -44,13 +45,13 @@ def test_baselines_see_one_pixel(tmp_path):
     """A modality that is a linear function of the input is regressed exactly; the mean is that of the training pixels."""
 
     class Scenes:
-        modalities, available = ("S2L2A", "DEM"), np.ones((2, 2), bool)
+        modalities, available, keys = ("S2L2A", "DEM"), np.ones((2, 2), bool), ("a", "b")
 
         def __len__(self):
             return 2
 
         def read(self, i, modality):
-            image = np.random.default_rng(i).uniform(0, 3000, (224, 224, 12))
+            image = 2.0 * np.random.default_rng(i).integers(0, 1500, (224, 224, 12))
             return image if modality == "S2L2A" else image[..., 2:3] / 2 + 10
 
     fitted = evaluate.fit(Scenes(), "S2L2A", "DEM")

@@ -114,6 +114,15 @@ def test_keys_depend_on_seed_target_and_step_alone():
     assert numbers(5, 1)[0] != numbers(5, 1, step=1)[0]
 
 
+def test_seeds_of_draws_begin_with_the_seed_and_are_each_samples_own():
+    assert [int(x) for x in sampling.draw_seeds(7, 2)] == [int(x) for x in sampling.draw_seeds(7, 5)[:2]]
+    both = np.stack(sampling.draw_seeds(np.array([7, -1]), 3))
+    assert both[0].tolist() == [7, 2**64 - 1] and len(np.unique(both)) == 6
+    np.testing.assert_array_equal(both[:, 0], sampling.draw_seeds(7, 3))
+    with pytest.raises(ValueError, match="number of samples is 0"):
+        sampling.draw_seeds(7, 0)
+
+
 def test_orders_are_permutations_of_their_own():
     keys = sampling.sample_keys(jnp.asarray(sampling.seed_words(np.arange(3), 3)), "coords")
     places = sampling.places(jnp.zeros((3, 2), int), 5, 10)

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from terramind_jax import baselines, generate, geo, metrics, modalities, plot
+from terramind_jax import baselines, geo, metrics, modalities, plot
 from terramind_jax.data import crops
 from terramind_jax.data.index import Index, open_index
-from terramind_jax.train import pretrain, reconstruction, tokenizer
+from terramind_jax.evaluation.generation import alone, center, classes, has, is_class_map
+from terramind_jax.evaluation.scores import Scores, scores_of
+from terramind_jax.scenes.feeding import Network
+from terramind_jax.train import pretrain, tokenizer
 
 PICTURED = 4  # scenes in the picture
 FIT_SCENES = 96  # training scenes that the baselines are fitted on
-
-
-@dataclasses.dataclass
-class Scores:
-    """Of one modality and one method: `Errors` in the unit, or a confusion matrix for LULC."""
-
-    errors: metrics.Errors | None = None
-    confusion: np.ndarray | None = None
-
-    def add(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        if self.errors is not None:
-            self.errors.add(prediction, truth)
-        else:
-            self.confusion += metrics.confusion_matrix(prediction, truth, len(self.confusion))
 
 
 def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None:
@@ -37,15 +25,16 @@ def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None
     module, variables, config = pretrain.load(folder / "model")
     targets = [s.modality for s in module.config.decoder if s.kind == "tokens" and s.modality != source]
     tokenizers = {m: tokenizer.load(folder / "tokenizers" / m) for m in targets}
+    network = Network(module, variables, tokenizers)
     fitted = {m: fit(train, source, m) for m in targets}
-    scores = {m: {method: _empty(m) for method in ("generated", *METHODS[_is_class_map(m)], "noise floor")} for m in targets}
+    scores = {m: {method: scores_of(m) for method in ("generated", *METHODS[is_class_map(m)], "noise floor")} for m in targets}
     scenes: list[plot.Scene] = []
     for i in range(len(held_out)):
-        there = [m for m in targets if _has(held_out, i, m)]
-        if not _has(held_out, i, source) or not there:
+        there = [m for m in targets if has(held_out, i, m)]
+        if not has(held_out, i, source) or not there:
             continue
         image = center(held_out, i, source)
-        made = {m: _generate(module, variables, tokenizers, source, image, m) for m in there}
+        made = {m: alone(network, {source: image[None]}, m, temperature=0.0)[0] for m in there}
         truth = {m: center(held_out, i, m) for m in there}
         for m in there:
             record(scores[m], m, made[m], truth[m], image, fitted[m], noise_free(held_out, i, m))
@@ -62,27 +51,7 @@ def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None
     print("\n" + text)
 
 
-def _generate(module, variables, tokenizers, source: str, image: np.ndarray, modality: str) -> np.ndarray:
-    """One modality from `source` alone: chained, a wrong one would mislead those after it."""
-    out = generate.generate(module, variables, tokenizers, {source: image[None]}, [modality], seed=0, temperature=0.0)[modality][0]
-    return classes(out) if _is_class_map(modality) else out
-
-
-def _is_class_map(modality: str) -> bool:
-    return modalities.get(modality).kind == "classes"
-
-
 # ---- held-out arrays ----
-
-
-def _has(index: Index, i: int, modality: str) -> bool:
-    return modality in index.modalities and bool(index.available[i, index.modalities.index(modality)])
-
-
-def center(index: Index, i: int, modality: str) -> np.ndarray:
-    """The centre crop of one sample, ``[224, 224, C]``; LULC ``[224, 224]`` classes, the rest float32 in the unit, S2 as stored."""
-    image = np.ascontiguousarray(crops.crop(index.read(i, modality), 0))
-    return image[..., 0] if _is_class_map(modality) else image.astype(np.float32)
 
 
 def noise_free(index: Index, i: int, modality: str) -> np.ndarray | None:
@@ -91,11 +60,7 @@ def noise_free(index: Index, i: int, modality: str) -> np.ndarray | None:
     if truth is None:
         return None
     image = crops.crop(np.moveaxis(truth[0] if truth.ndim == 4 else truth, 0, -1), 0)
-    return image[..., 0] if _is_class_map(modality) else image.astype(np.float32)
-
-
-def classes(logits: np.ndarray) -> np.ndarray:
-    return logits.argmax(-1).astype(np.uint8)
+    return image[..., 0] if is_class_map(modality) else image.astype(np.float32)
 
 
 # ---- baselines ----
@@ -105,9 +70,9 @@ METHODS = {False: ("training mean", "linear regression"), True: ("majority class
 
 def fit(train: Index, source: str, modality: str) -> dict[str, object]:
     """What predicts `modality` without context: a constant, and a regression that sees one pixel of `source`."""
-    scenes = [i for i in range(len(train)) if _has(train, i, source) and _has(train, i, modality)][:FIT_SCENES]
+    scenes = [i for i in range(len(train)) if has(train, i, source) and has(train, i, modality)][:FIT_SCENES]
     bands = len(modalities.get(source).bands)
-    if _is_class_map(modality):
+    if is_class_map(modality):
         rng = np.random.default_rng(0)
         pixels = [baselines.sample_pixels(rng, (center(train, i, source), center(train, i, modality)), 500) for i in scenes]
         x, y = (np.concatenate(parts) for parts in zip(*pixels, strict=True))
@@ -121,16 +86,10 @@ def fit(train: Index, source: str, modality: str) -> dict[str, object]:
     return {"training mean": moments.mean(), "linear regression": moments.fit()}
 
 
-def _empty(modality: str) -> Scores:
-    if _is_class_map(modality):
-        return Scores(confusion=np.zeros((len(modalities.get(modality).classes),) * 2, np.int64))
-    return Scores(errors=metrics.Errors(float(reconstruction.data_range(modality).max())))
-
-
 def record(scores: dict[str, Scores], modality: str, made, truth, image, fitted: dict[str, object], clean: np.ndarray | None) -> None:
     """Adds one scene to every method's scores."""
     scores["generated"].add(made, truth)
-    for method in METHODS[_is_class_map(modality)]:
+    for method in METHODS[is_class_map(modality)]:
         predict = fitted[method]
         constant = not callable(predict)
         scores[method].add(np.broadcast_to(np.asarray(predict, truth.dtype), truth.shape) if constant else predict(image), truth)
@@ -167,7 +126,7 @@ def report(scores, source: str, folder: Path, model: str, trained: int, held_out
         "| modality | method | MAE | RMSE | PSNR dB | SSIM | mIoU |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [_table_row(m, method, s) for m, by_method in scores.items() for method, s in by_method.items() if _filled(s)]
+    lines += [_table_row(m, method, s) for m, by_method in scores.items() for method, s in by_method.items() if not s.is_empty]
     ranges = ", ".join(f"{m} {metrics.DATA_RANGE[m]:g} {modalities.get(m).unit}" for m in scores if m in metrics.DATA_RANGE)
     lines += ["", f"MAE and RMSE are in the modality's unit. PSNR and SSIM take as full scale: {ranges}.", ""]
     lines += [sentence for m, by_method in scores.items() if (sentence := _verdict(m, by_method))]
@@ -181,10 +140,6 @@ def _count(tiles: int) -> str:
     return f"{tiles} tile{'s' * (tiles != 1)}"
 
 
-def _filled(s: Scores) -> bool:
-    return bool(s.errors.pixels if s.errors is not None else s.confusion.sum())
-
-
 def _table_row(modality: str, method: str, s: Scores) -> str:
     if s.errors is None:
         return f"| {modality} | {method} | - | - | - | - | {metrics.mean_iou(s.confusion):.3f} |"
@@ -195,16 +150,16 @@ def _table_row(modality: str, method: str, s: Scores) -> str:
 
 def _verdict(modality: str, by_method: dict[str, Scores]) -> str:
     """One sentence: which baselines the generated modality beats, and why a regression may win."""
-    if not _filled(by_method["generated"]):
+    if by_method["generated"].is_empty:
         return ""
-    constant, regression = METHODS[_is_class_map(modality)]
+    constant, regression = METHODS[is_class_map(modality)]
 
     def value(method: str) -> float:
         s = by_method[method]
         return -metrics.mean_iou(s.confusion) if s.errors is None else s.errors.rmse
 
     made = value("generated")
-    unit = "mIoU" if _is_class_map(modality) else "RMSE"
+    unit = "mIoU" if is_class_map(modality) else "RMSE"
     text = f"- {modality}: generated {'beats' if made < value(constant) else 'does NOT beat'} the {constant} in {unit}"
     if made == value(constant):
         text = f"- {modality}: generated equals the {constant} in {unit}"

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from terramind_jax import coordinates, files, generate, modalities
+from terramind_jax import coordinates, files, generate, modalities, sampling
 from terramind_jax.decoding import generate_tokens
+from terramind_jax.draws import entropy, probabilities
 from terramind_jax.modalities import Stream
 from terramind_jax.scenes import feeding, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Work
@@ -27,7 +28,7 @@ from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
 
 NO_CLASS = 255  # no data, in class maps
-DECODING = ("timesteps", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
+DECODING = ("timesteps", "sampler", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _sample(job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[i
         known[key] = network.put(np.stack([ids[k][part] for part in at]))
     targets = list(dict.fromkeys(modalities.output_stream(name).key for name in job.to))
     options = {name: value for name, value in job.options.items() if name not in DECODING}
-    how = dict(seed=_seed(job, k), at=c.at(i, js), known_tokens=known, only=stream.key)
+    how = dict(seed=_seeds(job.seed, job.samples)[k], at=c.at(i, js), known_tokens=known, only=stream.key)
     return np.asarray(generate_tokens(network.module, network.variables, values, targets, **how, **options)[stream.key])
 
 
@@ -147,17 +148,12 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
     is_class_map = network.tokenizers[stream.modality][0].config.is_class_map
     for k, js in _batches(job, work, i):
         tokens = network.put(np.stack([ids[k][work.cut.window(i, j)] for j in js]))
-        how = dict(version=network.version, seed=_seed(job, k), at=work.cut.at(i, js), **options)
+        how = dict(version=network.version, seed=_seeds(job.seed, job.samples)[k], at=work.cut.at(i, js), **options)
         images = generate.decode_output(stream, tokens, network.tokenizers, **how)
         for j, image in zip(dict.fromkeys(js), images, strict=False):
-            yield k, work.cut.columns[j] * PATCH, _probabilities(image) if is_class_map else image
+            yield k, work.cut.columns[j] * PATCH, probabilities(image) if is_class_map else image
             if bar is not None:
                 bar.update()
-
-
-def _probabilities(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
@@ -168,8 +164,7 @@ def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
         return
     nothing = np.isnan(pixels[0]).any(-1, keepdims=True)
     yield np.where(nothing, NO_CLASS, pixels[0].argmax(-1)[..., None]).astype(np.uint8)
-    mean = pixels.mean(0)
-    yield -(mean * np.log(np.maximum(mean, 1e-12))).sum(-1, keepdims=True)
+    yield entropy(pixels.mean(0))[..., None]
 
 
 def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
@@ -208,11 +203,6 @@ def _batches(job: Job, work: Work, i: int) -> Iterator[tuple[int, list[int]]]:
             yield k, js
 
 
-def _seed(job: Job, k: int) -> int:
-    """Of sample `k`; the first has the seed itself."""
-    return job.seed if k == 0 else _seeds(job.seed, job.samples)[k]
-
-
 @functools.cache
 def _seeds(seed: int, samples: int) -> list[int]:
-    return [int(word) for word in np.random.SeedSequence(seed).generate_state(samples, np.uint64)]
+    return [int(one) for one in sampling.draw_seeds(seed, samples)]

@@ -1,0 +1,141 @@
+"""What is generated is measured as the metrics say, of shards and of scenes, and written whole."""
+
+from __future__ import annotations
+
+import csv
+
+import flax
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from terramind_jax import cli, generate_scenes, geo, metrics, modalities, model, tokenizer
+from terramind_jax.evaluation import generation, scores
+from terramind_jax.modalities import STREAMS
+from terramind_jax.scenes import windows
+
+SIDE = 32
+PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 80, 48)
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Random networks that make LULC and NDVI from elevation, 32 pixels at a time."""
+    encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
+    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=SIDE)
+    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=encoder[1:]))
+    tokenizers = {}
+    for name in ("LULC", "NDVI"):
+        facts = modalities.get(name)
+        own = tokenizer.Tokenizer(tokenizer.TokenizerConfig(name, facts.channels, facts.levels, 16, 1, 2, image_size=SIDE))
+        tokenizers[name] = own, drawn(tokenizer.init, own)
+    return (module, drawn(model.init, module)), tokenizers
+
+
+def drawn(init, module):
+    rng = np.random.default_rng(0)
+    shapes = flax.core.meta.unbox(jax.eval_shape(lambda key: init(module, key), jax.random.key(0)))
+    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
+@pytest.fixture
+def weights(trained, monkeypatch, tmp_path):
+    """A work directory whose loading is replaced."""
+    network, tokenizers = trained
+    for name in tokenizers:
+        (tmp_path / "weights" / "tokenizers" / name).mkdir(parents=True)
+    monkeypatch.setattr(generate_scenes.pretrain, "load", lambda workdir: (*network, None))
+    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
+    monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
+    return tmp_path / "weights"
+
+
+def rows(out):
+    with open(out / "scores.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_shards(weights, trained, tmp_path, capsys):
+    root, out = tiny_run.write_shards(tmp_path / "shards", tokens=False), tmp_path / "out"
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", f"--out={out}"]
+    assert cli.main([*command, "--batch_size=2", "--temperature=0"]) == 0
+    assert {path.name for path in out.iterdir()} == {"report.md", "scores.csv", "samples.png"}
+    each = [row for row in rows(out) if row["sample"] != "all"]
+    index = generation.open_index(root, "val")
+    network = generate_scenes.load_network(weights, None, ["DEM"], ["LULC"])
+    assert [row["sample"] for row in each] == list(index.keys)
+    total = 0
+    for i, row in enumerate(each):  # whatever batch a sample was in
+        made = generation.alone(network, {"DEM": generation.center(index, i, "DEM", SIDE)[None]}, "LULC", temperature=0.0)[0]
+        confusion = metrics.confusion_matrix(made, generation.center(index, i, "LULC", SIDE), 10)
+        assert float(row["accuracy"]) == metrics.accuracy(confusion) and float(row["mIoU"]) == metrics.mean_iou(confusion)
+        total = total + confusion
+    whole = next(row for row in rows(out) if row["sample"] == "all")
+    assert float(whole["mIoU"]) == metrics.mean_iou(total)
+    assert f"| LULC | {metrics.mean_iou(total):.3f} |" in (out / "report.md").read_text()
+    assert cli.main(command) == 2
+    assert f"{out} exists already" in capsys.readouterr().err
+
+
+def test_scenes_of_a_folder(weights, tmp_path):
+    """A scene larger than a window has seams, and pixels without truth do not count."""
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    ndvi = rng.uniform(-0.2, 0.9, (80, 48, 1)).astype(np.float32)
+    ndvi[:20] = np.nan
+    for name, image in (("DEM", rng.integers(0, 2000, (80, 48, 1)).astype(np.int16)), ("NDVI", ndvi)):
+        (data / name).mkdir(parents=True)
+        geo.write(data / name / "a.tif", image, like=PLACE, modality=name)
+    found = generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "out")["NDVI"]
+    made = np.asarray(geo.read(tmp_path / "out" / "generated" / "NDVI" / "a.tif"))
+    expected = np.abs(made[20:] - ndvi[20:])
+    assert found.errors.mae == pytest.approx(expected.mean(), rel=1e-5)
+    assert found.errors.bias == pytest.approx((made[20:] - ndvi[20:]).mean(), rel=1e-4)
+    assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
+    assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
+
+
+def test_seams_lie_where_windows_begin_and_end():
+    borders, others = generation.seams(windows.cut((7, 5), 4, 32), 7 * 16 - 3, 5 * 16)
+    assert borders == ([32, 48, 64, 96], [16, 64]) and others == ([16, 80], [32, 48])
+    image = np.zeros((109, 80, 1))
+    image[16:] += 1
+    image[32:] += 3
+    found = scores.scores_of("NDVI").add(image, image, lines=(borders, others))
+    assert found.seam == metrics.seam_score(image, borders, others) > 1
+    assert generation.seams(windows.cut((4, 4), 4, 32), 64, 64) is None
+
+
+def test_scores_of_bands_and_spectra():
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(100, 4000, (2, 16, 16, 12))
+    found = scores.scores_of("S2L2A")
+    for image in truth:
+        found.add(image + np.arange(12), image)
+        found.add(2 * image, image)
+    assert scores.parts(found)["RED"]["bias"] == pytest.approx((3 + truth[..., 3].mean()) / 2)
+    both = np.stack([np.broadcast_to(np.arange(12.0), truth.shape), truth])
+    assert found.errors.mae == pytest.approx(both.mean()) and found.errors.rmse == pytest.approx(np.sqrt(np.square(both).mean()))
+    similar = [metrics.ssim(made, image, data_range=10_000.0) for image in truth for made in (image + np.arange(12), 2 * image)]
+    assert found.errors.ssim == pytest.approx(np.mean(similar))
+    assert 0 < found.spectral_angle < metrics.spectral_angle(truth + np.arange(12), truth).mean()  # brightness alone turns nothing
+    assert np.isnan(scores.scores_of("S1GRD").add(truth[0, ..., :2], truth[0, ..., :2]).spectral_angle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from=S2L2A", "--to=LULC"], "This model takes no S2L2A; it takes DEM"),
+        (["--from=DEM", "--to=coords"], "coords is no image"),
+        (["--from=DEM", "--to=DEM"], "DEM"),
+    ],
+)
+def test_what_cannot_be_generated(weights, tmp_path, capsys, arguments, message):
+    root = tiny_run.write_shards(tmp_path / "shards", tokens=False)
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
