@@ -194,12 +194,15 @@ def contact_sheet(path: str | os.PathLike | None, scenes: Sequence[Scene], *, ti
     return sheet.save(path, dpi)
 
 
-def images(shown: Mapping[str, np.ndarray], *, columns: int = 5, path: str | os.PathLike | None = None, dpi: int = 150) -> Figure:
+def images(
+    shown: Mapping[str, np.ndarray], *, columns: int = 5, shared: bool = True, path: str | os.PathLike | None = None, dpi: int = 150
+) -> Figure:
     """Draws images ``[H, W, C]`` side by side, in rows of so many `columns`; `path` as of `contact_sheet`.
 
     Args:
-      shown: by what stands above them, which begins with the modality or a view of it: "DEM", "S2L2A IRRG", "LULC of seed 3". Those of one
-        modality share the colour limits of the first, and those of elevation span all.
+      shown: by what stands above them, which begins with the modality or a view of it: "DEM", "S2L2A IRRG", "LULC of seed 3".
+      shared: whether the images of one modality share their colour limits, which come from the first, of elevation from all: for images of
+        one place.
     """
     if not shown or columns < 1:
         raise ValueError(f"There are {len(shown)} images for {columns} columns; expected one of each at least.")
@@ -213,7 +216,8 @@ def images(shown: Mapping[str, np.ndarray], *, columns: int = 5, path: str | os.
     sheet = Sheet(width, rows * row_height + legend + 0.05)
     for i, (name, image) in enumerate(shown.items()):
         x, y = LEFT + i % columns * (TILE + GAP), i // columns * row_height + HEAD
-        within = _common(_modality(name), [limits(other, shown[other]) for other in shown if views[other] == views[name]])
+        alike = [other for other in shown if views[other] == views[name]] if shared else [name]
+        within = _common(_modality(name), [limits(other, shown[other]) for other in alike])
         sheet.text(x + TILE / 2, y - 0.13, name, size=9.5 if len(name) < 22 else 7.5, weight="bold")
         sheet.image(x, y, render(name, image, within))
         _scale(sheet, x, y + TILE, name, within)

@@ -80,9 +80,10 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         if prefix.startswith(sources.TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
             inner, here = _open_tokenizer(model, module, of_tokenizers or weights), ""
         module, fresh = inner.network(here, module), jax.random.fold_in(key, i)
-        with_bands = not prefix and model.options.get("bands")
-        own = dataclasses.replace(model, module=module)
-        found = _take_bands(inner, own, fresh) if with_bands else inner.take(here, module)
+        if not prefix and model.options.get("bands"):
+            found = _take_bands(inner, dataclasses.replace(model, module=module), fresh)
+        else:
+            found = inner.take(here, module)
         if prefix == sources.GENERATOR and is_chained(model):
             found = tim.share(found, filled[""][1])
         filled[prefix] = module, _on_device(complete(module, found, fresh))

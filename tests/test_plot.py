@@ -112,6 +112,8 @@ def test_images_side_by_side(tmp_path):
     both = plot.Scene("", {}, {"DEM": shown["DEM generated"]}, {"DEM": shown["DEM"]}).limits("DEM")
     np.testing.assert_array_equal(drawn[3], plot.render("DEM", shown["DEM generated"], both))
     np.testing.assert_array_equal(drawn[0], plot.render("S2L2A", shown["S2L2A"]))  # another view has limits of its own
+    apart = plot.images(shown, shared=False).axes[3].images[0].get_array()
+    assert (apart != drawn[3]).any()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*modalities.LULC_CLASSES}
     with pytest.raises(ValueError, match="0 images for 5 columns"):
         plot.images({})
