@@ -45,8 +45,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     # ---- Data ----
     fields.check(config)
     config = with_architecture(config)
-    dataset, held_out = open_split(config, "train"), open_split(config, "val")
+    dataset = open_split(config, "train")
     config = with_sizes(config, dataset)
+    held_out = open_split(config, "val")
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
