@@ -24,8 +24,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from ml_collections import ConfigDict
 
-from terramind_jax import build, captions, coordinates, declarations, hub, modalities, sources, tim, zoo
+from terramind_jax import build, captions, config, coordinates, declarations, hub, modalities, sources, tim, zoo
 from terramind_jax import model as networks
 from terramind_jax.convert import files, rules
 from terramind_jax.model import backbone
@@ -49,7 +50,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
           modalities' tokens become one output: mean, max, concat, dict (by name) or None (all tokens in a row); ``bands``, ``{name: [band,
           ...]}`` for inputs with some bands, by the names of `modalities.get`; ``in_chans``, channels of one image instead of modalities;
           ``img_size`` (224); ``patch_size`` of new modalities (16); ``num_register_tokens``; ``drop_path_rate`` and
-          ``modality_drop_rate`` in training.
+          ``modality_drop_rate`` in training; ``sizes`` and ``codebooks`` of a network that is not the released one, which the work
+          directory of a pretraining tells.
         - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
           ``tim_top_p``, ``tim_top_k``.
         - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
@@ -70,7 +72,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
     if weights not in ("hub", "random"):
         weights = sources.within(weights, zoo.get(name))
         sources.declare(Path(weights))
-    options = _saved_options(name, weights) | options
+    options = saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
     online = weights == "hub" and not hub.has_weights(zoo.get(name))
     source = sources.open_source(weights, zoo.get(name), revision)
@@ -90,13 +92,28 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
     return with_vocabulary(with_networks(model, filled), of_tokenizers or weights, online=online)
 
 
-def _saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
-    """Options that the model of that name was saved with in a directory; a ValueError if another version or size is in it."""
-    info = {} if weights in ("hub", "random") else sources.read_info(Path(weights))
+def saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+    """Options that follow from weights in a directory: those it was saved with, or the sizes of a pretraining.
+
+    A ValueError if another version or size is in it.
+    """
+    path = None if weights in ("hub", "random") else Path(weights)
+    if path is not None and (path / "config.json").is_file() and "sizes" in build.OPTIONS[zoo.get(name).kind]:
+        return _sizes(config.of_workdir(path))
+    info = {} if path is None else sources.read_info(path)
     saved, wanted = zoo.get(info.get("name", name)), zoo.get(name)
     if (saved.version, saved.size) != (wanted.version, wanted.size):
         raise ValueError(f"{weights} holds {saved.name}, which is no {name}.")
     return dict(info.get("options", {})) if saved.name == name else {}
+
+
+def _sizes(settings: ConfigDict) -> dict[str, Any]:
+    """Of a pretraining; nothing of any other training."""
+    if config.command_of(settings) != "pretrain":
+        return {}
+    m = settings.model
+    names = ("dim", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio", "gated_mlp", "use_bias")
+    return dict(sizes={name: m[name] for name in names}, codebooks=m.codebooks.to_dict(), img_size=m.image_size)
 
 
 def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array) -> dict[str, Any]:
