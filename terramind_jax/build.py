@@ -166,6 +166,7 @@ def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
 
 def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
     read, outputs = input_streams(entry, options), [modalities.output_stream(name) for name in options["output_modalities"]]
+    bands_by_stream(read, options["bands"])  # raises for a name that is no input
     unknown, inputs = [name for name in options["offset"] if name not in (*read, *options["output_modalities"])], read.values()
     if unknown:
         names = ", ".join(dict.fromkeys((*read, *options["output_modalities"])))

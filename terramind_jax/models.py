@@ -303,9 +303,9 @@ class Generator(Model):
         **options: Any,
     ) -> tuple:
         settings = self._settings(standardize, options)
-        refused = [name for name in ("at", "bands", "visible", "known_tokens", "only") if settings.get(name)]
-        if refused:
-            raise ValueError(f"A compiled program takes no {refused[0]}; use generate.")
+        refused = [name for name in ("at", "bands", "visible", "known_tokens", "only") if name in options]
+        if refused or settings["bands"]:
+            raise ValueError(f"A compiled program takes no {', '.join(refused) or 'bands'}; use generate.")
         settings = {name: value for name, value in settings.items() if name not in ("vocabulary", "bands", "fill_bands")}
         settings |= dict(timesteps=self.options["timesteps"] if timesteps is None else timesteps, sampler=sampler, clip=clip)
         networks = {name: module for name, (module, _) in self.tokenizers.items()}

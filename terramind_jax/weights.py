@@ -56,7 +56,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
           ``tim_top_p``, ``tim_top_k``.
         - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
           whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
-          ``temps``, ``top_p``, ``top_k``.
+          ``temps``, ``top_p``, ``top_k``; and of this package ``bands``, as above, and ``fill_bands``, what stands for the others, see
+          `bands.fill_missing`.
         - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
 
         ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
