@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +22,10 @@ from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Mo
 REQUIRED = "required"
 DTYPES = ("float32", "bfloat16", "float16")
 _NETWORK = dict(dtype="float32", remat="none", unroll=1)
+_OWN = dict(
+    sizes={},  # of a pretraining of your own, in the place of the released ones: dim, encoder_depth, ...
+    codebooks={},  # its vocabularies, by modality
+)
 _BACKBONE = dict(
     modalities=None,  # names, and {name: channels} of new ones; None: every released one
     merge_method="mean",
@@ -29,6 +34,7 @@ _BACKBONE = dict(
     num_register_tokens=0,
     drop_path_rate=0.0,
     modality_drop_rate=0.0,
+    **_OWN,
     **_NETWORK,
 )
 _SAMPLING = dict(decoding_steps=1, temps=1.0, top_p=0.8, top_k=0)
@@ -48,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         standardize=False,
         offset={},
         **_SAMPLING,
+        **_OWN,
         **_NETWORK,
     ),
     "encdec": dict(_NETWORK),
@@ -109,7 +116,7 @@ def _pick(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _backbone(entry: zoo.Entry, options: dict[str, Any]) -> FeatureExtractor:
-    streams = input_streams(entry, options)
+    streams = _with_codebooks(input_streams(entry, options), options)
     config = backbone.with_bands(_backbone_config(entry, options, streams.values()), bands_by_stream(streams, options["bands"]))
     module, chosen = networks.Backbone(config), {s.key: s for s in config.streams}
     own = {"streams": {name: chosen[s.key] for name, s in streams.items()}, "tokenizers": _tokenizers(entry, streams.values())}
@@ -125,33 +132,53 @@ def bands_by_stream(streams: Mapping[str, Stream], bands: Mapping[str, Sequence[
 
 
 def _backbone_config(entry: zoo.Entry, options: Mapping[str, Any], streams: Sequence[Stream]) -> networks.BackboneConfig:
-    size = _pick(zoo.SIZES[entry.size], "dim", "encoder_depth", "num_heads", "gated_mlp", "use_bias")
+    size = {name: value for name, value in _sizes(entry, options).items() if name != "decoder_depth"}
     same = ("patch_size", "merge_method", "num_register_tokens", "drop_path_rate", "modality_drop_rate", *_NETWORK)
     streams = tuple({s.key: s for s in streams}.values())
     return networks.BackboneConfig(**size, streams=streams, image_size=options["img_size"], **_pick(options, *same))
 
 
+def _sizes(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = {**zoo.SIZES[entry.size], "mlp_ratio": 4.0}
+    unknown = [name for name in options["sizes"] if name not in known]
+    if unknown:
+        raise ValueError(f"There is no size {unknown[0]!r}; known are {', '.join(known)}.")
+    return {**known, **options["sizes"]}
+
+
+def _with_codebooks(streams: Mapping[str, Stream], options: Mapping[str, Any]) -> dict[str, Stream]:
+    """Tokens with the vocabularies of ``codebooks``."""
+    own = options["codebooks"]
+    sized = {
+        name: dataclasses.replace(s, vocab_size=own.get(s.modality, s.vocab_size)) for name, s in streams.items() if s.kind == "tokens"
+    }
+    return {**streams, **sized}
+
+
 def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
-    streams = input_streams(entry, options)
-    targets = [modalities.output_stream(name) for name in options["tim_modalities"]]
+    streams = _with_codebooks(input_streams(entry, options), options)
+    made = {name: modalities.output_stream(name) for name in options["tim_modalities"]}
+    targets = list(_with_codebooks(made, options).values())
     config = _backbone_config(entry, options, [*streams.values(), *targets])
     # Unchained, the generator does not know what it generated, and so has no embeddings of it (spec 8.6).
     seen = config if options["tim_chained_generations"] else _backbone_config(entry, options, streams.values())
-    module, generator = networks.Backbone(config), tim.generator(seen, targets, zoo.SIZES[entry.size]["decoder_depth"])
+    module, generator = networks.Backbone(config), tim.generator(seen, targets, _sizes(entry, options)["decoder_depth"])
     tokenizers = _tokenizers(entry, (*streams.values(), *targets))  # as the reference, also of what is only generated
     own = {"streams": streams, "tokenizers": tokenizers, "generator": (generator, abstract(generator))}
     return ThinkingInModalities(entry.name, module, abstract(module), options, **own)
 
 
 def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
-    read, outputs = input_streams(entry, options), [modalities.output_stream(name) for name in options["output_modalities"]]
+    read = _with_codebooks(input_streams(entry, options), options)
+    made = {name: modalities.output_stream(name) for name in options["output_modalities"]}
+    outputs = list(_with_codebooks(made, options).values())
     unknown, inputs = [name for name in options["offset"] if name not in (*read, *options["output_modalities"])], read.values()
     if unknown:
         names = ", ".join(dict.fromkeys((*read, *options["output_modalities"])))
         raise ValueError(f"An offset is given for {unknown[0]!r}, which is no input and no output of this model; it has {names}.")
     seen = {s.key: s for s in (*inputs, *outputs[:-1])}  # a later output sees the earlier ones (spec 8.5.1)
     settings = dict(encoder=tuple(seen.values()), decoder=tuple({s.key: s for s in outputs}.values()), image_size=options["img_size"])
-    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **settings, **_pick(options, *_NETWORK)))
+    module = networks.TerraMind(networks.TransformerConfig(**_sizes(entry, options), **settings, **_pick(options, *_NETWORK)))
     return Generator(entry.name, module, abstract(module), options, _tokenizers(entry, (*inputs, *outputs)))
 
 

@@ -23,8 +23,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from ml_collections import ConfigDict
 
-from terramind_jax import build, captions, coordinates, declarations, hub, modalities, sources, tim, zoo
+from terramind_jax import build, captions, config, coordinates, declarations, hub, modalities, sources, tim, zoo
 from terramind_jax import model as networks
 from terramind_jax.convert import files, rules
 from terramind_jax.model import backbone
@@ -54,6 +55,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
           whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
           ``temps``, ``top_p``, ``top_k``.
+        - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
+          tells.
         - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
 
         ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
@@ -69,7 +72,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
     if weights not in ("hub", "random"):
         weights = sources.within(weights, zoo.get(name))
         sources.declare(Path(weights))
-    options = _saved_options(name, weights) | options
+    options = saved_options(name, weights) | options
     model, key = build.model(name, **options), jax.random.key(seed)
     online = weights == "hub" and not hub.has_weights(zoo.get(name))
     source = sources.open_source(weights, zoo.get(name), revision)
@@ -79,23 +82,35 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         if prefix.startswith(sources.TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
             inner, here = _open_tokenizer(model, module, of_tokenizers or weights), ""
         module, fresh = inner.network(here, module), jax.random.fold_in(key, i)
-        if not prefix and model.options.get("bands"):
-            found = _take_bands(inner, dataclasses.replace(model, module=module), fresh)
-        else:
-            found = inner.take(here, module)
+        found = _take_bands(inner, model, fresh) if not prefix and model.options.get("bands") else inner.take(here, module)
         if prefix == sources.GENERATOR and is_chained(model):
             found = tim.share(found, filled[""][1])
         filled[prefix] = module, _on_device(complete(module, found, fresh))
     return with_vocabulary(with_networks(model, filled), of_tokenizers or weights, online=online)
 
 
-def _saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
-    """Options that the model of that name was saved with in a directory; a ValueError if another version or size is in it."""
-    info = {} if weights in ("hub", "random") else sources.read_info(Path(weights))
+def saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+    """Options that follow from weights in a directory: those it was saved with, or the sizes of a pretraining.
+
+    A ValueError if another version or size is in it.
+    """
+    path = None if weights in ("hub", "random") else Path(sources.within(weights, zoo.get(name)))
+    if path is not None and (path / "config.json").is_file() and "sizes" in build.OPTIONS[zoo.get(name).kind]:
+        return _sizes(config.of_workdir(path))
+    info = {} if path is None else sources.read_info(path)
     saved, wanted = zoo.get(info.get("name", name)), zoo.get(name)
     if (saved.version, saved.size) != (wanted.version, wanted.size):
         raise ValueError(f"{weights} holds {saved.name}, which is no {name}.")
     return dict(info.get("options", {})) if saved.name == name else {}
+
+
+def _sizes(settings: ConfigDict) -> dict[str, Any]:
+    """Of a pretraining; nothing of any other training."""
+    if config.command_of(settings) != "pretrain":
+        return {}
+    m = settings.model
+    names = ("dim", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio", "gated_mlp", "use_bias")
+    return dict(sizes={name: m[name] for name in names}, codebooks=m.codebooks.to_dict(), img_size=m.image_size)
 
 
 def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array) -> dict[str, Any]:
@@ -206,8 +221,6 @@ def save(model: Model, path: str | os.PathLike) -> None:
         parts = {prefix or sources.MAIN: part for prefix, part in networks_of(model).items()}
         own = {name: dataclasses.asdict(module.config) for name, (module, _) in parts.items() if isinstance(module, Tokenizer)}
         info = {"name": model.name, "options": dict(model.options), sources.TOKENIZERS: own}
-        transformers = [module for module, _ in parts.values() if not isinstance(module, Tokenizer)]
-        info[sources.SIZES] = {name: size for module in transformers for name, size in sources.sizes_of(module).items()}
         info[sources.MODALITIES] = declarations.of(s.modality for s in getattr(model.module.config, "streams", ()))
         (partial / sources.INFO).write_text(json.dumps(info, indent=1))
         arrays = {name: _on_device(meta.unbox(variables)) for name, (_, variables) in parts.items()}
@@ -285,10 +298,10 @@ def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:
     model, arrays = build.model(directory.name, **directory.options), directory.arrays
     if is_chained(model):
         tim.check_shared(arrays[""], arrays[sources.GENERATOR])
-    state, source = {}, sources.Tree(directory, path)
+    state = {}
     for prefix, (module, _) in networks_of(model).items():
         if prefix in arrays:  # a tokenizer may be elsewhere
-            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(source.network(prefix, module))
+            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(directory.tokenizers.get(prefix, module))
             state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
     return state
 

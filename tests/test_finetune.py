@@ -9,7 +9,7 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import cli, geo, tim
+from terramind_jax import cli, geo, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
 from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
@@ -128,13 +128,16 @@ def test_features_of_a_frozen_backbone_are_computed_once_a_sample(root, tmp_path
 
 
 def test_thinking_in_modalities(root, tmp_path, monkeypatch):
-    """Ids are made once a turned sample, from the inputs alone; embeddings, which the generator shares, stay; `predict` thinks as well."""
-    model = dict(name="terramind_v1_tiny_tim", tim_modalities=("LULC", "DEM"), tim_temperature=0.0)
+    """Ids are made once a turned sample, from the inputs alone, by the generator that is given; `predict` thinks as well."""
+    given = weights.load("terramind_v1_tiny_tim", "random", modalities=["S1GRD"], tim_modalities=["LULC", "DEM"])
+    weights.save(given, tmp_path / "given")
+    model = dict(name=given.name, weights=str(tmp_path / "given"), tim_modalities=("LULC", "DEM"), tim_temperature=0.0)
     config = settings(root, model=model, data=dict(crop=SIZE), train=dict(steps=24), run=dict(eval_every=12, checkpoint_every=24))
     seen = counted(monkeypatch)
     finetune.train(config, tmp_path / "run")
     assert seen["ids"] == 8 * 16 + 8 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     task = finetune.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, dict(task.generator), dict(given.generator[1]))
     tim.check_shared({group: task.variables[group]["encoder"] for group in ("params", "buffers")}, task.generator)
     path = datasets.load("sen1floods11", root, "val").samples[0].inputs["S1GRD"]
     made = np.asarray(geo.read(*predict.run(tmp_path / "run", {"S1GRD": path}, tmp_path / "out")))[..., 0]
@@ -143,10 +146,10 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     scaled = (radar - task.scale["S1GRD"][0]) / task.scale["S1GRD"][1]
     targets = ["tok_lulc@224", "tok_dem@224"]
     thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
-    inputs = {"S1GRD": scaled, **{key: thought[key] for key in targets}}
-    np.testing.assert_array_equal(made, task.module.apply(task.variables, inputs)[0].argmax(-1))
-    without = task.module.apply(task.variables, {"S1GRD": scaled})
-    assert not np.allclose(without, task.module.apply(task.variables, inputs), atol=1e-3)
+    apply = jax.jit(task.module.apply)
+    expected = apply(task.variables, {"S1GRD": scaled, **{key: thought[key] for key in targets}})
+    np.testing.assert_array_equal(made, expected[0].argmax(-1))
+    assert not np.allclose(apply(task.variables, {"S1GRD": scaled}), expected, atol=1e-3)
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):

@@ -5,7 +5,8 @@
 
 What is expected in DATA: terramind_jax/tasks/datasets/sen1floods11.py. Without data: `terramind-jax data sample sen1floods11 --out=DATA`.
 Layers, decoder, loss, rate and schedule are those of the TerraMind repository's configuration. The backbone as it is, or few parameters
-more: --config.train.tune=frozen or lora, with a higher rate, such as --config.optimizer.learning_rate=1e-4.
+more: --config.train.tune=frozen or lora, with a higher rate, such as --config.optimizer.learning_rate=1e-4. Thinking in Modalities:
+--config.model.name=terramind_v1_base_tim.
 
 Every other field, with its meaning: terramind_jax/tasks/config.py.
 """

@@ -14,8 +14,11 @@ def finetuning() -> ConfigDict:
     config = ConfigDict()
 
     config.model = ConfigDict()
-    config.model.name = "terramind_v1_base"  # the backbone, a released model
+    config.model.name = "terramind_v1_base"  # the backbone, a released model; with _tim behind it one that thinks in modalities
     config.model.weights = "hub"  # hub | random | a file, directory of `save`, or work directory of a pretraining
+    config.model.sizes = ConfigDict()  # of a network that is not the released one: dim, ...; set from the work directory of a pretraining
+    config.model.codebooks = ConfigDict()  # its vocabularies, by modality; set likewise
+    config.model.image_size = 224  # of its positions; images of another size interpolate them
     config.model.modalities = ()  # inputs, by name; empty: all that the data set has
     config.model.merge_method = "mean"  # of their features: mean | max | concat
     config.model.layers = ()  # whose features are used, from 0; empty: 2,5,8,11, of 24 layers 5,11,17,23
@@ -114,7 +117,7 @@ def loss_of(config: ConfigDict, facts: Facts) -> str:
 def decoder_config(config: ConfigDict, facts: Facts, depth: int, dtype: str) -> decoders.DecoderConfig:
     """What stands on a backbone of so many layers."""
     model, task = config.model, "classification" if facts.task == "multilabel" else facts.task
-    layers = tuple(model.layers) or tuple(depth * (i + 1) // 4 - 1 for i in range(4))
+    layers = tuple(model.layers) or tuple(max(0, depth * (i + 1) // 4 - 1) for i in range(4))
     if max(layers) >= depth:
         raise ValueError(f"model.layers are {', '.join(map(str, layers))}; {model.name} has layers from 0 to {depth - 1}.")
     if (model.decoder in ("linear", "fcn", "identity")) and not model.layers:

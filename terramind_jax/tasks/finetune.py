@@ -44,8 +44,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """
     # ---- Data ----
     fields.check(config)
-    dataset, held_out = open_split(config, "train"), open_split(config, "val")
+    config = with_architecture(config)
+    dataset = open_split(config, "train")
     config = with_sizes(config, dataset)
+    held_out = open_split(config, "val")
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
@@ -143,6 +145,17 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
 # ---- from a configuration ----
 
 
+def with_architecture(config: ConfigDict) -> ConfigDict:
+    """The configuration with the sizes of the network that the backbone's weights belong to."""
+    found = weights.saved_options(config.model.name, config.model.weights)
+    if not found.get("sizes"):
+        return config
+    config = config.copy_and_resolve_references().unlock()
+    config.model.sizes, config.model.codebooks = ConfigDict(found["sizes"]), ConfigDict(found["codebooks"])
+    config.model.image_size = found["img_size"]
+    return config.lock()
+
+
 def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """The configuration with what follows from the training data: an epoch in steps, and the side of whole images."""
     config = config.copy_and_resolve_references().unlock()
@@ -200,10 +213,8 @@ def backbone_options(config: ConfigDict, facts: Facts) -> dict[str, Any]:
     names = [name if name in known else {name: len(bands)} for name, bands in facts.bands.items()]
     bands = {name: list(bands) for name, bands in facts.bands.items() if name in known and tuple(bands) != known[name].bands}
     same = {name: m[name] for name in ("merge_method", "drop_path_rate", "modality_drop_rate", "remat", "unroll")}
-    if zoo.get(m.name).kind == "tim":
-        own = thinking_options(config, bands)
-    else:
-        own = {"bands": bands}
+    own = thinking_options(config, bands) if zoo.get(m.name).kind == "tim" else {"bands": bands}
+    own |= dict(sizes=m.sizes.to_dict(), codebooks=m.codebooks.to_dict(), img_size=m.image_size)
     return dict(modalities=names, dtype=state.compute_dtype(m.dtype), **own, **same)
 
 
@@ -243,7 +254,7 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
         return None
     found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options)
     if found.module != extractor.module:
-        raise ValueError(f"{config.model.weights} is of other sizes than {extractor.name}, with which fine-tuning does not work yet.")
+        raise ValueError(f"{config.model.weights} holds a network of other sizes than {extractor.name}.")
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
     drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}

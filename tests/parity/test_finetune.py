@@ -1,22 +1,27 @@
 """Fine-tuning in both stacks: the same model, weights, data, order and hyper-parameters give the same losses."""
 
+import copy
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
 
 import jax
+import lightning
 import numpy as np
 import peer
 import pytest
 import torch
+import yaml
 from flax.core import meta
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from terratorch import tasks
     from terratorch.models import EncoderDecoderFactory
     from terratorch.tasks import segmentation_tasks
 
+from terramind_jax import cli
 from terramind_jax.convert import rules
 from terramind_jax.tasks import batches, convert, finetune
 from terramind_jax.tasks import model as networks
@@ -25,6 +30,7 @@ from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
 STEPS, CHANNELS = 30, (32, 16, 16, 8)
+CONFIGURATION = Path(__file__).parents[1] / "terratorch.yaml"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -88,6 +94,42 @@ def test_thirty_steps(tmp_path):
     with torch.no_grad():
         scaled = {name: peer.nchw((x - task.scale[name][0]) / task.scale[name][1]) for name, x in cut.items()}
         assert peer.relative_error(task(cut), peer.nhwc(theirs.eval()(scaled).output)) < 1e-4
+
+
+THINKING = """backbone: terramind_v1_tiny_tim
+      backbone_tim_modalities: [LULC]
+      backbone_tim_temps: 0.0"""
+
+
+@pytest.mark.parametrize(
+    "backbone", ["backbone: terramind_v1_tiny", pytest.param(THINKING, marks=pytest.mark.slow)], ids=["backbone", "thinking"]
+)
+def test_tasks_come_and_go(tmp_path, backbone):
+    """A task's checkpoint, as Lightning writes it, becomes a work directory of equal outputs, and what that exports loads strictly."""
+    text = CONFIGURATION.read_text().replace("backbone: terramind_v1_tiny", backbone)
+    (tmp_path / "floods.yaml").write_text(text)
+    options = yaml.safe_load(text)["model"]["init_args"]
+    task = tasks.SemanticSegmentationTask(**copy.deepcopy(options))
+    peer.randomize(task.model, seed=2)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+
+    assert cli.main(["convert", f"{tmp_path}/best.ckpt", f"{tmp_path}/run", f"--config={tmp_path}/floods.yaml"]) == 0
+    ours = finetune.load(tmp_path / "run")
+    rng, side = np.random.default_rng(0), 64
+    images = {name: rng.normal(size=(2, side, side, len(ours.facts.bands[name]))).astype(np.float32) for name in ours.facts.bands}
+    with torch.no_grad():
+        expected = peer.nhwc(task.model.eval()({name: peer.nchw(x) for name, x in images.items()}).output)
+    physical = {name: x * std + mean for name, x in images.items() for mean, std in [ours.scale[name]]}
+    assert peer.relative_error(ours(physical), expected) < 1e-3
+
+    assert cli.main(["convert", f"{tmp_path}/run", f"{tmp_path}/again.ckpt"]) == 0
+    again = tasks.SemanticSegmentationTask.load_from_checkpoint(tmp_path / "again.ckpt", **options, map_location="cpu")
+    state = again.model.state_dict()
+    for name, x in task.model.state_dict().items():
+        if "tokenizer." not in name:  # which we do not hold
+            assert torch.equal(state[name], x), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,143 @@
+"""Whole fine-tuned models in TerraTorch's names, there and back, and its configurations as ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import nano_models
+import numpy as np
+import pytest
+
+from terramind_jax import build, cli
+from terramind_jax.convert import files, rules
+from terramind_jax.tasks import config as fields
+from terramind_jax.tasks import convert, datasets, exchange, finetune, terratorch
+
+YAML = (Path(__file__).parent / "terratorch.yaml").read_text()
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    nano_models.shrink(monkeypatch, "tiny")
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "floods.yaml").write_text(YAML)
+    return tmp_path / "floods.yaml"
+
+
+def random_state(config, facts):
+    """What TerraTorch's model of this configuration would hold, random."""
+    extractor = finetune.backbone(config, facts)
+    module, rng = finetune.task_model(config, facts, extractor), np.random.default_rng(0)
+    abstract = finetune.meta.unbox(jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0)))
+    shapes = rules.shapes(abstract, convert.model_rules(module))
+    counts = [name for name in shapes if name.endswith("num_batches_tracked")]
+    state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return state | {name: np.array(3, np.int64) for name in counts}
+
+
+def test_a_configuration_of_terratorch(path):
+    config, rest = terratorch.read(path)
+    fields.check(config)
+    assert config.model.modalities == ("S2L1C", "S1GRD") and config.model.weights == "random" and config.model.merge_method == "max"
+    assert (config.model.layers, config.model.channels, config.model.pyramid) == ((0, 1, 0, 1), (16, 16, 8, 8), True)
+    assert (config.train.tune, config.train.loss, config.train.epochs, config.train.batch_size) == ("frozen", "dice", 3, 4)
+    assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/loss", 9, 7)
+    assert (config.optimizer.learning_rate, config.optimizer.clip_norm, config.optimizer.plateau_factor) == (2e-5, 1.0, 0.5)
+    assert config.data.d4 and config.data.crop == 0
+    facts = _facts(config)
+    assert facts.class_names == ("Others", "Flood") and facts.ignore_index == -1 and len(facts.bands["S2L1C"]) == 13
+    assert facts.mean["S1GRD"] == (-12.0, -20.0)
+    assert config.data.options.images.S1GRD.folder.val == "floods/val/s1" and config.data.options.splits.val == "floods/val.txt"
+    told = "\n".join(rest)
+    assert "trainer.accumulate_grad_batches=4" in rest and "train_transform=ColorJitter" in told and "16-mixed" in told
+    assert len(rest) == 3, rest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is no YAML file"),
+        ("a: 1", "is no configuration of a fine-tuning with TerraTorch"),
+        (YAML.replace("SemanticSegmentationTask", "ReconstructionTask"), "is of ReconstructionTask; known are SemanticSegmentationTask"),
+        (YAML.replace("backbone: terramind_v1_tiny", "backbone: prithvi"), "The backbone is 'prithvi'; only TerraMind's"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        terratorch.read(tmp_path / "a.yaml")
+
+
+def test_the_command_tells_what_has_no_equivalent(path, tmp_path, capsys):
+    assert cli.main(["finetune", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.data.root=nowhere"]) == 2
+    told = capsys.readouterr().err
+    assert "no equivalent: trainer.accumulate_grad_batches=4" in told and "There is no split file nowhere/floods/train.txt" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_come_and_go_with_every_byte(path, tmp_path, capsys):
+    """A task's file becomes a work directory, and that the same file again; what is not a model's is left out."""
+    config, _ = terratorch.read(path)
+    state = random_state(config, _facts(config))
+    loss = {"criterion.weight": np.ones(2, np.float32)}
+    files.write(tmp_path / "theirs.safetensors", {**{f"model.{name}": x for name, x in state.items()}, **loss})
+    assert cli.main(["convert", str(tmp_path / "theirs.safetensors"), str(tmp_path / "run"), f"--config={path}"]) == 0
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "ours.safetensors")]) == 0
+    made = files.read(tmp_path / "ours.safetensors")
+    assert made.keys() == state.keys()
+    for name, x in state.items():
+        np.testing.assert_array_equal(made[name], x, err_msg=name)
+    assert json.loads((tmp_path / "run" / "task.json").read_text())["facts"]["class_names"] == ["Others", "Flood"]
+
+    state.pop("head.head.2.bias")
+    files.write(tmp_path / "part.safetensors", state)
+    assert cli.main(["convert", str(tmp_path / "part.safetensors"), str(tmp_path / "other"), f"--config={path}"]) == 2
+    assert "1 missing (head.head.2.bias)" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert cli.main(["convert", str(tmp_path / "part.safetensors"), str(tmp_path / "run"), f"--config={path}"]) == 2
+
+
+def test_checkpoints_of_lightning(path, tmp_path):
+    """Of several entries the state dict is read; one with objects in it is not."""
+    torch = pytest.importorskip("torch")
+    config, _ = terratorch.read(path)
+    state = {f"model.{n}": torch.from_numpy(np.array(x)) for n, x in random_state(config, _facts(config)).items()}
+    torch.save({"state_dict": state, "epoch": 3, "hyper_parameters": {"lr": 1e-4}, "optimizer_states": [{}]}, tmp_path / "best.ckpt")
+    exchange.import_model(tmp_path / "best.ckpt", tmp_path / "run", config)
+    exchange.export(tmp_path / "run", tmp_path / "again.ckpt")
+    again = torch.load(tmp_path / "again.ckpt", weights_only=True)
+    assert again["state_dict"].keys() == state.keys() and "pytorch-lightning_version" in again
+    for name, x in state.items():
+        assert torch.equal(again["state_dict"][name], x), name
+    torch.save({"state_dict": state, "hyper_parameters": {"path": tmp_path}}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad.ckpt holds Python objects beside its tensors"):
+        exchange.import_model(tmp_path / "bad.ckpt", tmp_path / "other", config)
+
+
+def _facts(config):
+    return datasets.facts("generic", **config.data.options.to_dict())
+
+
+def test_no_ltae_in_terratorch(path, tmp_path):
+    config, _ = terratorch.read(path)
+    config.model.time = "ltae"
+    facts = _facts(config)
+    extractor = finetune.backbone(config, facts)
+    task = finetune.Task(finetune.task_model(config, facts, extractor), {}, facts, {}, 32, extractor)
+    with pytest.raises(ValueError, match="TerraTorch has no L-TAE"):
+        exchange.to_torch(task)
+
+
+def test_the_sizes_of_a_pretraining(tmp_path):
+    """A network that is no released one, for features and for thinking."""
+    sizes = dict(dim=32, encoder_depth=1, num_heads=2, decoder_depth=3, mlp_ratio=2.0)
+    model = build.model("terramind_v1_tiny_tim", modalities=["S2L2A"], tim_modalities=["DEM"], sizes=sizes, codebooks={"DEM": 50})
+    assert (model.module.config.dim, model.module.config.encoder_depth, model.module.config.mlp_ratio) == (32, 1, 2.0)
+    generator = model.generator[0].config
+    assert generator.decoder_depth == 3 and [s.vocab_size for s in generator.decoder] == [50]
+    with pytest.raises(ValueError, match="There is no size 'width'; known are dim"):
+        build.model("terramind_v1_tiny", sizes={"width": 3})
