@@ -22,6 +22,10 @@ from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Mo
 REQUIRED = "required"
 DTYPES = ("float32", "bfloat16", "float16")
 _NETWORK = dict(dtype="float32", remat="none", unroll=1)
+_OWN = dict(
+    sizes={},  # of a pretraining of your own, in the place of the released ones: dim, encoder_depth, ...
+    codebooks={},  # its vocabularies, by modality
+)
 _BACKBONE = dict(
     modalities=None,  # names, and {name: channels} of new ones; None: every released one
     merge_method="mean",
@@ -30,8 +34,7 @@ _BACKBONE = dict(
     num_register_tokens=0,
     drop_path_rate=0.0,
     modality_drop_rate=0.0,
-    sizes={},  # of a pretraining of your own, in the place of the released ones: dim, encoder_depth, ...
-    codebooks={},  # its vocabularies, by modality
+    **_OWN,
     **_NETWORK,
 )
 _SAMPLING = dict(decoding_steps=1, temps=1.0, top_p=0.8, top_k=0)
@@ -51,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         standardize=False,
         offset={},
         **_SAMPLING,
+        **_OWN,
         **_NETWORK,
     ),
     "encdec": dict(_NETWORK),
@@ -165,7 +169,9 @@ def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
 
 
 def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
-    read, outputs = input_streams(entry, options), [modalities.output_stream(name) for name in options["output_modalities"]]
+    read = _with_codebooks(input_streams(entry, options), options)
+    made = {name: modalities.output_stream(name) for name in options["output_modalities"]}
+    outputs = list(_with_codebooks(made, options).values())
     bands_by_stream(read, options["bands"])  # raises for a name that is no input
     unknown, inputs = [name for name in options["offset"] if name not in (*read, *options["output_modalities"])], read.values()
     if unknown:
@@ -173,7 +179,7 @@ def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
         raise ValueError(f"An offset is given for {unknown[0]!r}, which is no input and no output of this model; it has {names}.")
     seen = {s.key: s for s in (*inputs, *outputs[:-1])}  # a later output sees the earlier ones (spec 8.5.1)
     settings = dict(encoder=tuple(seen.values()), decoder=tuple({s.key: s for s in outputs}.values()), image_size=options["img_size"])
-    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **settings, **_pick(options, *_NETWORK)))
+    module = networks.TerraMind(networks.TransformerConfig(**_sizes(entry, options), **settings, **_pick(options, *_NETWORK)))
     return Generator(entry.name, module, abstract(module), options, _tokenizers(entry, (*inputs, *outputs)))
 
 

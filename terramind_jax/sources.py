@@ -29,7 +29,6 @@ from terramind_jax.tokenizer import Tokenizer, TokenizerConfig
 GENERATOR, TOKENIZER = "sampler.model.", "tokenizer."
 INFO, ARRAYS = "model.json", "arrays"  # what a directory of `save` holds
 MAIN, TOKENIZERS = "main", "tokenizers"  # in it, the name of an empty prefix, and of the tokenizers' configurations
-SIZES = "sizes"  # in it, what `sizes_of` says of the transformer
 MODALITIES = "modalities"  # in it, and in the configuration of a work directory: declarations of a user's own
 
 # What a feature extractor or a generator leaves in a file of the whole model: the rest of it, and modalities that it was not built with.
@@ -111,9 +110,7 @@ class Tree:
 
     def network(self, prefix: str, module: nn.Module) -> nn.Module:
         """The network that the weights of a prefix belong to, in place of the released one."""
-        if not isinstance(module, Tokenizer):
-            return resized(module, self._directory.sizes)
-        if prefix not in self._directory.tokenizers:
+        if prefix not in self._directory.tokenizers or not isinstance(module, Tokenizer):
             return module
         own, released = self._directory.tokenizers[prefix].config, module.config
         if own.modality != released.modality:
@@ -147,29 +144,6 @@ class Tree:
 
 
 Source = Random | StateDict | Tree
-
-
-# ---- transformers of other sizes than the released ones ----
-
-_OF_TRANSFORMERS = ("dim", "encoder_depth", "decoder_depth", "num_heads", "gated_mlp", "use_bias", "mlp_ratio")
-
-
-def sizes_of(module: nn.Module) -> dict[str, Any]:
-    """What a transformer or its encoder may have otherwise than the released ones: sizes, and ``vocabularies`` by stream."""
-    c = module.config
-    sizes = {name: getattr(c, name) for name in _OF_TRANSFORMERS if hasattr(c, name)}
-    return {**sizes, "vocabularies": {s.key: s.vocab_size for s in c.streams if s.vocab_size}}
-
-
-def resized(module: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
-    """The network with sizes of another; those that it does not know are passed over."""
-    c, vocabularies = module.config, sizes.get("vocabularies", {})
-    fields = {field.name for field in dataclasses.fields(c)}
-    changes: dict[str, Any] = {name: value for name, value in sizes.items() if name in fields}
-    for name in fields & {"streams", "encoder", "decoder"}:
-        streams = getattr(c, name)
-        changes[name] = tuple(dataclasses.replace(s, vocab_size=vocabularies.get(s.key, s.vocab_size)) for s in streams)
-    return module.clone(config=dataclasses.replace(c, **changes))
 
 
 # ---- how a network's variables and the reference's state dict correspond ----
@@ -274,16 +248,13 @@ class Directory:
     tokenizers: dict[str, Tokenizer]
     name: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the transformer, where they are told
 
 
 def read_directory(path: Path) -> Directory:
     """A directory of `weights.save` or the work directory of a training; a ValueError if it is damaged."""
     if not (path / INFO).is_file():
         module, variables = read_workdir(path)
-        if isinstance(module, Tokenizer):
-            return Directory({"": variables}, {"": module})
-        return Directory({"": variables}, {}, sizes=sizes_of(module))
+        return Directory({"": variables}, {"": module} if isinstance(module, Tokenizer) else {})
     info = read_info(path)
     declare(path)
     try:
@@ -291,8 +262,7 @@ def read_directory(path: Path) -> Directory:
         tokenizers = {_prefix_of(name): Tokenizer(TokenizerConfig(**fields)) for name, fields in info.get(TOKENIZERS, {}).items()}
     except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
         raise ValueError(f"{path} is no complete directory of weights ({type(error).__name__}); save or copy it again.") from error
-    arrays = {_prefix_of(name): variables for name, variables in arrays.items()}
-    return Directory(arrays, tokenizers, info["name"], info["options"], info.get(SIZES, {}))
+    return Directory({_prefix_of(name): variables for name, variables in arrays.items()}, tokenizers, info["name"], info["options"])
 
 
 def declare(path: Path) -> None:

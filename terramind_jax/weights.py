@@ -50,14 +50,19 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
           modalities' tokens become one output: mean, max, concat, dict (by name) or None (all tokens in a row); ``bands``, ``{name: [band,
           ...]}`` for inputs with some bands, by the names of `modalities.get`; ``in_chans``, channels of one image instead of modalities;
           ``img_size`` (224); ``patch_size`` of new modalities (16); ``num_register_tokens``; ``drop_path_rate`` and
-          ``modality_drop_rate`` in training; ``sizes`` and ``codebooks`` of a network that is not the released one, which the work
-          directory of a pretraining tells.
+          ``modality_drop_rate`` in training.
         - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
           ``tim_top_p``, ``tim_top_k``.
         - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
           whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
+<<<<<<< HEAD
           ``temps``, ``top_p``, ``top_k``; and of this package ``bands``, as above, and ``fill_bands``, what stands for the others, see
           `bands.fill_missing`.
+=======
+          ``temps``, ``top_p``, ``top_k``.
+        - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
+          tells.
+>>>>>>> h_nb
         - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
 
         ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
@@ -83,10 +88,7 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
         if prefix.startswith(sources.TOKENIZER) and (of_tokenizers is not None or not source.holds(prefix)):
             inner, here = _open_tokenizer(model, module, of_tokenizers or weights), ""
         module, fresh = inner.network(here, module), jax.random.fold_in(key, i)
-        if not prefix and model.options.get("bands"):
-            found = _take_bands(inner, dataclasses.replace(model, module=module), fresh)
-        else:
-            found = inner.take(here, module)
+        found = _take_bands(inner, model, fresh) if not prefix and model.options.get("bands") else inner.take(here, module)
         if prefix == sources.GENERATOR and is_chained(model):
             found = tim.share(found, filled[""][1])
         filled[prefix] = module, _on_device(complete(module, found, fresh))
@@ -98,7 +100,7 @@ def saved_options(name: str, weights: str | os.PathLike) -> dict[str, Any]:
 
     A ValueError if another version or size is in it.
     """
-    path = None if weights in ("hub", "random") else Path(weights)
+    path = None if weights in ("hub", "random") else Path(sources.within(weights, zoo.get(name)))
     if path is not None and (path / "config.json").is_file() and "sizes" in build.OPTIONS[zoo.get(name).kind]:
         return _sizes(config.of_workdir(path))
     info = {} if path is None else sources.read_info(path)
@@ -225,8 +227,6 @@ def save(model: Model, path: str | os.PathLike) -> None:
         parts = {prefix or sources.MAIN: part for prefix, part in networks_of(model).items()}
         own = {name: dataclasses.asdict(module.config) for name, (module, _) in parts.items() if isinstance(module, Tokenizer)}
         info = {"name": model.name, "options": dict(model.options), sources.TOKENIZERS: own}
-        transformers = [module for module, _ in parts.values() if not isinstance(module, Tokenizer)]
-        info[sources.SIZES] = {name: size for module in transformers for name, size in sources.sizes_of(module).items()}
         info[sources.MODALITIES] = declarations.of(s.modality for s in getattr(model.module.config, "streams", ()))
         (partial / sources.INFO).write_text(json.dumps(info, indent=1))
         arrays = {name: _on_device(meta.unbox(variables)) for name, (_, variables) in parts.items()}
@@ -304,10 +304,10 @@ def _directory_to_torch(path: Path) -> dict[str, np.ndarray]:
     model, arrays = build.model(directory.name, **directory.options), directory.arrays
     if is_chained(model):
         tim.check_shared(arrays[""], arrays[sources.GENERATOR])
-    state, source = {}, sources.Tree(directory, path)
+    state = {}
     for prefix, (module, _) in networks_of(model).items():
         if prefix in arrays:  # a tokenizer may be elsewhere
-            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(source.network(prefix, module))
+            flat, table = rules.flatten(arrays.pop(prefix)), sources.rules_of(directory.tokenizers.get(prefix, module))
             state |= {prefix + key: x for key, x in rules.flat_to_torch(flat, table).items()}
     return state
 

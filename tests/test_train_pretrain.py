@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 import terramind_jax as tm
-from terramind_jax import checkpoint, modalities, sharding, sources
+from terramind_jax import build, checkpoint, modalities, sharding, weights
 from terramind_jax import config as configuration
 from terramind_jax.train import logging, pretrain
 
@@ -50,12 +50,13 @@ def losses(workdir) -> list[tuple[int, float]]:
 def test_what_was_trained_is_loaded_as_a_model(finished, tmp_path):
     """With its own sizes and codebooks; also from the folder that the quickstart makes."""
     (tmp_path / "model").symlink_to(finished)
-    module, variables, _ = pretrain.load(finished)
     for where in (finished, tmp_path):
-        model = tm.load("terramind_v1_base", where, modalities=["DEM"], img_size=tiny_run.SIZE)
-        assert model.module.config.dim == 64 and model.module.config.encoder_depth == 1
-        assert_equal(model.variables["params"]["encoder"], variables["params"]["encoder"])
-    assert sources.sizes_of(module)["vocabularies"] == {"tok_dem@224": 30, "tok_lulc@224": 20, "tok_sen1grd@224": 10}
+        model = tm.load("terramind_v1_base", where, modalities=["DEM"])
+        assert (model.module.config.dim, model.module.config.image_size) == (64, tiny_run.SIZE)
+        assert_equal(model.variables["params"]["encoder"], parameters(finished)["encoder"])
+    told = weights.saved_options("terramind_v1_base_generate", tmp_path)
+    generator = build.model("terramind_v1_base_generate", modalities=["DEM"], output_modalities=["LULC"], **told)
+    assert generator.module.config.decoder[0].vocab_size == tiny_run.CODEBOOKS["LULC"]
 
 
 def test_a_run_learns_and_reports(finished):

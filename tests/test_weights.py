@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import terramind_jax as tm
-from terramind_jax import build, cli, sources, weights, zoo
+from terramind_jax import build, cli, weights, zoo
 from terramind_jax.convert import files
 
 
@@ -157,17 +157,24 @@ def test_tokenizers_of_their_own_size(tmp_path, monkeypatch):
         tm.load("terramind_v1_tokenizer_ndvi", tmp_path / "tokenizers" / "DEM")
 
 
-def test_transformers_of_their_own_size(tmp_path, monkeypatch):
-    options = dict(modalities=["S2L2A", "LULC"], merge_method="dict", tokenizers="random")
-    model = tm.load("terramind_v1_tiny", "random", seed=4, **options)
-    words = model.variables["params"]["encoder_token_emb"]["tok_lulc@224"]
-    narrow = sources.resized(model.module, {"vocabularies": {"tok_lulc@224": 12}})
-    fewer = jax.tree.map(lambda x: x[:12] if x.shape == words.shape else x, model.variables)
-    tm.save(dataclasses.replace(model, module=narrow, variables=fewer), tmp_path / "narrow")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("terramind_v1_tiny", {}), ("terramind_v1_tiny_generate", dict(output_modalities=["DEM", "NDVI"]))],
+)
+def test_transformers_of_their_own_size(tmp_path, monkeypatch, name, options):
+    own = dict(sizes=nano_models.NANO, codebooks={"LULC": 12, "DEM": 9})
     monkeypatch.setitem(zoo.SIZES, "tiny", nano_models.NANO | dict(dim=32, encoder_depth=1))
-    loaded = tm.load("terramind_v1_tiny", tmp_path / "narrow", **options)
-    assert loaded.module.config == narrow.config and equal(loaded.variables, fewer)
-    assert cli.main(["convert", str(tmp_path / "narrow"), str(tmp_path / "narrow.safetensors")]) == 0
+    model = tm.load(name, "random", seed=4, modalities=["S2L2A", "LULC"], **own, **options)
+    found = model.variables["params"]["encoder_token_emb"]
+    assert found["tok_lulc@224"].shape == (12, 64) and (
+        "decoder_token_emb" not in model.variables["params"] or found["tok_dem@224"].shape == (9, 64)
+    )
+    tm.save(model, tmp_path / "own")
+    loaded = tm.load(name, tmp_path / "own")
+    assert loaded.module.config == model.module.config and equal(loaded.variables, model.variables)
+    assert cli.main(["convert", str(tmp_path / "own"), str(tmp_path / "own.safetensors")]) == 0
+    with pytest.raises(ValueError, match="There is no size 'depth'; known are dim, "):
+        tm.load(name, "random", modalities=["S2L2A"], sizes={"depth": 3}, **options)
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])

@@ -254,7 +254,7 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
         return None
     found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options)
     if found.module != extractor.module:
-        raise ValueError(f"{config.model.weights} is of other sizes than {extractor.name}, with which fine-tuning does not work yet.")
+        raise ValueError(f"{config.model.weights} holds a network of other sizes than {extractor.name}.")
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
     drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
