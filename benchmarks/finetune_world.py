@@ -11,6 +11,7 @@ takes the same number of steps on 5, 20 or 100 % of the labels, from three seeds
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -99,10 +100,10 @@ def main() -> None:
             index = open_index(arguments.quickstart / "shards", split)
             counts[split] = write(index, split, arguments.scenes, root)
         for seed in range(arguments.seeds):
-            for case in [(task, arm, share) for task in TASKS for share in SHARES for arm in ARMS]:
+            for number, case in enumerate(itertools.product(TASKS, ARMS, SHARES)):
                 name, factor, _ = METRICS[case[0]]
                 config = settings(root, arguments.quickstart, *case, seed, arguments.steps)
-                found = finetune.train(config, root / f"{seed} {case}")[name] * factor
+                found = finetune.train(config, root / f"run_{seed}_{number}")[name] * factor
                 scores.setdefault(case, []).append(found)
                 print(seed, *case, f"{found:.1f}, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
             text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60)
