@@ -11,6 +11,7 @@ takes the same number of steps on 5, 20 or 100 % of the labels, from three seeds
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -38,8 +39,8 @@ TASKS = {
 METRICS = {"LULC": ("val/mIoU", 100, "mIoU, %"), "DEM": ("val/rmse", KILOMETRE, "RMSE, m")}
 
 
-def write(index: Index, split: str, scenes: int, root: Path) -> None:
-    """The centre crops of a split as ``.npy``, and its list of names."""
+def write(index: Index, split: str, scenes: int, root: Path) -> int:
+    """The centre crops of a split as ``.npy``, and its list of names; returns how many there are."""
     names = []
     for i in range(min(len(index), scenes)):
         image, cover, height = (np.ascontiguousarray(crops.crop(index.read(i, m), 0)) for m in ("S2L2A", "LULC", "DEM"))
@@ -49,6 +50,7 @@ def write(index: Index, split: str, scenes: int, root: Path) -> None:
             (root / folder).mkdir(parents=True, exist_ok=True)
             np.save(root / folder / f"{names[-1]}.npy", array)
     (root / f"{split}.txt").write_text("\n".join(names))
+    return len(names)
 
 
 def settings(root: Path, quickstart: Path, task: str, arm: str, share: float, seed: int, steps: int) -> ConfigDict:
@@ -89,26 +91,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes that are all of the labels")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="also write the tables there")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="also write the tables there, after every seed")
     arguments = parser.parse_args()
     start, scores, counts = time.monotonic(), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for split in ("train", "val"):
             index = open_index(arguments.quickstart / "shards", split)
-            write(index, split, arguments.scenes, root)
-            counts[split] = min(len(index), arguments.scenes)
-        for task in TASKS:
-            name, factor, _ = METRICS[task]
-            for key in [(task, arm, share, seed) for share in SHARES for arm in ARMS for seed in range(arguments.seeds)]:
-                config = settings(root, arguments.quickstart, *key, arguments.steps)
-                found = finetune.train(config, root / "-".join(map(str, key)).replace(" ", "_"))[name] * factor
-                scores.setdefault(key[:-1], []).append(found)
-                print(*key, f"{found:.1f}, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-    text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60)
+            counts[split] = write(index, split, arguments.scenes, root)
+        for seed in range(arguments.seeds):
+            for number, case in enumerate(itertools.product(TASKS, ARMS, SHARES)):
+                name, factor, _ = METRICS[case[0]]
+                config = settings(root, arguments.quickstart, *case, seed, arguments.steps)
+                found = finetune.train(config, root / f"run_{seed}_{number}")[name] * factor
+                scores.setdefault(case, []).append(found)
+                print(seed, *case, f"{found:.1f}, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+            text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60)
+            if arguments.out:
+                arguments.out.write_text(text)
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
 
 
 if __name__ == "__main__":
