@@ -54,7 +54,7 @@ def generate(
       tokenizers: ``{modality: (module, variables)}`` of every tokenised input and every image output.
       inputs: by user name: images ``[B, S, S, C]`` in the modality's unit, LULC also ``[B, S, S]`` classes, coords ``[B, 2]`` as
         (lon, lat) in degrees, caption a list of strings or ids ``[B, L]``.
-      outputs: user names in the order of generation; each conditions those after it.
+      outputs: user names in the order of generation; each conditions those after it, unless the option `chained` is False.
       vocabulary: of captions, see `terramind_jax.captions`; None: captions are ids.
       standardize: False if the inputs are standardised already; then the outputs are, too.
       version, offset: whose statistics standardise, and by how much they move a modality's mean, by user name.
@@ -254,7 +254,7 @@ def decode_output(
     if stream.kind == "sequence":
         return np.stack(coordinates.decode(np.asarray(tokens)), axis=-1)
     scale = dict(standardize=standardize, version=version, offset=offset)
-    return np.asarray(decode_image(stream, tokens, tokenizers, seed=seed, **scale, **decoding), np.float32)
+    return np.array(decode_image(stream, tokens, tokenizers, seed=seed, **scale, **decoding), np.float32)  # a copy, which can be written to
 
 
 def decode_image(

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import lightning
 import numpy as np
 import peer
 import pytest
@@ -17,6 +16,7 @@ from flax.core import meta
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import lightning
     from terratorch import tasks
     from terratorch.models import EncoderDecoderFactory
     from terratorch.tasks import segmentation_tasks
