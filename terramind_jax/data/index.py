@@ -160,6 +160,9 @@ class Index:
         """[H, W, C] in the stored dtype: a read-only view, bands last, the first time step. `DataError` if it cannot be read."""
         return self._tile(i, modality, self._bands(i, modality))
 
+    def patches(self, i: int, modality: str, variant: int, image_size: int, positions: np.ndarray) -> None:
+        """Shards hold whole images; only prepared data can hold patches by themselves (`records.Records.patches`)."""
+
     def describe(self, i: int, modality: str) -> tuple[np.ndarray, dict[str, Any], int]:
         """The pixels as `read` gives them, the sample's attributes, and its time in ns since 1970, 0 if it has none; all in one read."""
 

@@ -48,7 +48,9 @@ class Records:
         self.available, self.has_tokens = available[kept], tokens[kept]
         self.keys = Keys(found.arrays["keys"], self._rows)
         self.subsets, self.subset = tuple(found.meta["subsets"]), found.arrays["subset"][kept]
+        self.count = len(found.arrays["keys"])  # records, of which some may have none of the modalities
         self._files, self._lock, self._last = None, threading.Lock(), threading.local()
+        self._blocks: dict[str, Any] = {}
 
     def __reduce__(self):
         return Records, (self.root, self.split, self.modalities)
@@ -76,6 +78,16 @@ class Records:
             raise DataError(f"{self._where(i)} has no {modality}, or none that could be read when it was prepared.")
         return found["pixels"][modality]
 
+    def patches(self, i: int, modality: str, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
+        """Patches at `positions` of a fixed crop ``[n, 16 * 16 * C]``, read alone where `blocks` have been written; else None."""
+        from terramind_jax.data import blocks  # which is made of this module's records
+
+        if modality not in self._blocks:
+            there = all(path.exists() for path in blocks.paths(self.root, self.split, modality))
+            self._blocks[modality] = blocks.Blocks(self.root, self.split, modality) if there else None
+        found = self._blocks[modality]
+        return found and found.patches(self.record_number(i), variant, image_size, positions)
+
     def tokens(self, i: int, modality: str) -> np.ndarray:
         """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
         grid = self._record(i)["tokens"].get(modality)
@@ -100,11 +112,15 @@ class Records:
     def check_tokens(self) -> None:
         """Records hold pixels and tokens together."""
 
+    def record_number(self, i: int) -> int:
+        """The place of sample `i` among all records."""
+        return i if self._rows is None else int(self._rows[i])
+
     def _record(self, i: int) -> dict[str, Any]:
         """The last one is kept, by each thread: what is read of a sample is read in a row."""
         if getattr(self._last, "number", None) != i:
             try:
-                self._last.record = self._open()[i if self._rows is None else int(self._rows[i])]
+                self._last.record = self._open()[self.record_number(i)]
             except Exception as error:  # ArrayRecord and protobuf raise many things
                 raise DataError(f"{self._where(i)} cannot be read ({type(error).__name__}: {error}); prepare the data again.") from error
             self._last.number = i

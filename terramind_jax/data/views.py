@@ -34,10 +34,11 @@ class Sample:
     def patches(self, stream: Stream, positions: np.ndarray) -> np.ndarray:
         """Selected patches ``[n, 16 * 16 * C]`` of a pixel stream."""
         name = stream.modality
-        image = self._crop(name)
-        if image.shape[-1] != stream.channels:
-            raise DataError(f"Sample {self._key}: {name} has {image.shape[-1]} bands, expected {stream.channels}.", "shape")
-        return _stored(crops.select_patches(image, positions, PATCH_SIZE), name, self._key)
+        found = self.index.patches(self.i, name, self.variant, self.image_size, positions)
+        found = crops.select_patches(self._crop(name), positions, PATCH_SIZE) if found is None else found
+        if (channels := found.shape[-1] // PATCH_SIZE**2) != stream.channels:
+            raise DataError(f"Sample {self._key}: {name} has {channels} bands, expected {stream.channels}.", "shape")
+        return _stored(found, name, self._key)
 
     def image(self, name: str) -> np.ndarray:
         """The whole crop ``[S, S, C]`` of a modality, in the type that travels."""
