@@ -37,42 +37,38 @@ from terramind_jax.tokenizer import Tokenizer
 def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None = None, seed: int = 0, **options: Any) -> Model:
     """A released model with its weights.
 
-        Args:
-          name: one of `zoo.list_models`.
-          weights: ``hub``, the published file, downloaded and converted once; ``random``; or a path: ``.pt``, ``.safetensors``, a directory of
-            `save`, whose options hold where none are given, the work directory of a training, or the folder of a quickstart. A training may
-            have had other sizes than the model of that name, which then are the model's.
-          revision: of the model's repository on the hub, a commit; None: the one that was downloaded first, see `hub`.
-          seed: of what is drawn: random weights, fresh embeddings of new modalities.
-          **options: the reference's, by kind of model (`build.OPTIONS` has the defaults):
+    Args:
+      name: one of `zoo.list_models`.
+      weights: ``hub``, the published file, downloaded and converted once; ``random``; or a path: ``.pt``, ``.safetensors``, a directory of
+        `save`, whose options hold where none are given, the work directory of a training, or the folder of a quickstart. A training may
+        have had other sizes than the model of that name, which then are the model's.
+      revision: of the model's repository on the hub, a commit; None: the one that was downloaded first, see `hub`.
+      seed: of what is drawn: random weights, fresh embeddings of new modalities.
+      **options: the reference's, by kind of model (`build.OPTIONS` has the defaults):
 
-            - feature extractors and ``_tim``: ``modalities``, names and ``{name: channels}`` of new ones (all); ``merge_method``, how the
-              modalities' tokens become one output: mean, max, concat, dict (by name) or None (all tokens in a row); ``bands``, ``{name: [band,
-              ...]}`` for inputs with some bands, by the names of `modalities.get`; ``in_chans``, channels of one image instead of modalities;
-              ``img_size`` (224); ``patch_size`` of new modalities (16); ``num_register_tokens``; ``drop_path_rate`` and
-              ``modality_drop_rate`` in training.
-            - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
-              ``tim_top_p``, ``tim_top_k``.
-            - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
-              whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
-    <<<<<<< HEAD
-              ``temps``, ``top_p``, ``top_k``; and of this package ``bands``, as above, and ``fill_bands``, what stands for the others, see
-              `bands.fill_missing`.
-    =======
-              ``temps``, ``top_p``, ``top_k``.
-            - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
-              tells.
-    >>>>>>> h_nb
-            - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
+        - feature extractors and ``_tim``: ``modalities``, names and ``{name: channels}`` of new ones (all); ``merge_method``, how the
+          modalities' tokens become one output: mean, max, concat, dict (by name) or None (all tokens in a row); ``bands``, ``{name: [band,
+          ...]}`` for inputs with some bands, by the names of `modalities.get`; ``in_chans``, channels of one image instead of modalities;
+          ``img_size`` (224); ``patch_size`` of new modalities (16); ``num_register_tokens``; ``drop_path_rate`` and
+          ``modality_drop_rate`` in training.
+        - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
+          ``tim_top_p``, ``tim_top_k``.
+        - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
+          whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
+          ``temps``, ``top_p``, ``top_k``; and of this package ``bands``, as above, and ``fill_bands``, what stands for the others, see
+          `bands.fill_missing`.
+        - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
+          tells.
+        - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
 
-            ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
-            work directory, or directory of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words
-            of `weights`. The same place may have the published vocabularies, in a folder as ``caption.json`` and ``coords.json``: captions
-            are ids without theirs, that of coordinates is only compared with the rule that the package follows.
+        ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
+        work directory, or directory of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words
+        of `weights`. The same place may have the published vocabularies, in a folder as ``caption.json`` and ``coords.json``: captions
+        are ids without theirs, that of coordinates is only compared with the rule that the package follows.
 
-        Raises:
-          ValueError: an unknown name or option, or weights that do not fit, with everything that is wrong at once.
-          FileNotFoundError, ConnectionError, ImportError: no weights there, no network, no PyTorch to read a ``.pt``.
+    Raises:
+      ValueError: an unknown name or option, or weights that do not fit, with everything that is wrong at once.
+      FileNotFoundError, ConnectionError, ImportError: no weights there, no network, no PyTorch to read a ``.pt``.
     """
     of_tokenizers = options.pop("tokenizers", None)
     if weights not in ("hub", "random"):
