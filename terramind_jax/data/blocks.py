@@ -1,8 +1,8 @@
 """Pixels of prepared data by blocks of 4 x 4, so that a view reads the patches that its masks chose and little else.
 
 The crops of a tile of 264 pixels begin at 0, 20 and 40, so a patch of any of them is four rows of four whole blocks, and one copy of the
-tile serves all ten crops. ``{root}/{split}/{modality}.blocks.npy`` is ``[records, H / 4, W / 4, 4 * 4 * C]`` in the stored dtype, mapped into
-memory and not compressed; ``{modality}.readable.npy``, written last, tells which records are in it.
+tile serves all ten crops. ``{root}/{split}/{modality}.blocks.npy`` is ``[records, H / 4, W / 4, 4 * 4 * C]`` in the stored dtype, mapped
+into memory and not compressed; ``{modality}.readable.npy``, written last, tells which records are in it.
 """
 
 from __future__ import annotations
