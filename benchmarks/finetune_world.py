@@ -30,7 +30,7 @@ from terramind_jax.tasks.config import finetuning
 SHARES = (0.05, 0.2, 1.0)
 ARMS = {"random": ("", "random"), "pretrained": ("", "model"), "pretrained, TiM of LULC and DEM": ("_tim", "model")}
 WATER = 1  # LULC code
-SCENES = 240
+SCENES, BATCH_SIZE = 160, 4
 KILOMETRE = 1000.0
 TASKS = {
     "LULC": dict(task="segmentation", ignore_index=0, class_names=modalities.get("LULC").classes),
@@ -64,17 +64,18 @@ def settings(root: Path, quickstart: Path, task: str, arm: str, share: float, se
     own["splits"] = {split: f"{split}.txt" for split in ("train", "val")}
     config.data.update(dataset="generic", root=str(root), d4=False, labels=share)
     config.data.options = ConfigDict({**own, **TASKS[task]})
-    config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, clip_norm=1.0)
-    config.train.update(batch_size=8, steps=steps, seed=seed)
+    config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup=0.05, clip_norm=1.0)
+    config.train.update(batch_size=BATCH_SIZE, steps=steps, seed=seed)
     config.run.update(eval_every=steps, checkpoint_every=steps, log_every=steps, progress=False, tensorboard=False)
     return config
 
 
 def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int], minutes: float) -> str:
+    seeds = len(next(iter(scores.values())))
     text = (
         f"Fine-tuning the quickstart's model on the embedded world, on {process.where()}: {counts['train']} scenes of 224 pixels, {steps} "
-        f"steps of 8, all of the backbone and a U-Net trained; mean and standard deviation of {len(next(iter(scores.values())))} seeds on "
-        f"{counts['val']} held-out scenes; {minutes:.0f} minutes in all.\n"
+        f"steps of {BATCH_SIZE}, all of the backbone and a U-Net trained; mean and standard deviation of {seeds} seeds on {counts['val']} "
+        f"held-out scenes; {minutes:.0f} minutes in all.\n"
     )
     for task, (_, _, title) in METRICS.items():
         head = ["backbone", *(f"{share:.0%} of the labels" for share in SHARES)]
@@ -88,7 +89,7 @@ def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", required=True, type=Path, metavar="DIR", help="what `terramind-jax quickstart` made")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes that are all of the labels")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="also write the tables there, after every seed")

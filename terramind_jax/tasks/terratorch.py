@@ -33,7 +33,7 @@ DECODERS = {
     "IdentityDecoder": "identity",
 }
 NECKS = ("SelectIndices", "ReshapeTokensToImage", "LearnedInterpolateToPyramidal")
-DTYPES = {"16-mixed": "bfloat16", "bf16-mixed": "bfloat16", "32": "float32", "32-true": "float32"}
+DTYPES = {"16-mixed": "auto", "bf16-mixed": "auto", "32": "float32", "32-true": "float32"}
 METRICS = {"F1_Score": "F1", "Accuracy": "accuracy", "Pixel_Accuracy": "pixel_accuracy", "RMSE": "rmse", "MAE": "mae"}
 SPLITS = ("train", "val", "test")
 
@@ -237,7 +237,7 @@ def _trainer(config: ConfigDict, told: Fields, rest: list[str]) -> None:
     if (precision := str(node.get("precision"))) in DTYPES:
         node.pop("precision")
         config.model.dtype = DTYPES[precision]
-        rest += ["trainer.precision=16-mixed: bfloat16 here"] if precision == "16-mixed" else []
+        rest += ["trainer.precision=16-mixed: bfloat16 here, on accelerators"] if precision == "16-mixed" else []
     config.optimizer.clip_norm = float(node.pop("gradient_clip_val", None) or 0)
     callbacks = node.pop("callbacks", None)
     for callback in callbacks if isinstance(callbacks, list) else []:
