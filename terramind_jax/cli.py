@@ -242,6 +242,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, metavar="NAME", help=text)
     text = "work directory of a pretrained model; with --model also hub, random, or a file"
     parser.add_argument("--weights", required=True, metavar="W", help=text)
+
+
+def _add_tokenizers(parser: argparse.ArgumentParser) -> None:
     text = "folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
     parser.add_argument("--tokenizers", metavar="DIR", help=text)
 
@@ -249,6 +252,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_scenes(parser: argparse.ArgumentParser) -> None:
     """What to read, and with which model."""
     _add_model(parser)
+    _add_tokenizers(parser)
     text = "a GeoTIFF or a folder of them; repeat for more"
     parser.add_argument("--input", action="append", required=True, metavar="MODALITY=PATH", help=text)
 
@@ -559,12 +563,19 @@ def _add_protocol(protocols, name: str, text: str, command) -> argparse.Argument
 
 
 def _add_generation(parser: argparse.ArgumentParser, split: str) -> None:
-    """How much is generated, and how."""
+    """With which tokenizers it is generated, how much, and how."""
+    _add_tokenizers(parser)
     parser.add_argument("--split", default=split, metavar="NAME", help=f"not of a folder of GeoTIFFs; default: {split}")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples; default: all")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once; default: 8")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples; default: all")
+    parser.add_argument("--batch_size", type=_positive, default=8, metavar="N", help="images at once; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
@@ -574,10 +585,10 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", default="", metavar="A,B", help="modalities; default: all that it has")
     parser.add_argument("--layer", type=int, default=-1, metavar="I", help="of the encoder, 0 the first; default: -1, the last")
     parser.add_argument("--resize", type=int, metavar="S", help="bring images to S x S pixels; default: as they are")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N samples of a split, drawn under the seed; default: all")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only N samples of a split, drawn under the seed; default: all")
     text = "standardise with those of the pretraining, or of the data set; default: pretrained"
     parser.add_argument("--statistics", default="pretrained", choices=("pretrained", "dataset"), help=text)
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at once; default: 32")
+    parser.add_argument("--batch_size", type=_positive, default=32, metavar="N", help="images at once; default: 32")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
 
 

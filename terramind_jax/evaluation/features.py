@@ -117,8 +117,8 @@ def extract(
         raise ValueError(f"The images of {dataset.facts.title} are {size[0]}x{size[1]} pixels; give them a size of at least {PATCH_SIZE}.")
     devices = 1 if network.sharding is None else network.sharding.num_devices
     windows, size = len(batches.windows(size, crop)), -(-batch_size // devices) * devices
-    streams = {name: generate.input_stream(network.module, name).key for name in dataset.facts.bands}
-    encode = jax.jit(functools.partial(_pooled, network.module, streams, layer, resize))
+    streams = tuple((name, generate.input_stream(network.module, name).key) for name in dataset.facts.bands)
+    encode = functools.partial(_pooled, module=network.module, streams=streams, layer=layer, resize=resize)
     found, total = [], -(-len(dataset) * windows // size)
     for batch in tqdm(batches.covering(dataset, scale, crop=crop, batch_size=size), dataset.split, total, dynamic_ncols=True):
         images = {name: network.put(x) for name, x in batch["inputs"].items()}
@@ -128,12 +128,12 @@ def extract(
     return Features(dataset.names, x, bands, labels.reshape(len(dataset), windows)[:, 0])
 
 
-def _pooled(module, streams: Mapping[str, str], layer: int, resize: int | None, variables, images) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("module", "streams", "layer", "resize"))
+def _pooled(variables, images: Mapping[str, jax.Array], *, module, streams: tuple, layer: int, resize: int | None) -> tuple:
     """Standardised images ``[B, H, W, C]`` by modality to features ``[B, D]``, and mean and deviation of their bands ``[B, 2 C]``."""
     bands = [f(x, (1, 2)) for x in images.values() for f in (jnp.mean, jnp.std)]
     if resize is not None:
-        images = {
-            name: jax.image.resize(x, (len(x), resize, resize, x.shape[-1]), "bilinear", antialias=False) for name, x in images.items()
-        }
-    features = backbone.features(module, variables, {streams[name]: x for name, x in images.items()})[layer]
+        sizes = {name: (len(x), resize, resize, x.shape[-1]) for name, x in images.items()}
+        images = {name: jax.image.resize(x, sizes[name], "bilinear", antialias=False) for name, x in images.items()}
+    features = backbone.features(module, variables, {stream: images[name] for name, stream in streams})[layer]
     return features.mean(1).astype(jnp.float32), jnp.concatenate(bands, 1)

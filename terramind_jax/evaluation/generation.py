@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ from terramind_jax.scenes.generating import NO_CLASS
 from terramind_jax.scenes.reading import PATCH, Scene
 
 GENERATED = "generated"  # folder of the GeoTIFFs
+TOLD = {  # of numbers that some modalities have
+    "spectral angle": "The spectral angle is a mean over pixels, in degrees.",
+    "seam": "Seam: how much rougher borders of windows are than other lines between patches; 1 is no seam.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +281,7 @@ def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model
         kind: [{"modality": name, kind: part, **x} for name, of in total.items() if of.part == kind for part, x in scores.parts(of).items()]
         for kind in ("band", "class")
     }
+    told = [text for name, text in TOLD.items() if not all(math.isnan(scores.summary(of)[name]) for of in total.values())]
     own = [{"model": model, "input": source, "output": name, **scores.of_errors(of.errors)} for name, of in total.items() if of.bands]
     return results.write_report(
         path,
@@ -285,7 +291,7 @@ def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model
         f"MAE, RMSE and bias (generated minus truth) are in the unit: {units}. PSNR and SSIM take as full scale: {ranges}."
         if units
         else "",
-        "The spectral angle is in degrees. Seam: how much rougher borders of windows are than other lines between patches; 1 is no seam.",
+        " ".join(told),
         *(f"## By {kind}\n\n{results.table(rows)}" for kind, rows in parts.items() if rows),
         f"## Published\n\n{results.compared('generation', own)}" if own else "",
     )

@@ -53,7 +53,7 @@ class Scores:
     @property
     def part(self) -> str:
         """What it has parts by."""
-        return "class" if self.bands == {} else "band"
+        return "band" if self.confusion is None else "class"
 
     @property
     def is_empty(self) -> bool:
@@ -96,9 +96,9 @@ def summary(scores: Scores) -> dict[str, float]:
 
 
 def parts(scores: Scores) -> dict[str, dict[str, float]]:
-    """The numbers of each band, or the IoU of each class that occurs."""
+    """The numbers of each band where there are several, or the IoU of each class that occurs."""
     if scores.confusion is None:
-        return {band: of_errors(errors) for band, errors in scores.bands.items()}
+        return {band: of_errors(errors) for band, errors in scores.bands.items()} if len(scores.bands) > 1 else {}
     each = zip(modalities.get(scores.modality).classes, metrics.intersection_over_union(scores.confusion), strict=True)
     return {name: {"IoU": float(iou)} for name, iou in each if not math.isnan(iou)}
 

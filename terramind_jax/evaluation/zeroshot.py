@@ -57,7 +57,7 @@ def run(
         generate.check_names(network.module, inputs, [COVER], network.tokenizers)
         batches.check_crop(dataset, network.module.config.image_size, next(iter(dataset[0]["inputs"].values())).shape[:2])
         total, each, shown = np.zeros((2, 2), np.int64), [], []
-        for i in tqdm(range(min(len(dataset), limit or len(dataset))), split, unit="chip", dynamic_ncols=True):
+        for i in tqdm(range(len(dataset))[:limit], split, unit="chip", dynamic_ncols=True):
             chip = dataset[i]
             cover = land_cover(network, chip["inputs"], batch_size, seed=seed, **options)
             confusion = metrics.confusion_matrix((cover == WATER).astype(int), chip["target"], 2, ignore=dataset.ignore_index)
