@@ -47,6 +47,7 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "export": ["flatbuffers>=24"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],
+        "demo": ["gradio>=6"],
         "torch": ["torch>=2.6"],
         "parity": ["torch>=2.6", "terratorch==1.2.11", "diffusers>=0.30"],
         "test": TEST,

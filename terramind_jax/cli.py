@@ -63,6 +63,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _add_data(commands)
     _add_evaluate(commands)
     _add_watch(commands)
+    _add_serve(commands)
     _add(commands, "info", "versions, devices and models", _info)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and "overrides" not in parsed:
@@ -656,6 +657,29 @@ def _watch(parsed: argparse.Namespace) -> int:
     from terramind_jax import watch
 
     return watch.watch(parsed.workdir, every=parsed.every, once=parsed.once)
+
+
+# ---- serve ----
+
+
+def _add_serve(commands) -> None:
+    parser = _add(commands, "serve", "show a page on which modalities are generated", _serve)
+    _add_model(parser)
+    text = "folder of GeoTIFFs, MODALITY/NAME.tif, to choose from; default: those who see the page upload theirs"
+    parser.add_argument("--tiles", metavar="DIR", help=text)
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of LULC rasters; without them LULC is no input")
+    text = "address to serve at, 0.0.0.0 for whoever reaches this machine; default: 127.0.0.1, this machine alone"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    parser.add_argument("--max_mb", type=int, default=64, metavar="N", help="largest GeoTIFF, as a file and unpacked; default: 64")
+    parser.epilog = "Needs pip install 'terramind-jax[demo]'. What is uploaded and made goes after an hour, and with the server."
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from terramind_jax import serve
+
+    same = ("weights", "model", "tokenizers", "tiles", "lulc_codes", "host", "port", "max_mb")
+    serve.run(**{name: getattr(parsed, name) for name in same})
 
 
 # ---- info ----

@@ -211,13 +211,18 @@ def tokenizer_folder(weights: str | os.PathLike) -> Path:
 # ---- a look at what was made ----
 
 
+def look(out: Path, scene: Scene, inputs: Sequence[str], to: Sequence[str]) -> plot.Scene:
+    """A scene and what `run` made of its `inputs` in `out`, every view of each image, thinned to `PICTURE` pixels; its others are truth."""
+    given = {name: reading.glance(scene, name, PICTURE) for name in scene.images}
+    made = {name: _thinned(out / name / f"{scene.name}.tif") for name in to if modalities.output_stream(name).kind != "sequence"}
+    truth = {name: given.pop(name) for name in scene.images if name not in inputs}
+    return plot.Scene(scene.name, *({view: x for name, x in found.items() for view in plot.views(name)} for found in (given, made, truth)))
+
+
 def _draw(out: Path, scene: Scene, to: Sequence[str]) -> None:
-    images = [name for name in to if modalities.output_stream(name).kind != "sequence"]
-    if images:
-        made = {name: _thinned(out / name / f"{scene.name}.tif") for name in images}
-        inputs = {name: reading.glance(scene, name, PICTURE) for name in scene.images}
-        made, inputs = ({view: image for name, image in found.items() for view in plot.views(name)} for found in (made, inputs))
-        plot.contact_sheet(out / f"{scene.name}.png", [plot.Scene(scene.name, inputs, made)])
+    shown = look(out, scene, scene.images, to)
+    if shown.generated:
+        plot.contact_sheet(out / f"{scene.name}.png", [shown])
 
 
 def _thinned(path: Path) -> np.ndarray:

@@ -1,0 +1,300 @@
+"""A page in the browser: a tile or uploaded GeoTIFFs in, what a model makes of them beside it. What the command ``serve`` does.
+
+All files of the page lie in one temporary folder, which goes with the server. What has not changed for an hour goes earlier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+
+from terramind_jax import config, generate_scenes, geo, modalities, plot, sources, zoo
+from terramind_jax.data.errors import DataError
+from terramind_jax.scenes import reading
+from terramind_jax.train import pretrain
+
+MAX_AGE = 3600.0  # seconds after which files are deleted
+# What a TIFF begins with. GDAL goes by content, not by name: a VRT in the place of a GeoTIFF could make it read any file of this machine.
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ERRORS = (ValueError, FileNotFoundError, ConnectionError, DataError)  # told on the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What a page works with: `weights`, `model`, `tokenizers` and `lulc_codes` are those of `generate_scenes.run`.
+
+    Args:
+      folder: for all that visitors upload and make.
+      tiles: folder of GeoTIFFs ``MODALITY/NAME.tif`` to choose from; None: visitors bring theirs.
+      max_mb: megabytes (2**20 bytes) of one GeoTIFF at most, as a file and unpacked.
+    """
+
+    folder: Path
+    weights: str | os.PathLike
+    model: str | None = None
+    tokenizers: str | os.PathLike | None = None
+    tiles: str | os.PathLike | None = None
+    lulc_codes: str | None = None
+    max_mb: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """PNGs by what they show, inputs first, and the generated GeoTIFFs."""
+
+    pictures: dict[str, Path]
+    files: list[Path]
+
+
+# ---- what there is to choose from ----
+
+
+def find_tiles(folder: str | os.PathLike | None) -> dict[str, dict[str, Path]]:
+    """``{name: {modality: path}}`` of a folder ``MODALITY/NAME.tif``; a FileNotFoundError if it holds none."""
+    found: dict[str, dict[str, Path]] = {}
+    if folder is None:
+        return found
+    names = [name for name, modality in modalities.MODALITIES.items() if modality.is_image]
+    for name in names:
+        for path in sorted(Path(folder, name).glob("*")):
+            if path.suffix.lower() in reading.SUFFIXES:
+                found.setdefault(path.stem, {})[name] = path
+    if not found:
+        raise FileNotFoundError(f"No GeoTIFFs in {folder}; expected MODALITY/NAME.tif with a MODALITY among {', '.join(names)}.")
+    return dict(sorted(found.items()))
+
+
+def choices(desk: Desk) -> tuple[list[str], list[str]]:
+    """The images that a model takes, and those that it makes. Land cover is taken if its codes are known."""
+    if desk.model is None:
+        generate_scenes.check_workdir(desk.weights)
+        workdir = generate_scenes.workdir(desk.weights)
+        sources.declare(workdir)
+        encoder, decoder = pretrain.streams(config.of_workdir(workdir))
+    elif zoo.get(desk.model).version == "v1":
+        encoder, decoder = modalities.ENCODER_STREAMS, modalities.DECODER_STREAMS
+    else:
+        encoder, decoder = modalities.V01_ENCODER_STREAMS, modalities.V01_DECODER_STREAMS
+    images = [name for name, modality in modalities.MODALITIES.items() if modality.is_image]
+    read, made = {stream.key for stream in encoder}, {stream.modality for stream in decoder}
+    inputs = [name for name in images if modalities.input_stream(name).key in read and (name != "LULC" or desk.lulc_codes)]
+    return inputs, [name for name in images if name in made]
+
+
+# ---- from what is chosen to what is shown ----
+
+
+def make(
+    desk: Desk,
+    tile: str | None,
+    uploads: Mapping[str, str | os.PathLike | None],
+    inputs: Sequence[str],
+    to: Sequence[str],
+    *,
+    seed: int = 0,
+    timesteps: int = 10,
+) -> Made:
+    """Generates `to` from a tile, or from uploads where none is chosen, in a new folder of `desk.folder`.
+
+    Args:
+      tile: one of `find_tiles`; what it has of `to` is shown beside what was generated.
+      uploads: GeoTIFFs in `desk.folder` by modality.
+      inputs, to, seed, timesteps: as of `generate_scenes.run`, which makes the same of the same files.
+
+    Raises:
+      ValueError: everything that a visitor can do wrong, in one sentence without paths of this machine. Nothing is left of it.
+    """
+    session = Path(tempfile.mkdtemp(prefix="session_", dir=desk.folder))
+    try:
+        return _make(desk, session, tile, uploads, inputs, to, seed=int(seed), timesteps=int(timesteps))
+    except BaseException as error:
+        shutil.rmtree(session)
+        if isinstance(error, ERRORS):
+            raise ValueError(str(error).replace(f"{session}{os.sep}", "")) from error
+        raise
+
+
+def _make(desk: Desk, session: Path, tile, uploads, inputs, to, **options) -> Made:
+    generate_scenes.check_names(dict.fromkeys(inputs), to, desk.lulc_codes)
+    given = find_tiles(desk.tiles).get(tile) if tile else {m: inside(desk.folder, path) for m, path in uploads.items() if path}
+    if given is None:
+        raise ValueError(f"There is no tile {tile!r}.")
+    absent = [name for name in inputs if name not in given]
+    if absent:
+        raise ValueError(f"There is no {absent[0]} among the {'files of this tile' if tile else 'uploads'}; add it, or leave it out.")
+    name = re.sub(r"[^\w.-]", "_", given[inputs[0]].stem)[:80]
+    compared = [m for m in to if m in given and m not in inputs and (m != "LULC" or desk.lulc_codes)]
+    taken = {m: take(given[m], session / m / f"{name}.tif", m, desk.max_mb) for m in (*inputs, *compared)}
+    scene = reading.open_scene(name, taken, desk.lulc_codes)
+    network = _network(desk.weights, desk.model, tuple(inputs), tuple(to), desk.tokenizers)
+    same = dict(weights=desk.weights, model=desk.model, tokenizers=desk.tokenizers, lulc_codes=desk.lulc_codes, network=network)
+    written = generate_scenes.run(inputs={m: taken[m] for m in inputs}, to=to, out=session / "made", quicklook=False, **same, **options)
+    shown = pictures(generate_scenes.look(session / "made", scene, inputs, to))
+    for label, image in shown.items():
+        matplotlib.image.imsave(session / f"{label}.png", image)
+    files = [path.replace(session / f"{name}_{path.parent.name}.tif") for path in written]  # of one folder, so that names differ
+    return Made({label: session / f"{label}.png" for label in shown}, files)
+
+
+@functools.lru_cache(maxsize=1)
+def _network(weights, model, inputs, to, tokenizers):
+    return generate_scenes.load_network(weights, model, inputs, to, tokenizers)
+
+
+def inside(folder: Path, path: str | os.PathLike) -> Path:
+    """A visitor's file; a ValueError if it lies anywhere but in `folder`, a FileNotFoundError if it has been deleted."""
+    path = Path(path).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError("This is not a file that was uploaded.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is no longer here, as uploads are kept for {MAX_AGE / 60:.0f} minutes; upload it again.")
+    return path
+
+
+def take(source: Path, target: Path, modality: str, max_mb: int) -> Path:
+    """Copies one GeoTIFF to `target` and checks its header. Raises a ValueError for what is too large, no TIFF, or not `modality`."""
+    if source.stat().st_size > max_mb << 20:
+        raise ValueError(f"{source.name} is larger than {max_mb} MB, the limit of this page.")
+    with open(source, "rb") as file:
+        if file.read(4) not in TIFF:
+            raise ValueError(f"{source.name} is no GeoTIFF.")
+    target.parent.mkdir()
+    shutil.copyfile(source, target)
+    header = geo.read_header(target, modality)
+    unpacked = header.place.height * header.place.width * header.bands * np.dtype(header.dtype).itemsize
+    if unpacked > max_mb << 20:
+        raise ValueError(f"{source.name} holds {unpacked / 2**20:.0f} MB of pixels, and the limit of this page is {max_mb} MB.")
+    return target
+
+
+def pictures(scene: plot.Scene) -> dict[str, np.ndarray]:
+    """Every view of a scene as colours ``[h, w, 3]`` in 0-1, by its name; truth and what was generated share their limits."""
+    shown = {"input": scene.inputs, "generated": scene.generated, "tile": scene.truth}
+    return {f"{view} ({role})": plot.render(view, x, scene.limits(view)) for role, found in shown.items() for view, x in found.items()}
+
+
+def delete_old(folder: Path, age: float = MAX_AGE) -> None:
+    """Deletes what lies in `folder`, each file or folder in it as a whole, if nothing of it has changed for `age` seconds."""
+    before = time.time() - age
+    for entry in folder.iterdir():
+        try:
+            if all(path.stat().st_mtime < before for path in (entry, *entry.rglob("*"))):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except FileNotFoundError:  # it is being written, or goes by itself
+            continue
+
+
+# ---- the page ----
+
+
+def run(
+    *,
+    weights: str | os.PathLike,
+    model: str | None = None,
+    tokenizers: str | os.PathLike | None = None,
+    tiles: str | os.PathLike | None = None,
+    lulc_codes: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_mb: int = 64,
+) -> None:
+    """Serves the page at ``http://{host}:{port}`` until Ctrl-C or SIGTERM; the rest as of `Desk`.
+
+    Raises:
+      FileNotFoundError: no weights, or no tiles.
+      ImportError: Gradio, the extra ``demo``, is not installed.
+      ValueError: an unknown model, a limit below 1 MB, or a port that is taken.
+    """
+    if max_mb < 1:
+        raise ValueError(f"max_mb is {max_mb}; expected at least 1.")
+    with tempfile.TemporaryDirectory(prefix="terramind_jax_") as folder:
+        desk = Desk(Path(folder).resolve(), weights, model, tokenizers, tiles, lulc_codes, max_mb)
+        blocks = start(desk, host, port)
+        threading.Thread(target=_keep_deleting, args=[desk.folder], daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes then, too
+        print(f"The page is at http://{host}:{port}; Ctrl-C ends it.", flush=True)
+        blocks.block_thread()
+
+
+def start(desk: Desk, host: str, port: int):
+    """Serves a page in threads of its own, and returns it as ``gradio.Blocks``. Raises as `run` does."""
+    blocks = page(desk)
+    try:
+        most = desk.max_mb << 20
+        blocks.launch(server_name=host, server_port=port, share=False, max_file_size=most, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise ValueError(f"The page cannot be served at {host}:{port}; choose another --host or --port.") from error
+    return blocks
+
+
+def _keep_deleting(folder: Path) -> None:
+    while True:
+        time.sleep(MAX_AGE / 6)
+        delete_old(folder)
+
+
+def page(desk: Desk):
+    """The page as ``gradio.Blocks``, not yet served. Raises as `run` does."""
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.folder)  # what Gradio keeps lies where old files are deleted
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ImportError("The page needs Gradio, which is not installed: pip install 'terramind-jax[demo]'.") from None
+    readable, makeable = choices(desk)
+    tiles = find_tiles(desk.tiles)
+
+    def choose(tile, inputs):
+        """What can be chosen of a tile, and places for uploads where there is none."""
+        known = [name for name in readable if name in tiles[tile]] if tile else readable
+        inputs = [name for name in inputs if name in known] or known[:1]
+        return [gr.CheckboxGroup(known, value=inputs), *(gr.File(visible=not tile and name in inputs) for name in readable)]
+
+    def generate(tile, inputs, to, seed, timesteps, *uploads):
+        try:
+            made = make(desk, tile, dict(zip(readable, uploads, strict=True)), inputs, to, seed=seed, timesteps=timesteps)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        names, files = list(made.pictures), [str(path) for path in made.files]
+        left, right = names[0], next(name for name in names if name.endswith("(generated)"))
+        return made, gr.Dropdown(names, value=left), gr.Dropdown(names, value=right), compare(made, left, right), files
+
+    def compare(made, left, right):
+        pair = tuple(made.pictures.get(name) for name in (left, right)) if made else (None, None)
+        return pair if all(path and path.is_file() for path in pair) else None
+
+    first = next(iter(tiles), "")
+    inputs = [name for name in readable if not first or name in tiles[first]]
+    with gr.Blocks(title="terramind_jax", analytics_enabled=False) as blocks:
+        made = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1):
+                tile = gr.Dropdown([("GeoTIFFs of mine", ""), *tiles], value=first, label="Tile", visible=bool(tiles))
+                chosen = gr.CheckboxGroup(inputs, value=inputs[:1], label="Inputs")
+                uploads = [
+                    gr.File(label=name, file_types=[*reading.SUFFIXES], visible=not tiles and name in inputs[:1]) for name in readable
+                ]
+                to = gr.CheckboxGroup(makeable, value=[name for name in makeable if name not in inputs[:1]][:1], label="Outputs")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                timesteps = gr.Slider(1, 50, value=10, step=1, label="Steps of a diffusion decoder")
+                button = gr.Button("Generate", variant="primary")
+            with gr.Column(scale=2):
+                with gr.Row():
+                    left, right = gr.Dropdown([], label="Left"), gr.Dropdown([], label="Right")
+                slider = gr.ImageSlider(label="Side by side", max_height=768, format="png")
+                files = gr.File(label="GeoTIFFs", file_count="multiple", interactive=False)
+        gr.on([tile.input, chosen.input], choose, [tile, chosen], [chosen, *uploads], api_visibility="private")
+        button.click(generate, [tile, chosen, to, seed, timesteps, *uploads], [made, left, right, slider, files], api_name="generate")
+        gr.on([left.input, right.input], compare, [made, left, right], slider, api_name="compare")
+    return blocks
