@@ -3,13 +3,14 @@
     python benchmarks/loader.py --out benchmarks/results/loader.md     # about ten minutes
     python benchmarks/loader.py --only rates --root DIR                # the train split of shards that are there
 
-Four tables (`--only` makes one, and `--out` replaces it alone):
+Five tables (`--only` makes one, and `--out` replaces it alone):
 
 ``rates``   samples a second and core, as published: eight modalities, batches of 8; the best of three passes of one thread, the page
             cache warm. ``index`` reads pixels by what the index knows, ``zipfile`` the same samples through the zip and its metadata,
             ``decoding alone`` is Blosc on chunks in memory, and ``published`` TerraMesh's own ``terramesh.py`` where that can be imported
             (it needs torch, webdataset, zarr 2, xarray).
 ``bytes``   read from storage and sent to the device for a training token, counted as they pass.
+``ways``    the same in shards, in records of ``data prepare``, and mapped into memory by its ``--mapped``.
 ``memory``  of a process that has read so many batches.
 ``store``   samples a second from a local object store that is slow or fails, by turns.
 """
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +41,7 @@ from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
 from terramind_jax import files, modalities
-from terramind_jax.data import pipeline, views, zips
+from terramind_jax.data import mapped, pipeline, records, terramesh, views, zips
 from terramind_jax.data.groups import ViewGroups
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.scan import open_table
@@ -195,6 +197,84 @@ def bytes_a_token(root: str) -> str:
     )
 
 
+# ---- shards, records, and arrays in memory ----------------------------------------------------------------------------------
+
+
+PAGE = 4096
+
+
+class Pages:
+    """Stands for `mapped.Mapped` and counts the pages that are touched, as if none was in memory."""
+
+    def __init__(self, found: mapped.Mapped):
+        self.found, self.bytes = found, 0
+
+    def row(self, name: str, record: int) -> np.ndarray | None:
+        row = self.found.row(name, record)
+        self.bytes += 0 if row is None else -(-row.nbytes // PAGE) * PAGE
+        return row
+
+    def patches(self, modality: str, record: int, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
+        row = self.found.row(modality, record)
+        if row is not None:
+            numbers = np.arange(row.nbytes // row.itemsize, dtype=np.int64).reshape(row.shape)
+            places = _of(numbers, self.found, modality, record, variant, image_size, positions)
+            self.bytes += len(np.unique(places * row.itemsize // PAGE)) * PAGE
+        return self.found.patches(modality, record, variant, image_size, positions)
+
+
+def _of(numbers: np.ndarray, found: mapped.Mapped, modality: str, *what: Any) -> np.ndarray:
+    """The elements of a row that its patches are made of."""
+    other = mapped.Mapped("", "")
+    other._open[modality] = numbers[None], np.ones(1, bool)
+    return other.patches(modality, 0, *what[1:])
+
+
+def ways(root: str) -> str:
+    """A view of each sample, read in three ways."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "prepared")
+        terramesh.prepare(root, out)
+        found = [("shards", *_views(root)), ("records", *_views(out))]
+        mapped.write(out, "train")
+        found.append(("mapped", *_views(out)))
+        written = sum(path.stat().st_size for path in Path(out, "train").glob("*.mapped.npy")) / len(open_index(out, "train"))
+        stored = [open_index(root, "train").stored_bytes(), open_index(out, "train").stored_bytes()]
+    n = len(open_index(root, "train"))
+    stored = [stored[0] / n, stored[1] / n, written]
+    rows = [
+        [name, f"{size / 1e6:.2f}", f"{read / 1e3:,.0f}", f"{rate:.0f}"] for (name, read, rate), size in zip(found, stored, strict=True)
+    ]
+    head = ["pixels and tokens in", "MB a sample", "KB read a view", "views/s and core"]
+    return (
+        "One view of 128 + 128 tokens of each sample, alphas 0.5; *read* are whole records, and of arrays that are mapped into memory the "
+        "pages of 4 KB that a view touches. Rates are with the data in memory: decoding and copying.\n\n" + table(head, rows)
+    )
+
+
+def _views(root: str, epochs: int = 2) -> tuple[float, float]:
+    """Bytes read for a view, and views a second of processor time."""
+    config = settings(root, views_per_sample=1, patch_group=1)
+    index = pretrain.open_tokenized(config, "train")
+    groups = ViewGroups(index, *pretrain.data_settings(config), seed=0, train=True)
+    groups(0)
+    speed = rate(lambda: map(groups, range(epochs * len(index))), epochs * len(index))
+    if not isinstance(index, records.Records):
+        return masked_first(root, "0.5", 1)[0] * (config.mask.input_tokens + config.mask.target_tokens), speed
+    whole, opened, record = index.stored_bytes() / len(index), 0, index._record
+    index._mapped = pages = Pages(index._mapped)
+
+    def count(i: int) -> Any:
+        nonlocal opened
+        opened += index._last.__dict__.get("number") != i
+        return record(i)
+
+    index._record = count
+    for position in range(epochs * len(index)):
+        groups(position)
+    return (pages.bytes + opened * whole) / (epochs * len(index)), speed
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +393,7 @@ def store(root: str) -> str:
 
 # ---- all --------------------------------------------------------------------------------------------------------------------
 
-TABLES: Mapping[str, Callable[[str], str]] = {"rates": rates, "bytes": bytes_a_token, "memory": memory_table, "store": store}
+TABLES: Mapping[str, Callable[[str], str]] = {"rates": rates, "bytes": bytes_a_token, "ways": ways, "memory": memory_table, "store": store}
 
 
 def with_tokens(root: str) -> None:

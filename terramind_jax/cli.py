@@ -422,10 +422,8 @@ def _add_data(commands) -> None:
     parser.add_argument("--tokens", metavar="DIR", help="folder of token shards; default: beside the pixels")
     text = "make the records with Apache Beam; OPTIONS such as runner=DataflowRunner,project=NAME, default: runner=DirectRunner"
     parser.add_argument("--beam", nargs="?", const="runner=DirectRunner", metavar="OPTIONS", help=text)
-    text = (
-        "also write the pixels by blocks, not compressed, of which training reads the patches of its masks alone (1.7 MB a tile of S2L2A)"
-    )
-    parser.add_argument("--blocks", action="store_true", help=text)
+    text = "also write arrays that are mapped into memory, of which training reads what its masks choose; not compressed, 4.3 MB a sample"
+    parser.add_argument("--mapped", action="store_true", help=text)
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
@@ -464,14 +462,14 @@ def _pack(parsed: argparse.Namespace) -> None:
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import blocks, check
+    from terramind_jax.data import check, mapped
     from terramind_jax.data.terramesh import prepare
 
     options = None if parsed.beam is None else [f"--{option}" for option in parsed.beam.split(",")]
     prepare(parsed.root, parsed.out, tokens=parsed.tokens, beam_options=options)
-    if parsed.blocks:
+    if parsed.mapped:
         for split in check.splits(parsed.root):
-            print(f"Blocks of {split}: {', '.join(blocks.write(parsed.out, split)) or 'none'}.")
+            print(f"Mapped into memory of {split}: {', '.join(mapped.write(parsed.out, split))}.")
 
 
 def _offsets(pairs: Sequence[str]) -> dict[str, float]:

@@ -36,6 +36,8 @@ class Records:
     """
 
     def __init__(self, root: str | os.PathLike, split: str, modalities: Sequence[str]):
+        from terramind_jax.data.mapped import Mapped  # which is made of this module's records
+
         found = table.read(os.path.join(root, split, NAME))
         if found is None:
             raise FileNotFoundError(f"{os.path.join(root, split, NAME)} is missing or damaged; prepare the data again.")
@@ -50,7 +52,7 @@ class Records:
         self.subsets, self.subset = tuple(found.meta["subsets"]), found.arrays["subset"][kept]
         self.count = len(found.arrays["keys"])  # records, of which some may have none of the modalities
         self._files, self._lock, self._last = None, threading.Lock(), threading.local()
-        self._blocks: dict[str, Any] = {}
+        self._mapped = Mapped(root, split)
 
     def __reduce__(self):
         return Records, (self.root, self.split, self.modalities)
@@ -79,25 +81,21 @@ class Records:
         return found["pixels"][modality]
 
     def patches(self, i: int, modality: str, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
-        """Patches at `positions` of a fixed crop ``[n, 16 * 16 * C]``, read alone where `blocks` have been written; else None."""
-        from terramind_jax.data import blocks  # which is made of this module's records
-
-        if modality not in self._blocks:
-            there = all(path.exists() for path in blocks.paths(self.root, self.split, modality))
-            self._blocks[modality] = blocks.Blocks(self.root, self.split, modality) if there else None
-        found = self._blocks[modality]
-        return found and found.patches(self.record_number(i), variant, image_size, positions)
+        """Patches at `positions` of a fixed crop ``[n, 16 * 16 * C]``, read alone where pixels are `mapped`; else None."""
+        return self._mapped.patches(modality, self.record_number(i), variant, image_size, positions)
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
         """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
-        grid = self._record(i)["tokens"].get(modality)
+        grid = self._mapped.row(f"{modality}_tokens", self.record_number(i))
+        grid = self._record(i)["tokens"].get(modality) if grid is None else grid
         if grid is None or not len(grid):
             raise DataError(f"{self._where(i)} has no tokens of {modality}, or none that could be read when it was prepared.")
         return grid
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
         """(longitude, latitude) of the centre in degrees; None if not known."""
-        longitude, latitude = self._record(i)["coordinates"].tolist()
+        place = self._mapped.row("coordinates", self.record_number(i))
+        longitude, latitude = (self._record(i)["coordinates"] if place is None else place).tolist()
         return None if np.isnan(longitude) else (longitude, latitude)
 
     def place(self, i: int) -> Place | None:

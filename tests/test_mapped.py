@@ -1,11 +1,11 @@
-"""Blocks of prepared data: a view's patches without the rest of the image, and the same as through it."""
+"""Prepared data mapped into memory: a view's patches and tokens without the rest of the sample, and the same as through its record."""
 
 import numpy as np
 import pytest
 import tiny_run
 
 from terramind_jax import cli
-from terramind_jax.data import blocks, crops, records
+from terramind_jax.data import crops, mapped, records
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.train import pretrain
@@ -24,17 +24,17 @@ def prepared(tmp_path_factory):
                 bands = np.random.default_rng(i).uniform(0, 99, (1, channels, *side)).astype(dtype)
                 bands[:] = 7 if (name, i) == ("S2L2A", 2) else bands
                 shard.add(f"s{i:03d}", write_sample({"bands": bands}))
-    assert cli.main(["data", "prepare", str(root), f"--out={out}", "--blocks"]) == 0
+    assert cli.main(["data", "prepare", str(root), f"--out={out}", "--mapped"]) == 0
     return root, out
 
 
 def names(out):
-    return sorted(path.name.split(".")[0] for path in (out / "train").glob("*.blocks.npy"))
+    return sorted(path.name.split(".")[0] for path in (out / "train").glob("*.mapped.npy"))
 
 
 def test_patches_of_every_crop_are_those_of_the_image(prepared):
     _, out = prepared
-    assert names(out) == ["DEM", "LULC", "NDVI", "S2L2A"]  # 50 is no multiple of 4
+    assert names(out) == ["DEM", "DEM_tokens", "LULC", "LULC_tokens", "NDVI", "S2L2A", "coordinates"]  # 50 is no multiple of 4
     for name, size, wanted in (("S2L2A", 224, None), ("NDVI", 32, ["NDVI"])):
         found = open_index(out, "train", wanted)
         i = list(found.keys).index("s005")
@@ -44,7 +44,7 @@ def test_patches_of_every_crop_are_those_of_the_image(prepared):
             np.testing.assert_array_equal(found.patches(i, name, variant, size, positions), expected, strict=True)
 
 
-def test_what_blocks_cannot_tell_is_asked_of_the_records(prepared):
+def test_what_arrays_cannot_tell_is_asked_of_the_records(prepared):
     _, out = prepared
     found = open_index(out, "train")
     keys, positions = list(found.keys), np.arange(4)
@@ -57,28 +57,27 @@ def test_what_blocks_cannot_tell_is_asked_of_the_records(prepared):
 def test_training_sees_the_same_batches_and_opens_records_of_bad_samples_alone(prepared, monkeypatch):
     def batches(folder):
         config = tiny_run.pretraining(folder)
-        config.data.update(inputs=("DEM", "LULC", "S2L2A"), targets=("coords",))
+        config.data.update(inputs=("DEM", "LULC", "S2L2A"), targets=("DEM", "coords"))
         index = pretrain.open_tokenized(config, "train")
         found = pretrain.batches(index, *pretrain.data_settings(config), batch_size=4, seed=1)
         return [next(found) for _ in range(4)]
 
-    read, opened = records.Records.read, []
-    monkeypatch.setattr(records.Records, "read", lambda self, i, name: opened.append((self.keys[i], name)) or read(self, i, name))
+    record, opened = records.Records._record, []
+    monkeypatch.setattr(records.Records, "_record", lambda self, i: opened.append(self.keys[i]) or record(self, i))
     for a, b in zip(*map(batches, prepared), strict=True):
         assert a["bad"].tolist() == b["bad"].tolist() and a["patches"].keys() == b["patches"].keys()
         for name, patches in a["patches"].items():
             np.testing.assert_array_equal(patches, b["patches"][name], strict=True)
-    first = {("s000", "DEM"), ("s001", "S2L2A")}  # whose size is looked at before training
-    assert {("s002", "S2L2A")} <= {*opened} - first <= {("s002", "S2L2A"), ("s003", "DEM")}
+    assert {"s002"} <= {*opened} <= {"s000", "s001", "s002", "s003"}  # the first two: their sizes are looked at before training
 
 
 def test_what_is_there_is_kept_and_what_was_cut_off_is_written(prepared):
     _, out = prepared
-    data, readable = blocks.paths(out, "train", "DEM")
-    before = data.stat().st_mtime_ns, blocks.paths(out, "train", "LULC")[0].stat().st_mtime_ns
+    data, readable = mapped.paths(out, "train", "DEM")
+    before = data.stat().st_mtime_ns, mapped.paths(out, "train", "LULC")[0].stat().st_mtime_ns
     readable.unlink()  # as if it was killed before
-    assert set(blocks.write(out, "train")) == {"DEM", "LULC", "NDVI", "S2L2A"}
-    assert data.stat().st_mtime_ns > before[0] and blocks.paths(out, "train", "LULC")[0].stat().st_mtime_ns == before[1]
+    assert sorted(mapped.write(out, "train")) == names(out)
+    assert data.stat().st_mtime_ns > before[0] and mapped.paths(out, "train", "LULC")[0].stat().st_mtime_ns == before[1]
     assert not list((out / "train").glob("*.tmp*"))
 
 
@@ -87,6 +86,6 @@ def test_tiles_of_several_sizes_are_refused(tmp_path):
         with ShardWriter(tmp_path / "shards", "train", "DEM", "tiny", i) as shard:
             shard.add(f"s{i}", write_sample({"bands": np.zeros((1, 1, side, side), np.int16)}))
     assert cli.main(["data", "prepare", str(tmp_path / "shards"), f"--out={tmp_path / 'out'}"]) == 0
-    with pytest.raises(ValueError, match="Tiles of DEM differ in size, 64x64 pixels and others"):
-        blocks.write(tmp_path / "out", "train")
-    assert not list((tmp_path / "out" / "train").glob("*.blocks*"))
+    with pytest.raises(ValueError, match=r"DEM has arrays of \(12, 12, 16\) and of \(16, 16, 16\)"):
+        mapped.write(tmp_path / "out", "train")
+    assert not list((tmp_path / "out" / "train").glob("*.mapped*"))
