@@ -93,9 +93,10 @@ def output_tokens(
     only: str | None = None,
     **options: Any,
 ) -> dict[str, jax.Array]:
-    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids.
+    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]`` or ``[B, s, s, K]``, of sequences ``[B, L]``.
 
-    With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of those before it; `outputs` stay the same.
+    Names of one stream have the same ids. With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of
+    those before it; `outputs` stay the same.
     """
     check_by_name(inputs)
     check_names(module, inputs, outputs, tokenizers)

@@ -77,7 +77,7 @@ class Records:
         return found["pixels"][modality]
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
-        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
+        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop; of K codebooks ``[..., K]``."""
         grid = self._record(i)["tokens"].get(modality)
         if grid is None or not len(grid):
             raise DataError(f"{self._where(i)} has no tokens of {modality}, or none that could be read when it was prepared.")
