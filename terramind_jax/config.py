@@ -49,7 +49,9 @@ def pretraining() -> ConfigDict:
     config.model.attention = "xla"  # xla | cudnn: the kernel of attention; cudnn needs an NVIDIA GPU and a 16-bit dtype
     config.model.remat = "none"  # none | dots | full: what the backward pass recomputes to save memory
     config.model.unroll = 1  # layers per iteration of the scan over layers
-    config.model.codebooks = ConfigDict()  # {"DEM": 512}: vocabulary per modality; empty: as written beside the tokens, else as released
+    # {"DEM": 512, "NDVI": (8, 128)}: vocabulary per modality, or vocabulary and how many codebooks of it a patch has; of a modality that is
+    # not named as written beside the tokens, else as released.
+    config.model.codebooks = ConfigDict()
 
     config.modalities = ConfigDict()  # declarations of modalities of your own; those in {data.root}/modalities.json are added
 
@@ -400,6 +402,10 @@ def check(config: ConfigDict, command: str) -> None:
     for name, weight in config.data.get("subset_weights", {}).items():
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(f"data.subset_weights.{name}={weight!r}; expected a number above 0, or no entry at all.")
+    for name, value in config.model.get("codebooks", {}).items():
+        given = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        if not all(isinstance(number, int) and number > 0 for number in given):
+            raise ValueError(f"model.codebooks.{name}={value!r}; expected a vocabulary such as 512, or with it codebooks, (8, 128).")
     interval(config.run.profile)
     if command == "finetune":
         return

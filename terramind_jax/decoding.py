@@ -61,12 +61,12 @@ def generate_tokens(
     """Samples the streams `targets` in their order (spec 8.1-8.4).
 
     Args:
-      inputs: arrays by encoder stream: pixels ``[B, S, S, C]`` standardised, image tokens ``[B, s, s]`` or ``[B, s * s]``, sequences
-        ``[B, L]`` right-padded with 0. Images are of one size, any multiple of the patch size. May be empty.
+      inputs: arrays by encoder stream: pixels ``[B, S, S, C]`` standardised, image tokens ``[B, s, s]`` or ``[B, s * s]``, of K codebooks
+        ``[..., K]``, sequences ``[B, L]`` right-padded with 0. Images are of one size, any multiple of the patch size. May be empty.
       targets: decoder streams. One that also is an encoder stream conditions those after it; if it is a sequence, those before it read
         its start token, as in the reference.
       seed: one integer: a sample's result depends on it and on the sample alone, whatever batch it is in. Or ``[B]``, one a sample.
-      steps: decoding steps of an image. Sequences are written token by token.
+      steps: decoding steps of an image. Sequences are written token by token. The codes of a patch are drawn in one step, each by itself.
       schedule: ``roar`` writes a random subset in each step; ``maskgit`` draws all that is missing and keeps the most probable.
       token_schedule: ``linear`` or ``cosine``, how many tokens each step writes.
       temperature: 0 takes the most probable token.
@@ -82,7 +82,8 @@ def generate_tokens(
         material of each token there. None: zeros.
 
     Returns:
-      ``{target: ids}`` of what was sampled, int32 ``[B, s, s]`` for images and ``[B, L]``, right-padded with 0, for sequences.
+      ``{target: ids}`` of what was sampled, int32: ``[B, s, s]`` or ``[B, s, s, K]`` for images, ``[B, L]``, right-padded with 0, for
+      sequences.
 
     Raises:
       ValueError: a stream that the model lacks or that is both input and target, wrong shapes, images of different sizes, settings out
@@ -123,6 +124,7 @@ class _Plan:
 
     is_sequence: bool
     is_input: bool  # whether the encoder can see what has been written of it
+    codes: tuple[int, ...]  # of a patch, see `Stream.codes`
     counts: tuple[int, ...]  # tokens a step
     temperatures: tuple[float, ...]
     guidance_scale: float
@@ -150,7 +152,7 @@ def _plan(
         counts = sampling.token_schedule(token_schedule, steps, module.config.grid**2)
         settings |= dict(schedule=_check_schedule(schedule), width=max(counts), even=len(set(counts)) == 1)
     temperatures = tuple(sampling.temperature_schedule(temperature_schedule, temperature, counts).tolist())
-    return _Plan(is_sequence, stream in module.config.encoder, counts, temperatures, guidance_scale, tuple(settings.items()))
+    return _Plan(is_sequence, stream in module.config.encoder, stream.codes, counts, temperatures, guidance_scale, tuple(settings.items()))
 
 
 def _groups(plans: Mapping[str, _Plan], conditioning: set[str]) -> list[list[str]]:
@@ -174,7 +176,7 @@ _STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
 def _write_images(
     variables, inputs, visible, words, at, plan, *, module, targets, schedule, width, even, guided, **settings
 ) -> list[jax.Array]:
-    """All steps of image streams that do not depend on each other -> ids ``[B, h, w]`` of each.
+    """All steps of image streams that do not depend on each other -> ids ``[B, h, w]`` or ``[B, h, w, K]`` of each.
 
     `plan` holds counts and temperatures ``[steps]`` and the guidance scale; `width` is the largest count. Arrays are ``[T * B, ...]``, one
     target after the other.
@@ -209,7 +211,7 @@ def _write_images(
             positions = jax.lax.dynamic_slice_in_dim(order, start, width, axis=1)
             missing = jnp.broadcast_to(jnp.arange(width) < count, positions.shape)
         else:
-            positions, missing = jnp.broadcast_to(jnp.arange(length), ids.shape), ~written
+            positions, missing = jnp.broadcast_to(jnp.arange(length), written.shape), ~written
         # Slots that need no token are hidden keys, so that the decoder works as if they were not there (spec 8.3 has no other mask).
         needs_mask = not even if schedule == "roar" else counts.shape[0] > 1
         self_mask = jnp.broadcast_to(~missing[:, None, :], (*missing.shape, missing.shape[1])) if needs_mask else None
@@ -226,10 +228,11 @@ def _write_images(
         chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
         return _write(ids, written, positions, new, chosen), None
 
-    state = (jnp.zeros((len(targets) * b, length), jnp.int32), jnp.zeros((len(targets) * b, length), bool))
+    codes = next(s.codes for s in module.config.decoder if s.key == targets[0])
+    state = (jnp.zeros((len(targets) * b, length, *codes), jnp.int32), jnp.zeros((len(targets) * b, length), bool))
     steps = (jnp.arange(counts.shape[0]), jnp.cumsum(counts) - counts, counts, temperatures)
     (ids, _), _ = jax.lax.scan(body, state, steps)
-    return list(ids.reshape(len(targets), b, grid, grid))
+    return list(ids.reshape(len(targets), b, grid, grid, *codes))
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -299,7 +302,7 @@ def _encode(module: TerraMind, variables: Variables, slots: list[tuple], own: tu
 
 
 def _logits(module: TerraMind, variables: Variables, target: str, y: Sequence[jax.Array], guidance_scale: jax.Array) -> jax.Array:
-    """``[B, m, V]`` of one decoder output, or of a conditional and an unconditional one under guidance."""
+    """``[B, m, V]`` or ``[B, m, K, V]`` of one decoder output, or of a conditional and an unconditional one under guidance."""
     logits = [module.apply(variables, target, x, method="logits") for x in y]
     if len(logits) == 1:
         return logits[0]
@@ -308,7 +311,15 @@ def _logits(module: TerraMind, variables: Variables, target: str, y: Sequence[ja
 
 
 def _sample(keys, logits, temperature, *, greedy, top_k, top_p) -> tuple[jax.Array, jax.Array]:
-    """Ids and confidences ``[B, m]`` of ``[B, m, V]`` logits (spec 8.2)."""
+    """Ids and confidences ``[B, m]`` of ``[B, m, V]`` logits (spec 8.2); of ``[B, m, K, V]`` ids ``[B, m, K]``.
+
+    The confidence of several codes is the logarithm of their probability: as a product of many it would be zero.
+    """
+    if logits.ndim == 4:
+        b, m, k, v = logits.shape
+        keys, logits = sampling.codebook_keys(keys, k).reshape(b, m * k), logits.reshape(b, m * k, v)
+        ids, confidence = _sample(keys, logits, temperature, greedy=greedy, top_k=top_k, top_p=top_p)
+        return ids.reshape(b, m, k), jnp.log(confidence).reshape(b, m, k).sum(-1)
     if greedy:
         return sampling.most_probable(logits)
     return sampling.draw(keys, sampling.filter_logits(logits, top_k, top_p), temperature)
@@ -321,7 +332,7 @@ def _most_confident(confidence: jax.Array, missing: jax.Array, count: jax.Array)
 
 
 def _write(ids, written, positions, new, chosen) -> tuple[jax.Array, jax.Array]:
-    """Puts `new` ``[B, m]`` at those `positions` that are `chosen`."""
+    """Puts `new` ``[B, m]`` or ``[B, m, K]`` at those `positions` ``[B, m]`` that are `chosen`."""
     positions = jnp.where(chosen, positions, ids.shape[1])  # outside: dropped
 
     def scatter(row, at, values):
@@ -360,9 +371,12 @@ def _side(stream: Stream, shape: tuple[int, ...], patch_size: int) -> int:
             return shape[1]
         expected = f"[B, S, S, {stream.channels}], S a multiple of the patch size {patch_size}"
         raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; expected {expected}.")
-    side = math.isqrt(math.prod(shape[1:]))
-    if shape[1:] not in ((side, side), (side**2,)):
-        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; expected the ids of a square of tokens, [B, s, s] or [B, s * s].")
+    grid = stream.grid_shape(shape)
+    side = math.isqrt(math.prod(grid))
+    if grid not in ((side, side), (side**2,)):
+        k = "".join(f", {n}" for n in stream.codes)
+        expected = f"the ids of a square of tokens, [B, s, s{k}] or [B, s * s{k}]"
+        raise ValueError(f"Input {stream.key!r} has shape {list(shape)}; expected {expected}.")
     return side * patch_size
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from terramind_jax.model import TransformerConfig
+from terramind_jax.modalities import Stream
+from terramind_jax.model import TransformerConfig, codebooks
 from terramind_jax.tokenizer import TokenizerConfig
 from terramind_jax.tokenizer.unet import has_attention
 
@@ -81,18 +82,34 @@ def transformer_forward(
 
     Args:
       inputs, targets: tokens in the encoder and the decoder.
-      patches: how many inputs are patches of each pixel stream; default: the inputs, evenly over all encoder streams.
+      patches: how many inputs are of each encoder stream; a token of one code costs nothing. Default: evenly over all.
       heads: how many targets each decoder stream has; default: evenly. A head spans its own stream's vocabulary only.
     """
     c = config
-    patches = patches or {s.key: inputs / len(c.encoder) for s in c.encoder if s.kind == "pixels"}
+    patches = patches or {s.key: inputs / len(c.encoder) for s in c.encoder}
     heads = heads or {s.key: targets / len(c.decoder) for s in c.decoder}
-    channels = {s.key: s.channels for s in c.encoder}
-    vocab = {s.key: s.vocab_size for s in c.decoder}
-    embed = sum(2 * n * c.patch_size**2 * channels[key] * c.dim for key, n in patches.items())
+    read, made = ({s.key: s for s in streams} for streams in (c.encoder, c.decoder))
+    embed = sum(n * _embedding(read[key], c) for key, n in patches.items())
     encode = c.encoder_depth * encoder_block(inputs, c.dim, c.mlp_ratio, c.gated_mlp) + 2 * inputs * c.dim**2
     decode = c.decoder_depth * decoder_block(targets, inputs, c.dim, c.mlp_ratio, c.gated_mlp)
-    return embed + encode + decode + sum(2 * n * c.dim * vocab[key] for key, n in heads.items())
+    return embed + encode + decode + sum(n * _head(made[key], c.dim) for key, n in heads.items())
+
+
+def _embedding(stream: Stream, config: TransformerConfig) -> float:
+    """Of one input: a patch is projected, several codes go through an MLP, and one is looked up."""
+    if stream.kind == "pixels":
+        return 2 * config.patch_size**2 * stream.channels * config.dim
+    return _codebook_mlp(stream, config.dim) if stream.codes else 0.0
+
+
+def _head(stream: Stream, dim: int) -> float:
+    """Of one target."""
+    return _codebook_mlp(stream, dim) if stream.codes else 2 * dim * stream.vocab_size
+
+
+def _codebook_mlp(stream: Stream, dim: int) -> float:
+    """Between the codes of a patch and the model's width, either way."""
+    return 2 * codebooks.WIDTH * dim * (stream.num_codebooks * stream.vocab_size + dim)
 
 
 def transformer_step(config: TransformerConfig, batch_size: int, inputs: float, targets: float, **counts: Mapping[str, float]) -> float:

@@ -117,10 +117,10 @@ def output_tokens(
     only: str | None = None,
     **options: Any,
 ) -> dict[str, jax.Array]:
-    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``. Names of one stream have the same ids.
+    """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]`` or ``[B, s, s, K]``, of sequences ``[B, L]``.
 
-    With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of those before it; `outputs` stay the same.
-    `options` are of `encode_inputs` and of `decoding.generate_tokens`.
+    Names of one stream have the same ids. With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of
+    those before it; `outputs` stay the same. `options` are of `encode_inputs` and of `decoding.generate_tokens`.
     """
     check_by_name(inputs)
     check_names(module, inputs, outputs, tokenizers)

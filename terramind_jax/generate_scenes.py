@@ -164,9 +164,11 @@ def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str],
         if not path.is_dir():
             raise FileNotFoundError(f"There is no tokenizer {path}; expected the work directory of a trained tokenizer.")
         loaded[stream.modality] = tokenizer.load(path)
-        size = loaded[stream.modality][0].config.codebook_size
-        if size != stream.vocab_size:
-            raise ValueError(f"The tokenizer {path} has {size} codes, but the model was trained with {stream.vocab_size}.")
+        own = loaded[stream.modality][0].config
+        found, wanted = (own.codebook_size, own.num_codebooks), (stream.vocab_size, stream.num_codebooks)
+        if found != wanted:
+            of = [f"{size} codes" if number == 1 else f"{number} codebooks of {size} codes" for size, number in (found, wanted)]
+            raise ValueError(f"The tokenizer {path} has {of[0]}, but the model was trained with {of[1]}.")
     return loaded
 
 

@@ -241,6 +241,17 @@ class Stream:
     channels: int = 0  # pixels: bands
     vocab_size: int = 0  # tokens and sequences
     max_tokens: int = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    num_codebooks: int = 1  # tokens: codes a patch, each of the vocabulary; ids of several, K, are [..., K]
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """The last axis of ids: ``(K,)`` of several codebooks, ``()`` of one."""
+        return (self.num_codebooks,) if self.num_codebooks > 1 else ()
+
+    def grid_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``(h, w)`` or ``(n,)`` of ids of `shape` ``[B, h, w]`` or ``[B, n]``, of K codebooks ``[..., K]``; empty if these are not K."""
+        end = len(shape) - len(self.codes)
+        return tuple(shape[1:end]) if tuple(shape[end:]) == self.codes else ()
 
 
 def image_streams(m: Modality) -> list[Stream]:

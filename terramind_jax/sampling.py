@@ -120,6 +120,11 @@ def place_keys(keys: jax.Array, places: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, places)
 
 
+def codebook_keys(keys: jax.Array, number: int) -> jax.Array:
+    """The keys ``[B, n, number]`` of the codes of tokens with the keys ``[B, n]``."""
+    return jax.vmap(jax.vmap(lambda key: jax.random.split(key, number)))(keys)
+
+
 def random_orders(keys: jax.Array, places: jax.Array) -> jax.Array:
     """One random order of ``0 ... n - 1`` a sample, ``[B, n]`` int32; two tokens come in the same order in every window that holds them."""
     # Step 2**31 - 1 is never reached, so the order shares no key with a draw.

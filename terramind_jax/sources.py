@@ -44,6 +44,7 @@ REST = (
 
 # One leaf a stream: those of a modality that TerraMind does not have are fresh.
 EMBEDDINGS = ("mod_emb", "patch_proj", "encoder_pos_emb", "encoder_token_emb", "decoder_pos_emb", "decoder_token_emb")
+CODEBOOKS = ("encoder_codebook_emb", "decoder_codebook_head")  # of streams with several, which no released model has
 
 
 class Random:
@@ -165,7 +166,7 @@ def may_lack(module: nn.Module, path: str) -> bool:
         return False
     _, group, *rest = path.split("/")
     is_new = bool(rest) and group in EMBEDDINGS and rest[-1] not in modalities.RELEASED_STREAMS
-    return is_new or group in (backbone.REGISTER_TOKENS, backbone.MISSING_TOKEN) or may_differ(module, path)
+    return is_new or group in (*CODEBOOKS, backbone.REGISTER_TOKENS, backbone.MISSING_TOKEN) or may_differ(module, path)
 
 
 def may_differ(module: nn.Module, path: str) -> bool:

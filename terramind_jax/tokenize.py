@@ -1,8 +1,8 @@
 """Turns shards into token shards: every distinct crop of every sample through its tokenizer, once, before pretraining.
 
 Beside ``{split}/{modality}/SUBSET_shard_000001.tar`` comes ``{split}/{modality}_tokens/SUBSET_shard_000001.tar`` of ``KEY.npy``, ids
-``[VARIANTS, 14, 14]`` in the order of `data.crops`. Shards that are there are kept, so a run that stopped goes on where it was, unless
-the pixels have changed since.
+``[VARIANTS, 14, 14]``, of K codebooks ``[..., K]``, in the order of `data.crops`. Shards that are there are kept, so a run that stopped
+goes on where it was, unless the pixels have changed since.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def test_overrides_take_the_type_of_the_field(config, field, text, value):
 
 
 def test_an_open_dict_is_replaced(config):
-    configuration.override(config, "model.codebooks", '{"DEM": 512}')
-    assert config.model.codebooks.DEM == 512
+    configuration.override(config, "model.codebooks", '{"DEM": 512, "NDVI": (8, 128)}')
+    assert config.model.codebooks.to_dict() == {"DEM": 512, "NDVI": (8, 128)}
     assert configuration.from_json(configuration.to_json(config)) == config
 
 
@@ -134,6 +134,11 @@ def test_documented_workers_find_later_views_in_memory(name):
         ("train.loss", "sum", "train.loss='sum'; expected one of mod, token."),
         ("data.subset_weights.majortom", 0, "data.subset_weights.majortom=0; expected a number above 0"),
         ("data.subset_weights", {"majortom": "a"}, "data.subset_weights.majortom='a'; expected a number above 0"),
+        (
+            "model.codebooks",
+            {"DEM": (8, 0)},
+            "model.codebooks.DEM=(8, 0); expected a vocabulary such as 512, or with it codebooks, (8, 128).",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_one_sentence(config, field, value, message):

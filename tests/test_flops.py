@@ -1,5 +1,6 @@
 """The analytic count against XLA's own, for programs without a loop, and against the products of the traced program."""
 
+import dataclasses
 import math
 
 import jax
@@ -51,6 +52,23 @@ def test_transformer_agrees_with_xla(gated):
     formula = flops.transformer_forward(config, 196, TARGETS, {"untok_sen2l2a@224": 196}, {"tok_lulc@224": TARGETS})
     assert formula == products(jax.make_jaxpr(forward)(*arguments).jaxpr)
     assert formula == pytest.approx(xla_flops(forward, *arguments), rel=0.03)  # XLA adds softmax, norms and activations
+
+
+def test_codebooks_cost_an_mlp_either_way():
+    stream = dataclasses.replace(modalities.STREAMS["tok_lulc@224"], vocab_size=8, num_codebooks=4)
+    sizes = dict(dim=64, encoder_depth=1, decoder_depth=1, num_heads=1, gated_mlp=False, use_bias=True)
+    module = networks.TerraMind(networks.TransformerConfig(**sizes, encoder=(stream,), decoder=(stream,)))
+    variables = jax.eval_shape(lambda key: meta.unbox(networks.init(module, key)), jax.random.key(0))
+
+    def forward(variables, codes, positions):
+        def run(bound):
+            context = bound.encode(*bound.embed(stream.key, codes))
+            return bound.logits(stream.key, bound.decode(bound.queries(stream.key, positions), context, None))
+
+        return module.apply(variables, method=run)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 14, 14, 4), (1, TARGETS))]
+    assert flops.transformer_forward(module.config, 196, TARGETS) == products(jax.make_jaxpr(forward)(variables, *shapes).jaxpr)
 
 
 def products(jaxpr) -> int:

@@ -184,7 +184,7 @@ def test_vocabularies_are_read_beside_the_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"model\.codebooks\.DEM=512, but the tokens in .* come from a codebook of 64"):
         pretrain.with_codebooks(config)
     record(tmp_path, codebook_size=512, num_codebooks=2)
-    with pytest.raises(ValueError, match="2 codebooks; the transformer takes one token a patch"):
+    with pytest.raises(ValueError, match=r"model\.codebooks\.DEM=512, but the tokens in .* come from 2 codebooks of 512"):
         pretrain.with_codebooks(config)
 
 

@@ -37,12 +37,12 @@ def write_split(root: Path, split: str, n: int, *, tokens: bool = True, broken: 
             write_tokens(root, split, name, level * 2)
 
 
-def write_tokens(root: Path, split: str, name: str, ids: Sequence[int]) -> None:
-    """One token a sample, everywhere."""
+def write_tokens(root: Path, split: str, name: str, ids: Sequence[int] | np.ndarray) -> None:
+    """One token a sample, everywhere; of several codebooks ``[samples, K]``."""
     with ShardWriter(root, split, f"{name}_tokens", "tiny", 1) as shard:
         for i, token in enumerate(ids):
             buffer = io.BytesIO()
-            np.save(buffer, np.full((crops.VARIANTS, SIZE // 16, SIZE // 16), token, np.uint16))
+            np.save(buffer, np.full((crops.VARIANTS, SIZE // 16, SIZE // 16, *np.shape(token)), token, np.uint16))
             shard.add(f"s{i:03d}", buffer.getvalue(), ".npy")
 
 

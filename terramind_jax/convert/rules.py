@@ -28,7 +28,8 @@ class Rule:
 
     Attributes:
       ours: path in ``{"params", "buffers"}``, joined by "/".
-      torch: names in the state dict; more than one are tied. With ``{i}`` the leaf of ours is stacked over layers on its first axis.
+      torch: names in the state dict; more than one are tied; none if the reference lacks it. With ``{i}`` the leaf of ours is stacked over
+        layers on its first axis.
       layout: ``same``; ``ones``, equal up to axes of length one or flattened ones, `shape` is torch's, with at most one -1;
         ``linear``, [out, in] <-> [*in, *out] with `inputs` leading axes of ours contracted; ``conv``, OIHW <-> HWIO;
         ``conv1d``, [O, I, 1] <-> [I, O]; ``conv1x1``, [O, I, 1, 1] <-> [I, O]; ``chw``, [1, D, h, w] <-> [h, w, D];
@@ -43,7 +44,7 @@ class Rule:
 
     @property
     def is_stacked(self) -> bool:
-        return LAYER in self.torch[0]
+        return any(LAYER in name for name in self.torch)
 
     @property
     def is_count(self) -> bool:
@@ -121,6 +122,8 @@ def flat_to_torch(flat: MutableMapping[str, Any], rules: Sequence[Rule]) -> dict
     _check_covered(flat, rules)
     state: dict[str, np.ndarray] = {}
     for rule in rules:
+        if not rule.torch:
+            raise ValueError(f"TerraTorch's model has nothing like {rule.ours}, so PyTorch cannot take this one; save it as a directory.")
         leaf = np.asarray(flat.pop(rule.ours), np.int64 if rule.is_count else np.float32)
         for i, part in enumerate(leaf) if rule.is_stacked else [(0, leaf)]:
             array = np.asarray(to_torch_layout(rule, part), order="C")
@@ -198,7 +201,7 @@ def _problems(rule: Rule, wanted, state: Mapping[str, np.ndarray]) -> Iterator[t
     for names, shape in wanted:
         there = [name for name in names if name in state]
         if not there:
-            yield MISSING, names[0]
+            yield MISSING, (*names, rule.ours)[0]
         for name in there:
             array = state[name]
             if tuple(array.shape) != shape:

@@ -44,10 +44,19 @@ def _streams(encoder: Sequence[Stream], decoder: Sequence[Stream], dim: int) -> 
             table.append(Rule(f"buffers/{side}_pos_emb/{stream.key}", (f"{torch}.pos_emb",), "ones", shape=(1, -1, dim)))
             if stream.kind == "pixels":
                 table.append(Rule(f"params/patch_proj/{stream.key}", (f"{torch}.proj.weight",), "linear"))
+            elif stream.codes:
+                table += _codebooks(f"encoder_codebook_emb/{stream.key}" if side == "encoder" else f"decoder_codebook_head/{stream.key}")
             else:
                 tied = (f"{torch}.to_logits.weight",) if side == "decoder" else ()
                 table.append(Rule(f"params/{side}_token_emb/{stream.key}", (f"{torch}.token_emb.weight", *tied)))
     return table
+
+
+def _codebooks(ours: str) -> list[Rule]:
+    """Of a stream with several codebooks, which the reference has not."""
+    layers = [Rule(f"params/{ours}/{layer}/{leaf}", ()) for layer in ("fc1", "fc2") for leaf in ("kernel", "bias")]
+    norm = [Rule(f"params/{ours}/norm/scale", ()), Rule(f"buffers/{ours}/norm/bias", ())]
+    return layers + (norm if ours.startswith("encoder") else [])
 
 
 def _norm(ours: str, torch: str) -> list[Rule]:

@@ -188,7 +188,9 @@ def empty_images(names: Sequence[str], image_size: int, size: int) -> dict[str, 
     return {"images": {m: np.zeros(shape, views.stored_dtype(m)) for m, shape in shapes.items()}} if names else {}
 
 
-def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[str, int], size: int) -> dict[str, Any]:
+def empty_group(
+    encoder: Sequence[Stream], decoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[str, int], size: int
+) -> dict[str, Any]:
     """The arrays of a group of `size` views before anything is put in: shapes and types of all that travels to a device."""
     n, m = plan.input_tokens, plan.target_tokens
     pixels = [s for s in encoder if s.kind == "pixels"]
@@ -206,6 +208,7 @@ def empty_group(encoder: Sequence[Stream], plan: masks.Plan, capacity: Mapping[s
         "overflow": np.zeros(size, np.int32),
         "bad": np.ones(size, bool),
         "fault": np.zeros(size, FAULT),
+        **views.empty_codes(encoder, decoder, (size, n), (size, m)),
     }
 
 
@@ -214,7 +217,7 @@ def template(
 ) -> dict[str, Any]:
     """An empty group of the batches that these settings give; without an `index`, as if every sample had every stream."""
     plan, patterns = _plan_and_patterns(encoder, decoder, config, mask_config, index)
-    group = empty_group(encoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
+    group = empty_group(encoder, decoder, plan, patch_capacity(encoder, plan, patterns, config), config.patch_group)
     names = tokenized((*encoder, *decoder), index) if config.online_tokens else ()
     return group | empty_images(names, config.image_size, config.patch_group)
 
@@ -295,7 +298,7 @@ class ViewGroups:
 
     def __call__(self, position: int) -> dict[str, Any]:
         places = [self._place(position + g) for g in range(self.config.patch_group)]
-        group = empty_group(self.encoder, self.plan, self.capacity, self.config.patch_group)
+        group = empty_group(self.encoder, self.decoder, self.plan, self.capacity, self.config.patch_group)
         group |= empty_images(self.tokenized, self.config.image_size, self.config.patch_group)
         used = collections.Counter()
         for g, place in enumerate(places):
@@ -354,6 +357,9 @@ class ViewGroups:
         for names, columns in ((_INPUTS, inputs[:, keep]), (_TARGETS, view.targets)):
             for name, column in zip(names, columns, strict=True):
                 group[name][g, : len(column)] = column
+        for name, codes in view.codes.items():
+            codes = codes[keep] if name == "input_codes" else codes
+            group[name][g, : len(codes)] = codes
 
 
 def _at_size(streams: Sequence[Stream], image_size: int) -> tuple[Stream, ...]:

@@ -222,7 +222,7 @@ class Index:
         return self._parse(read_attributes, i, modality, name)
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
-        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
+        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop; of K codebooks ``[..., K]``."""
         payload = self._payload(self._tokens, i, modality)
         try:
             ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)

@@ -80,6 +80,8 @@ def batches(
       in the kept sequence; ``input_id`` int32 token id, or for pixels the row in the patch buffer of the view's group
     - ``patches`` {stream key: stored dtype [B / G, capacity, 16 * 16 * C]}, in (row, column, channel) order
     - ``target_modality``, ``target_position``, ``target_id`` [B, M] likewise for `decoder`; ``target_input`` the id before, sequences only
+    - ``input_codes``, ``target_codes`` unsigned [B, N or M, K], only where a stream has several codebooks, K in the one that has most: the
+      codes of slots of such streams, whose ids are zeros
     - ``images`` {modality: stored dtype [B, S, S, C]} whole crops, only with ``online_tokens``; the ids of token streams are zero then
     - ``sample`` int64 [B] position in the index; ``overflow`` int32 [B] patches that found no room; ``bad`` bool [B] could not be read
     - ``fault`` bytes [B] why: modality and reason, as `errors.fault` has them; empty where nothing is wrong
@@ -144,7 +146,7 @@ def _check_tokens(index: Index, i: int, stream: Stream, image_size: int) -> None
         grid = index.tokens(i, stream.modality)
     except (DataError, OSError):
         return
-    expected = (crops.VARIANTS, image_size // PATCH_SIZE, image_size // PATCH_SIZE)
+    expected = views.tokens_shape(stream, image_size)
     if grid.shape != expected:
         raise ValueError(f"Tokens of {stream.modality} have shape {grid.shape}, expected {expected}; tokenize for image_size {image_size}.")
     try:

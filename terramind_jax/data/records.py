@@ -85,7 +85,7 @@ class Records:
         return self._mapped.patches(modality, self.record_number(i), variant, image_size, positions)
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
-        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop."""
+        """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop; of K codebooks ``[..., K]``."""
         grid = self._mapped.row(f"{modality}_tokens", self.record_number(i))
         grid = self._record(i)["tokens"].get(modality) if grid is None else grid
         if grid is None or not len(grid):

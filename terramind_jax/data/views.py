@@ -52,25 +52,25 @@ class Sample:
         return self._images[name]
 
     def ids(self, stream: Stream, source: np.ndarray) -> np.ndarray | None:
-        """Token ids ``[n]`` of a token or sequence stream from the masks' sources; None if the sample has no such sequence.
+        """Token ids ``[n]``, of K codebooks ``[n, K]``, of a stream from the masks' sources; None if the sample has no such sequence.
 
         With `online_tokens` those of token streams are zeros, as the device makes them.
         """
         if stream.kind == "sequence":
             return None if self._place is None else masks.resolve(source, self._place)
         if self.online_tokens:
-            return np.zeros(len(source), int)
+            return np.zeros((len(source), *stream.codes), int)
         name = stream.modality
         if name not in self._tokens:
-            grid = self.index.tokens(self.i, name)
-            if grid.shape != (crops.VARIANTS, self.side, self.side):
+            grid, expected = self.index.tokens(self.i, name), tokens_shape(stream, self.image_size)
+            if grid.shape != expected:
                 raise DataError(
-                    f"Sample {self._key}: tokens of {name} have shape {grid.shape}, expected {(crops.VARIANTS, self.side, self.side)}; "
+                    f"Sample {self._key}: tokens of {name} have shape {grid.shape}, expected {expected}; "
                     f"tokenize for image size {self.image_size}.",
                     "shape",
                 )
             check_ids(grid, stream, f"Sample {self._key}")
-            self._tokens[name] = grid[self.variant].reshape(-1)
+            self._tokens[name] = grid[self.variant].reshape(-1, *stream.codes)
         return self._tokens[name][source]
 
     @functools.cached_property
@@ -129,6 +129,11 @@ def _stored(x: np.ndarray, modality: str, key: str) -> np.ndarray:
     return x
 
 
+def tokens_shape(stream: Stream, image_size: int) -> tuple[int, ...]:
+    """Of the stored tokens of one sample."""
+    return crops.VARIANTS, image_size // PATCH_SIZE, image_size // PATCH_SIZE, *stream.codes
+
+
 def check_ids(grid: np.ndarray, stream: Stream, what: str) -> None:
     """A `DataError` if stored ids are none of the stream's vocabulary: they would index past its tables, and the loss be NaN."""
     if grid.size and not 0 <= grid.min() <= grid.max() < stream.vocab_size:
@@ -160,8 +165,9 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 class View:
     """One masked view: columns of its slots, and the patches that pixel slots point to, in the order of the slots.
 
-    `fault` tells why it could not be read: modality and reason (`errors.fault`). `images` are the whole crops ``[S, S, C]`` by modality of
-    which the device makes the tokens of its slots, if it does.
+    Slots of streams with several codebooks have the id 0, and their ids in `codes`, as `empty_codes` has them. `fault` tells why it could
+    not be read: modality and reason (`errors.fault`). `images` are the whole crops ``[S, S, C]`` by modality of which the device makes the
+    tokens of its slots, if it does.
     """
 
     inputs: np.ndarray  # [3, <=N] stream, position, id
@@ -169,6 +175,22 @@ class View:
     patches: dict[str, np.ndarray]
     fault: str = ""
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    codes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def empty_codes(
+    encoder: Sequence[Stream], decoder: Sequence[Stream], inputs: tuple[int, ...], targets: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Zeros ``input_codes`` ``[*inputs, K]`` and ``target_codes`` ``[*targets, K]``, if a stream there has several codebooks.
+
+    K is the greatest number of codebooks, the type the smallest that holds all ids.
+    """
+    found = {}
+    for name, streams, slots in (("input_codes", encoder, inputs), ("target_codes", decoder, targets)):
+        if several := [s for s in streams if s.codes]:
+            dtype = np.min_scalar_type(max(s.vocab_size for s in several) - 1)
+            found[name] = np.zeros((*slots, max(s.num_codebooks for s in several)), dtype)
+    return found
 
 
 def bad(error: DataError | OSError) -> View:
@@ -180,7 +202,7 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
     """Puts the sample's ids and patches where the mask points. A sequence that does not exist leaves no slots."""
     inputs = np.stack([mask.input_stream, mask.input_position, np.zeros_like(mask.input_source)])
     targets = np.stack([mask.target_stream, mask.target_position, np.zeros_like(mask.target_source), np.zeros_like(mask.target_source)])
-    patches = {}
+    patches, codes = {}, empty_codes(encoder, decoder, inputs.shape[1:], targets.shape[1:])
     for e in np.unique(mask.input_stream):
         at = mask.input_stream == e
         with reading(encoder[e].modality):
@@ -188,6 +210,8 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
                 patches[encoder[e].key] = sample.patches(encoder[e], mask.input_position[at])
             elif (found := sample.ids(encoder[e], mask.input_source[at])) is None:
                 inputs[0, at] = -1
+            elif encoder[e].codes:
+                codes["input_codes"][at, : found.shape[1]] = found
             else:
                 inputs[2, at] = found
     for t in np.unique(mask.target_stream):
@@ -196,7 +220,10 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
             if (found := sample.ids(decoder[t], mask.target_source[at])) is None:
                 targets[0, at] = -1
                 continue
-            targets[3, at] = found
+            if decoder[t].codes:
+                codes["target_codes"][at, : found.shape[1]] = found
+            else:
+                targets[3, at] = found
             if decoder[t].kind == "sequence":
                 targets[2, at] = sample.ids(decoder[t], mask.target_previous[at])
     used = [*(encoder[e] for e in np.unique(mask.input_stream)), *(decoder[t] for t in np.unique(mask.target_stream))]
@@ -204,4 +231,6 @@ def fill(sample: Sample, mask: masks.Masks, encoder: Sequence[Stream], decoder: 
     for name in {s.modality for s in used if s.kind == "tokens"} if sample.online_tokens else ():
         with reading(name):
             images[name] = sample.image(name)
-    return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches, images=images)
+    kept = {"input_codes": inputs[0] >= 0, "target_codes": targets[0] >= 0}
+    codes = {name: x[kept[name]] for name, x in codes.items()}
+    return View(inputs[:, inputs[0] >= 0], targets[:, targets[0] >= 0], patches, images=images, codes=codes)

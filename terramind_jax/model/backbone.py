@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -122,9 +123,9 @@ class Backbone(Embedder):
         """The outputs of all blocks, merged over modalities (spec 5.4, 5.5); the norm is on the last one only.
 
         Args:
-          inputs: arrays by stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]`` or ``[B, n]``, sequences ``[B, L]``,
-            right-padded with 0, which is hidden. Their order is that of tokens and of concatenated channels. `jax.jit` sorts the keys of a
-            plain dict: pass an ``OrderedDict`` through it.
+          inputs: arrays by stream: pixels ``[B, H, W, C]`` standardised, image tokens ``[B, h, w]`` or ``[B, n]``, of K codebooks
+            ``[..., K]``, sequences ``[B, L]``, right-padded with 0, which is hidden. Their order is that of tokens and of concatenated
+            channels. `jax.jit` sorts the keys of a plain dict: pass an ``OrderedDict`` through it.
           train: drop paths and modalities, drawn from the rng stream ``dropout``.
 
         Returns:
@@ -205,8 +206,7 @@ class Backbone(Embedder):
 
     def everything(self) -> jax.Array:
         """Touches every parameter once: what `init` runs."""
-        for table in (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.encoder_pos_emb):
-            table()
+        self.touch_embeddings()
         return self._blocks(jnp.zeros((1, 1, self.config.dim), self.dtype), None, False)[-1]
 
 
@@ -326,11 +326,12 @@ def _pixel_tokens(config: BackboneConfig, stream: Stream, x: jax.Array) -> int:
 
 
 def _image_tokens(config: BackboneConfig, stream: Stream, x: jax.Array) -> int:
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in (2, 3):
-        raise ValueError(f"Input {stream.key!r} is {x.dtype} {list(x.shape)}; expected the ids of tokens, integers [B, h, w].")
-    n = x[0].size
-    if x.ndim == 2 and round(n**0.5) ** 2 != n:
-        raise ValueError(f"Input {stream.key!r} has {n} tokens in a row, which is no square; give them as [B, h, w].")
+    grid, axes = stream.grid_shape(x.shape), f"[{', '.join(('B', 'h', 'w', *map(str, stream.codes)))}]"
+    if not jnp.issubdtype(x.dtype, jnp.integer) or len(grid) not in (1, 2):
+        raise ValueError(f"Input {stream.key!r} is {x.dtype} {list(x.shape)}; expected the ids of tokens, integers {axes}.")
+    n = math.prod(grid)
+    if len(grid) == 1 and round(n**0.5) ** 2 != n:
+        raise ValueError(f"Input {stream.key!r} has {n} tokens in a row, which is no square; give them as {axes}.")
     return n
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from terramind_jax.modalities import Stream
+from terramind_jax.model.codebooks import CodebookFusion, PerStream
 from terramind_jax.model.layers import xavier
 from terramind_jax.model.positions import SEQUENCE_LENGTH, resize_bicubic, sincos_1d, sincos_2d
 
@@ -51,8 +52,9 @@ class Positions(nn.Module):
 
 
 def token_tables(streams: Sequence[Stream], dim: int, initializer: Callable[..., Callable]) -> Tables:
-    """Token embeddings ``[V, D]`` of the streams that have a vocabulary."""
-    return Tables({s.key: (s.vocab_size, dim) for s in streams if s.kind != "pixels"}, initializer, ("vocab", "embed"))
+    """Token embeddings ``[V, D]`` of the streams that have one vocabulary; several are for `codebooks.PerStream`."""
+    shapes = {s.key: (s.vocab_size, dim) for s in streams if s.kind != "pixels" and not s.codes}
+    return Tables(shapes, initializer, ("vocab", "embed"))
 
 
 class Embedder(nn.Module):
@@ -75,6 +77,7 @@ class Embedder(nn.Module):
         self.mod_emb = Tables({s.key: (c.dim,) for s in c.streams}, lambda *_: NORMAL, ("norm",))
         self.patch_proj = Tables(patches, xavier, ("patch", "embed"))
         self.encoder_token_emb = token_tables(c.encoder, c.dim, lambda *_: NORMAL)
+        self.encoder_codebook_emb = PerStream(CodebookFusion, c.encoder, c.dim, self.dtype)
         self.encoder_pos_emb = Positions({s.key: c.grid_of(s) for s in c.encoder}, c.dim)
 
     def embed(self, key: str, values: jax.Array, positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +85,7 @@ class Embedder(nn.Module):
 
         Args:
           key: an encoder stream.
-          values: pixels ``[B, H, W, C]`` standardised, or ids ``[B, n]`` or ``[B, h, w]``.
+          values: pixels ``[B, H, W, C]`` standardised, or ids ``[B, n]`` or ``[B, h, w]``, of K codebooks ``[..., K]``.
           positions: ``[B, n]`` of ids that are not the whole grid in order.
 
         Returns:
@@ -95,10 +98,14 @@ class Embedder(nn.Module):
             patches = patches.reshape(values.shape[0], -1, patches.shape[3])
             content = patches.astype(self.dtype) @ self.patch_proj()[key].astype(self.dtype)
         else:
-            side = round(values[0].size ** 0.5)
-            grid = values.shape[1:] if values.ndim == 3 else (side, side)
-            table = jnp.asarray(self.encoder_token_emb()[key])  # loaded weights may be NumPy's, which traced ids cannot index
-            content = table[values.reshape(values.shape[0], -1)].astype(self.dtype)
+            grid = stream.grid_shape(values.shape)
+            grid = grid if len(grid) == 2 else (round(grid[0] ** 0.5),) * 2
+            ids = values.reshape(values.shape[0], -1, *stream.codes)
+            if stream.codes:
+                content = self.encoder_codebook_emb()[key](ids)
+            else:
+                table = jnp.asarray(self.encoder_token_emb()[key])  # loaded weights may be NumPy's, which traced ids cannot index
+                content = table[ids].astype(self.dtype)
         return content, self.place(stream, self.encoder_pos_emb()[key], content.shape[:2], positions, grid)
 
     def place(
@@ -110,6 +117,13 @@ class Embedder(nn.Module):
             table = resize_bicubic(table.reshape(*own, -1), tuple(grid)).reshape(-1, self.config.dim)
         positions = jnp.broadcast_to(jnp.arange(shape[1]), shape) if positions is None else positions
         return (jnp.asarray(table)[positions] + self.mod_emb()[stream.key]).astype(self.dtype)
+
+    def touch_embeddings(self) -> None:
+        """Reads every variable of this class once, as `init` must."""
+        for table in (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.encoder_pos_emb):
+            table()
+        for fusion in self.encoder_codebook_emb().values():
+            fusion(jnp.zeros((1, fusion.num_codebooks), jnp.int32))
 
     def stream(self, key: str, streams: Sequence[Stream]) -> Stream:
         """The stream called `key`; a ValueError names those that there are."""

@@ -15,11 +15,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from terramind_jax import modalities
 from terramind_jax.modalities import Stream
-from terramind_jax.model import loss
+from terramind_jax.model import codebooks, loss
 from terramind_jax.model.embeddings import NORMAL, Embedder, Positions, token_tables
 from terramind_jax.model.layers import DecoderBlock, EncoderBlock, LayerNorm, Linear, stack, xavier
 from terramind_jax.model.positions import resize_bicubic
@@ -75,6 +76,7 @@ class TerraMind(Embedder):
         self.setup_embeddings()
         # The reference's initialisation reaches decoder tables through the tied output projection, so they are Xavier (spec 4.8).
         self.decoder_token_emb = token_tables(c.decoder, c.dim, xavier)
+        self.decoder_codebook_head = codebooks.PerStream(codebooks.CodebookLogits, c.decoder, c.dim, self.dtype)
         self.decoder_pos_emb = Positions({s.key: c.grid_of(s) for s in c.decoder}, c.dim)
         self.mask_token = self.param("mask_token", nn.with_logical_partitioning(NORMAL, ("norm",)), (c.dim,))
         block = dict(num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, gated_mlp=c.gated_mlp, use_bias=c.use_bias, dtype=self.dtype)
@@ -98,9 +100,24 @@ class TerraMind(Embedder):
         context = self.encode(content, emb, padding)
         y = self.decode(self._target_slots(batch), context, padding, self._target_mask(batch))
         modality = batch["target_modality"].reshape(-1)
-        tables = list(self.decoder_token_emb().values())
-        sums = loss.cross_entropy(y.reshape(-1, self.config.dim), tables, batch["target_id"].reshape(-1), modality, self.dtype)
-        return sums, loss.count(modality, len(tables))
+        return self._loss_sums(y.reshape(-1, self.config.dim), modality, batch), loss.count(modality, len(self.config.decoder))
+
+    def _loss_sums(self, y: jax.Array, modality: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Sum of cross-entropies per decoder stream, of decoder outputs ``[B * M, D]`` of the streams `modality` ``[B * M]``."""
+        tables, heads, ids = self.decoder_token_emb(), self.decoder_codebook_head(), batch["target_id"].reshape(-1)
+        if not heads:
+            return loss.cross_entropy(y, list(tables.values()), ids, modality, self.dtype)
+        place = {s.key: m for m, s in enumerate(self.config.decoder)}
+        sums = {}
+        for key, head in heads.items():
+            codes = batch["target_codes"][..., : head.num_codebooks].reshape(-1, head.num_codebooks)
+            sums[key] = codebooks.cross_entropy(head, y, codes, modality == place[key])
+        if tables:
+            among = np.full(PADDING + 1, PADDING)
+            among[[place[key] for key in tables]] = np.arange(len(tables))
+            own = loss.cross_entropy(y, list(tables.values()), ids, jnp.asarray(among)[modality], self.dtype)
+            sums |= dict(zip(tables, own, strict=True))
+        return jnp.stack([sums[s.key] for s in self.config.decoder])
 
     def _input_slots(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Content and position-plus-modality embedding of the input slots, both ``[B, N, D]``, zero on padding (spec 4.1)."""
@@ -111,6 +128,8 @@ class TerraMind(Embedder):
             if stream.kind == "pixels":
                 if stream.key in batch["patches"]:
                     content += self._patch_slots(stream, batch["patches"][stream.key], jnp.where(modality == m, ids, -1))
+            elif stream.codes:
+                content += self._code_slots(stream, batch["input_codes"], modality == m)
             else:
                 content += _rows(self.encoder_token_emb()[stream.key], jnp.where(modality == m, ids, -1)).astype(self.dtype)
         return content, self._slot_embedding(self.config.encoder, self.encoder_pos_emb(), modality, batch["input_position"])
@@ -123,6 +142,12 @@ class TerraMind(Embedder):
         projected = pixels.astype(self.dtype) @ self.patch_proj()[stream.key].astype(self.dtype)
         slots = jax.vmap(_rows)(projected, rows.reshape(groups, -1))
         return slots.reshape(*rows.shape, self.config.dim)
+
+    def _code_slots(self, stream: Stream, codes: jax.Array, mine: jax.Array) -> jax.Array:
+        """Embeddings ``[B, N, D]`` of one stream's slots, `mine` ``[B, N]``, from their codes ``[B, N, K or more]``; zero in the others."""
+        codes = codes[..., : stream.num_codebooks].reshape(-1, stream.num_codebooks)
+        slots = codebooks.fused(self.encoder_codebook_emb()[stream.key], codes, mine.reshape(-1))
+        return slots.reshape(*mine.shape, self.config.dim)
 
     def _target_slots(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Decoder inputs ``[B, M, D]``: the mask token for images, the previous token for sequences, plus embeddings (spec 4.2)."""
@@ -180,16 +205,25 @@ class TerraMind(Embedder):
         return self.decoder_norm(y)
 
     def logits(self, key: str, y: jax.Array) -> jax.Array:
-        """``[..., D]`` -> ``[..., V]`` float32 over the vocabulary of one stream, by its tied token embedding (spec 3.4)."""
+        """``[..., D]`` -> ``[..., V]`` float32 over the vocabulary of one stream, by its tied token embedding (spec 3.4).
+
+        Of a stream with K codebooks ``[..., K, V]``, by an MLP.
+        """
+        heads = self.decoder_codebook_head()
+        if key in heads:
+            return heads[key](y)
         return jnp.dot(y.astype(self.dtype), self.decoder_token_emb()[key].astype(self.dtype).T, preferred_element_type=jnp.float32)
 
     def everything(self) -> jax.Array:
         """Touches every parameter once: what `init` runs."""
-        tables = (self.mod_emb, self.patch_proj, self.encoder_token_emb, self.decoder_token_emb)
-        for table in (*tables, self.encoder_pos_emb, self.decoder_pos_emb):
+        self.touch_embeddings()
+        for table in (self.decoder_token_emb, self.decoder_pos_emb):
             table()
         tokens = jnp.zeros((1, 1, self.config.dim), self.dtype)
-        return self.decode(tokens, self.encode(tokens, tokens), None)
+        y = self.decode(tokens, self.encode(tokens, tokens), None)
+        for head in self.decoder_codebook_head().values():
+            head(y)
+        return y
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:

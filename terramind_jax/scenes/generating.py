@@ -70,10 +70,11 @@ def output_paths(out: Path, scene: str, name: str, samples: int) -> list[Path]:
 
 
 def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray], bar: tqdm) -> np.ndarray:
-    """The ids of one target, on disk: ``[K, h, w]`` int32 of an image, ``[K, windows, L]`` of a sequence."""
-    stream, c = modalities.output_stream(name), work.cut
+    """The ids of one target, on disk, by sample: ``[h, w]`` int32 of an image, or ``[h, w, codebooks]``, ``[windows, L]`` of a sequence."""
+    key, c = modalities.output_stream(name).key, work.cut
+    stream = next(s for s in job.network.module.config.decoder if s.key == key)
     is_sequence = stream.kind == "sequence"
-    shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else c.grid
+    shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else (*c.grid, *stream.codes)
     path, done = job.journal.of_scene(work.scene.name) / f"{name}.npy", job.journal.get(work.scene.name, name, "tokens")
     with writing.space(path):
         ids = np.lib.format.open_memmap(path, "r+" if done else "w+", np.int32, (job.samples, *shape))

@@ -100,16 +100,19 @@ def fill(
 ) -> dict[str, Any]:
     """The batch with the ids of its token slots, made from its ``images`` ``[B, S, S, C]``, and without these."""
     images = batch["images"]
-    tokens = {m: encode_stored(modules[m], variables[m], x).reshape(len(x), -1) for m, x in images.items()}  # [B, N]
-
-    def ids(streams: Sequence[Stream], kind: str) -> jax.Array:
-        found, position = batch[f"{kind}_id"], batch[f"{kind}_position"].astype(jnp.int32)
+    tokens = {m: encode_stored(modules[m], variables[m], x) for m, x in images.items()}
+    filled = {name: value for name, value in batch.items() if name != "images"}
+    for kind, streams in (("input", encoder), ("target", decoder)):
+        position = batch[f"{kind}_position"].astype(jnp.int32)
         for number, stream in enumerate(streams):
             if stream.kind == "tokens" and stream.modality in tokens:
                 grid = tokens[stream.modality]
-                own = jnp.take_along_axis(grid, jnp.minimum(position, grid.shape[1] - 1), axis=1)
-                found = jnp.where(batch[f"{kind}_modality"] == number, own, found)
-        return found
-
-    rest = {name: value for name, value in batch.items() if name != "images"}
-    return {**rest, "input_id": ids(encoder, "input"), "target_id": ids(decoder, "target")}
+                grid = grid.reshape(len(grid), -1, *grid.shape[3:])  # [B, N] or [B, N, K]
+                at, mine = jnp.minimum(position, grid.shape[1] - 1), batch[f"{kind}_modality"] == number
+                if not stream.codes:
+                    filled[f"{kind}_id"] = jnp.where(mine, jnp.take_along_axis(grid, at, axis=1), filled[f"{kind}_id"])
+                else:
+                    own, codes = jnp.take_along_axis(grid, at[..., None], axis=1), filled[f"{kind}_codes"]
+                    own = jnp.where(mine[..., None], own.astype(codes.dtype), codes[..., : own.shape[-1]])
+                    filled[f"{kind}_codes"] = codes.at[..., : own.shape[-1]].set(own)
+    return filled

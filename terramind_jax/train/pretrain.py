@@ -263,13 +263,13 @@ def with_codebooks(config: ConfigDict, tokenizers: online.Tokenizers | None = No
     codebooks = config.model.codebooks.to_dict()
     for name in sorted({*config.data.inputs, *config.data.targets}):
         path, record = _tokenizer_of(config, name) if tokenizers is None else tokenizers.record(name)
-        size = record.get("codebook_size", codebooks.get(name))
-        if codebooks.get(name, size) != size:
-            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path} come from a codebook of {size}.")
-        if record.get("num_codebooks", 1) != 1:
-            raise ValueError(f"The tokens in {path} have {record['num_codebooks']} codebooks; the transformer takes one token a patch.")
-        if size is not None:
-            codebooks[name] = size
+        if "codebook_size" not in record:
+            continue
+        size, number = record["codebook_size"], record.get("num_codebooks", 1)
+        made = size if number == 1 else (size, number)
+        if codebooks.setdefault(name, made) != made:
+            what = f"a codebook of {size}" if number == 1 else f"{number} codebooks of {size}"
+            raise ValueError(f"model.codebooks.{name}={codebooks[name]}, but the tokens in {path} come from {what}.")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model.codebooks = ConfigDict(codebooks)
@@ -358,9 +358,8 @@ def data_settings(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream,
 def step_flops(config: ConfigDict, network: networks.TransformerConfig, index: Index | None = None) -> float:
     """Floating-point operations of a step for the slots that hold a token; empty ones are no work of the model."""
     inputs, targets = filled_slots(*data_settings(config), index)
-    patches = {s.key: inputs[s.key] for s in network.encoder if s.kind == "pixels"}
     counts = sum(inputs.values()), sum(targets.values())
-    return flops.transformer_step(network, config.train.batch_size, *counts, patches=patches, heads=targets)
+    return flops.transformer_step(network, config.train.batch_size, *counts, patches=inputs, heads=targets)
 
 
 def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -415,7 +414,8 @@ def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]
     def sized(key: str) -> Stream:
         stream = modalities.STREAMS[key]
         size = config.model.codebooks.get(stream.modality, stream.vocab_size)
-        return dataclasses.replace(stream, vocab_size=size) if stream.kind == "tokens" else stream
+        size, number = size if isinstance(size, tuple) else (size, 1)
+        return dataclasses.replace(stream, vocab_size=size, num_codebooks=number) if stream.kind == "tokens" else stream
 
     return tuple(map(sized, sorted(keys))), tuple(map(sized, sorted(targets)))
 

@@ -81,9 +81,10 @@ def look_at(module: TerraMind, source: str, targets: Sequence[str], variables: A
 
     def share(bound: TerraMind, key: str, context: jax.Array) -> jax.Array:
         truth = batch[key]
-        positions = jnp.broadcast_to(jnp.arange(truth.shape[1]), truth.shape)
+        positions = jnp.broadcast_to(jnp.arange(truth.shape[1]), truth.shape[:2])
         made = bound.logits(key, bound.decode(bound.queries(key, positions), context, None)).argmax(-1)
-        return jnp.where(truth[:, 0] == NONE, NONE, (made == truth).mean(1))
+        flat = (truth.shape[0], -1)  # the codes of several codebooks count one by one
+        return jnp.where(truth.reshape(flat)[:, 0] == NONE, NONE, (made == truth).reshape(flat).mean(1))
 
     features, shares = module.apply(variables, method=look)
     return features.astype(jnp.float32), batch["label"], jnp.stack(shares, 1), batch["first"]
@@ -104,7 +105,10 @@ def batches(probe: Probe, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Arr
 
 
 def read(probe: Probe, i: int) -> dict[str, np.ndarray]:
-    """One scene's standardised pixels ``[S, S, C]``, tokens by stream ``[N]``, and label; nothing is known of one that cannot be read."""
+    """One scene's standardised pixels ``[S, S, C]``, tokens by stream ``[N]`` or ``[N, K]``, and label.
+
+    Nothing is known of one that cannot be read.
+    """
     side, positions = probe.image_size, np.arange((probe.image_size // modalities.PATCH_SIZE) ** 2)
     try:
         pixels = views.read_variant(probe.index, i, probe.source.modality, 0, side)
@@ -113,8 +117,8 @@ def read(probe: Probe, i: int) -> dict[str, np.ndarray]:
         label = _land_cover(probe.index, i, side)
     except DataError:
         pixels, tokens, label = np.zeros((side, side, probe.source.channels)), {}, NONE
-    nothing = np.full(len(positions), NONE)
-    known = {s.key: np.asarray(tokens.get(s.key, nothing), np.int32) for s in probe.targets}
+    nothing = {s.key: np.full((len(positions), *s.codes), NONE) for s in probe.targets}
+    known = {key: np.asarray(tokens.get(key, none), np.int32) for key, none in nothing.items()}
     return {"pixels": modalities.standardize(probe.source.modality, pixels), "label": np.int32(label), **known}
 
 
