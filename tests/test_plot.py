@@ -103,17 +103,22 @@ def test_contact_sheet_errors(tmp_path):
         plot.contact_sheet(tmp_path / "a.png", [scene("a"), other])
 
 
+def pictures(figure):
+    """The images of a figure, without its colour bars."""
+    found = [axes.images[0].get_array() for axes in figure.axes]
+    return [x for x in found if x.shape == (32, 32, 3)]
+
+
 def test_images_side_by_side(tmp_path):
     names = ["S2L2A", "S2L2A IRRG", "DEM", "DEM generated", "LULC", "S1GRD of seed 1"]
     shown = {name: image(name.partition(" ")[0], seed) for seed, name in enumerate(names)}
     figure = plot.images(shown, columns=4, path=tmp_path / "images.png", dpi=40)
-    drawn = [axes.images[0].get_array() for axes in figure.axes if axes.images[0].get_array().shape == (32, 32, 3)]
+    drawn = pictures(figure)
     assert len(drawn) == 6 and {*names} <= {text.get_text() for text in figure.texts} and (tmp_path / "images.png").is_file()
     both = plot.Scene("", {}, {"DEM": shown["DEM generated"]}, {"DEM": shown["DEM"]}).limits("DEM")
     np.testing.assert_array_equal(drawn[3], plot.render("DEM", shown["DEM generated"], both))
     np.testing.assert_array_equal(drawn[0], plot.render("S2L2A", shown["S2L2A"]))  # another view has limits of its own
-    apart = plot.images(shown, shared=False).axes[3].images[0].get_array()
-    assert (apart != drawn[3]).any()
+    assert (pictures(plot.images(shown, shared=False))[3] != drawn[3]).any()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*modalities.LULC_CLASSES}
     with pytest.raises(ValueError, match="0 images for 5 columns"):
         plot.images({})
