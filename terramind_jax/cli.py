@@ -552,6 +552,23 @@ def _add_evaluate(commands) -> None:
     _add_generation(parser, "val")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
 
+    parser = _add(protocols, "pangaea", "train an UPerNet on a frozen encoder as PANGAEA does, and test it", _evaluate_pangaea)
+    parser.add_argument("--model", default="terramind_v1_base", metavar="NAME", help="default: terramind_v1_base")
+    parser.add_argument("--weights", required=True, metavar="W", help="hub, random, or a file, directory or work directory of that model")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="sen1floods11, burnscars, mados or pastis")
+    parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample NAME`")
+    parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; DIR/training, where a stopped one goes on")
+    parser.add_argument("--labels", type=float, default=1.0, metavar="SHARE", help="of the training samples; PANGAEA's are 1, 0.5 and 0.1")
+    parser.add_argument("--loss", default="ce", choices=("ce", "dice"), help="default: ce")
+    for name, value, text in (
+        ("epochs", 80, "of training"),
+        ("batch_size", 8, "samples a step"),
+        ("crop", 224, "side of crops and windows, a multiple of 32"),
+        ("seed", 234, "of order, crops and parameters"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text}; default: {value}, PANGAEA's")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples of each split, to try it; default: all")
+
 
 def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:
     """What all protocols are told: the model, and where the results go."""
@@ -630,6 +647,15 @@ def _evaluate_geolocate(parsed: argparse.Namespace) -> None:
     from terramind_jax.evaluation import geolocate
 
     geolocate.run(**_generated(parsed, "lulc_codes"))
+
+
+def _evaluate_pangaea(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import pangaea
+
+    _accept_grain_workers()
+    same = ("weights", "model", "dataset", "data", "out")
+    settings = {name: getattr(parsed, name) for name in ("epochs", "batch_size", "crop", "labels", "limit", "loss", "seed")}
+    pangaea.run(**{name: getattr(parsed, name) for name in same}, settings=pangaea.Settings(**settings))
 
 
 def _generated(parsed: argparse.Namespace, *others: str) -> dict:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import os
 
-from terramind_jax.tasks.datasets import burnscars, eurosat, generic, mados, pastis, sen1floods11
+from terramind_jax.tasks.datasets import burnscars, eurosat, generic, mados, pangaea, pastis, sen1floods11
 from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample, class_counts, statistics
 
+OTHERS = {"generic": generic, "pangaea": pangaea}
 PUBLISHED = {"sen1floods11": sen1floods11, "burnscars": burnscars, "mados": mados, "pastis": pastis, "eurosat": eurosat}
 
 __all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "facts", "load", "statistics"]
 
 
 def load(name: str, root: str | os.PathLike, split: str = "train", **options) -> Dataset:
-    """A split of the published data set `name` in `root`, or with ``"generic"`` of one that `options` describe.
+    """A split of the published data set `name` in `root`, with ``"generic"`` of one that `options` describe, or with ``"pangaea"`` of a
+    published one as that benchmark gives it to TerraMind.
 
     Raises ValueError for unknown names and empty splits, FileNotFoundError in one sentence for what is not there.
     """
-    return (generic if name == "generic" else _published(name)).dataset(root, split, **options)
+    return (OTHERS.get(name) or _published(name)).dataset(root, split, **options)
 
 
 def facts(name: str, **options) -> Facts:

@@ -1,0 +1,142 @@
+"""PANGAEA's protocol: what enters the model, which settings, and what the test counts."""
+
+from __future__ import annotations
+
+import json
+
+import nano_models
+import numpy as np
+import pytest
+
+from terramind_jax import cli
+from terramind_jax.evaluation import pangaea, results
+from terramind_jax.tasks import datasets
+from terramind_jax.tasks.datasets import pangaea as routed
+from terramind_jax.tasks.samples import sample
+
+SIZE = 96
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    nano_models.shrink(monkeypatch, "tiny")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("sen1floods11", "burnscars", "pastis"):
+        sample(name, folder / name, count=4, size=48 if name == "pastis" else SIZE)
+    return folder
+
+
+def test_bands_are_routed_and_padded(roots):
+    """L1C enters as L2A with cirrus at the water vapour; bands that there are not are zero when normalised."""
+    floods = datasets.load("pangaea", roots / "sen1floods11", "test", of="sen1floods11")
+    original = datasets.load("sen1floods11", roots / "sen1floods11", "test")
+    image, own = floods[0]["inputs"], original[0]["inputs"]
+    assert list(image) == ["S2L2A", "S1GRD"] and image["S2L2A"].shape == (SIZE, SIZE, 12)
+    np.testing.assert_array_equal(image["S2L2A"], own["S2L1C"][..., [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]])
+    assert floods.facts.mean["S2L2A"][9] == original.facts.mean["S2L1C"][10]
+    scars = datasets.load("pangaea", roots / "burnscars", "test", of="burnscars")
+    image, mean, std = scars[0]["inputs"]["S2L2A"], *(np.array(of["S2L2A"]) for of in (scars.facts.mean, scars.facts.std))
+    absent = [0, 4, 5, 6, 7, 9]
+    assert not ((image - mean) / std)[..., absent].any() and image[..., [1, 2, 3, 8, 10, 11]].any((0, 1)).all()
+    np.testing.assert_array_equal(image[..., 8], datasets.load("burnscars", roots / "burnscars", "test")[0]["inputs"]["S2L2A"][..., 3])
+
+
+def test_small_images_are_enlarged(roots):
+    fields = dict(of="pastis", limit=2)
+    small, large = (datasets.load("pangaea", roots / "pastis", "train", **fields, **r) for r in ({}, {"resize": 64}))
+    assert len(large) == 2 and "dates" not in large[0]
+    a, b = small[0], large[0]
+    assert b["inputs"]["S2L2A"].shape == (6, 64, 64, 12) and b["target"].shape == (64, 64)
+    assert a["inputs"]["S2L2A"].mean() == pytest.approx(b["inputs"]["S2L2A"].mean(), rel=0.02)
+    assert np.bincount(a["target"].ravel()).argmax() == np.bincount(b["target"].ravel()).argmax()
+    ramp = np.arange(4.0)[:, None, None] * np.ones((1, 4, 1))
+    np.testing.assert_allclose(routed.resized(ramp, 8)[:, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+
+
+def test_settings_are_the_published_ones(roots):
+    config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_large", "sen1floods11", roots / "sen1floods11")
+    assert (config.model.decoder, tuple(config.model.channels), tuple(config.model.layers)) == ("upernet", (512,), (7, 11, 15, 23))
+    o, t = config.optimizer, config.train
+    assert (o.learning_rate, tuple(o.betas), o.weight_decay, o.schedule) == (1e-4, (0.9, 0.999), 0.05, "steps")
+    assert (t.epochs, t.batch_size, t.seed, t.tune, t.monitor) == (80, 8, 234, "frozen", "val/mIoU")
+    assert config.run.eval_every == 5 and not config.data.d4 and config.data.statistics == "dataset"
+    config = pangaea.configuration(pangaea.Settings(crop=64), "random", "terramind_v1_base", "pastis", roots / "pastis")
+    assert config.model.time == "ltae" and config.data.options.resize == 64 and not config.model.layers
+
+
+def test_windows_cover_an_image_evenly_in_the_mean(roots):
+    """Every pixel of 80 x 48 is seen by windows of 32 at 0, 24 and 48, and 0 and 16."""
+    dataset = datasets.load("pangaea", roots / "sen1floods11", "test", of="sen1floods11")
+
+    class Numbered:
+        """Says of each window which it is."""
+
+        facts = dataset.facts
+        calls = 0
+
+        def __call__(self, inputs):
+            found = [np.full((32, 32, 2), self.calls + i, np.float32) for i in range(len(inputs["S1GRD"]))]
+            self.calls += len(found)
+            return np.stack(found)
+
+    made = pangaea.sliding(Numbered(), {"S1GRD": np.zeros((80, 48, 2), np.float32)}, 32)[..., 0]
+    assert (made[0, 0], made[0, 40], made[70, 0], made[70, 40]) == (0, 1, 4, 5)
+    assert made[0, 20] == 0.5 and made[28, 0] == 1.0 and made[28, 20] == (0 + 1 + 2 + 3) / 4
+
+
+@pytest.mark.slow
+def test_the_whole_protocol(roots, tmp_path, capsys):
+    """On a tiny copy, and again on what is there."""
+    common = ["evaluate", "pangaea", "--model=terramind_v1_tiny", "--weights=random", "--crop=64", "--limit=8", "--epochs=5"]
+    for name in ("burnscars", "pastis"):
+        out = tmp_path / name
+        command = [*common, f"--dataset={name}", f"--data={roots / name}", f"--out={out}"]
+        assert cli.main(command) == 0
+        text = (out / "report.md").read_text()
+        assert "epochs 5, crop 64, limit 8" in text and "| TerraMind-large |" in text
+        assert cli.main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=eurosat"], "Of PANGAEA's data sets there is no 'eurosat'"),
+        (["--dataset=mados"], "MADOS is not complete in"),
+        (["--dataset=burnscars", "--model=nothing"], "Unknown model 'nothing'"),
+        (["--dataset=burnscars", "--crop=224"], "are 96x96 pixels; data.crop=224 can be at most 96"),
+        (["--dataset=burnscars", "--labels=0"], "data.labels=0.0"),
+    ],
+)
+def test_what_cannot_be_evaluated(roots, tmp_path, capsys, arguments, message):
+    command = ["evaluate", "pangaea", "--weights=random", f"--data={roots / 'burnscars'}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*command, "--crop=64", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*"))
+
+
+# ---- published numbers ----
+
+
+def test_published_numbers_have_sources():
+    for protocol in json.loads(results.PUBLISHED.read_text())["protocols"]:
+        rows, note = results.published(protocol)
+        assert all(row["source"] for row in rows) and note.endswith(".")
+
+
+def test_the_averages_of_pangaea_follow_from_its_columns():
+    rows, _ = results.published("pangaea")
+    assert len(rows) == 18
+    for row in rows:
+        numbers = [x for name, x in row.items() if isinstance(x, float) and name != "average"]
+        assert np.mean(numbers) == pytest.approx(row["average"], abs=0.011), row["model"]
+
+
+def test_own_rows_stand_above_the_published_ones_of_their_columns():
+    text = results.compared("fewshot", [{"model": "mine", "input": "S2L1C", "METER-ML": 31.0}])
+    lines = text.split("\n")
+    assert lines[0] == "| model | input | METER-ML | source |" and lines[2] == "| mine | S2L1C | 31.00 | this run |"
+    assert "32.23" in text and "52.39" not in text
