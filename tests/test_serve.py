@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import urllib.error
@@ -101,7 +102,7 @@ def test_an_upload_is_used_where_no_tile_is_chosen(desk):
         ("large.tif", "large.tif is larger than 1 MB, the limit of this page."),
         ("vrt.tif", "vrt.tif is no GeoTIFF."),
         ("bomb.tif", "bomb.tif holds 4 MB of pixels, and the limit of this page is 1 MB."),
-        ("bands.tif", "DEM/bands.tif has 2 bands, expected 1 for DEM (elevation)."),
+        ("bands.tif", "DEM/bands.tif has 2 bands, expected 1 for DEM (DEM)."),
         ("small.tif", "DEM/small.tif is 40x40 pixels; expected at least 48x48."),
         ("damaged.tif", "DEM/damaged.tif is no raster that GDAL can read; expected a GeoTIFF."),
         (None, "There is no DEM among the uploads; add it, or leave it out."),
@@ -172,7 +173,10 @@ def test_the_page(desk, monkeypatch, tmp_path):
     client = pytest.importorskip("gradio_client")
     pytest.importorskip("gradio")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    blocks = serve.start(desk, "127.0.0.1", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks = serve.start(desk, "127.0.0.1", port)
     try:
         visitor = client.Client(blocks.local_url, verbose=False, download_files=tmp_path / "downloads")
         *_, pair, files = visitor.predict("a", ["DEM"], ["NDVI"], 0, 10, None, api_name="/generate")
@@ -187,7 +191,7 @@ def test_the_page(desk, monkeypatch, tmp_path):
             assert status(f"{blocks.local_url}gradio_api/file={path}") == 403
         assert status(f"{blocks.local_url}gradio_api/upload", large_form()) == 413
         with pytest.raises(ValueError, match="The page cannot be served at 127.0.0.1"):
-            serve.start(desk, "127.0.0.1", blocks.server_port)
+            serve.start(desk, "127.0.0.1", port)
     finally:
         blocks.close()
 
