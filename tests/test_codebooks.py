@@ -102,7 +102,12 @@ def test_losses_and_gradients_are_those_of_a_plain_computation(variables, monkey
         return TerraMind(CONFIG).apply(variables, batch, method="losses")[0]
 
     def both(function):
-        return jax.jit(lambda v: (function(v), jax.grad(lambda p: (function({**v, "params": p}) * weigh).sum())(v["params"])))(variables)
+        def total(params):
+            found = function({**variables, "params": params})
+            return (found * weigh).sum(), found
+
+        gradients, found = jax.jit(jax.grad(total, has_aux=True))(variables["params"])
+        return found, gradients
 
     (value, gradients), (expected, expected_gradients) = both(sums), both(partial(plain, batch=batch))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -151,10 +156,9 @@ def test_what_has_one_codebook_has_no_other_variables():
 # ---- generation ----
 
 
-@pytest.mark.parametrize("schedule", ["roar", "maskgit"])
-def test_all_codes_of_a_patch_are_drawn_in_range_and_by_seed(variables, schedule):
+def test_all_codes_of_a_patch_are_drawn_in_range_and_by_seed(variables):
     module, lulc = TerraMind(CONFIG), np.random.default_rng(0).integers(0, 20, (2, 3, 3))
-    make = partial(decoding.generate_tokens, module, variables, {LULC: lulc}, [DEM, NDVI], steps=2, schedule=schedule)
+    make = partial(decoding.generate_tokens, module, variables, {LULC: lulc}, [DEM, NDVI], steps=2, schedule={DEM: "maskgit", NDVI: "roar"})
     made = make(seed=np.array([3, 4]))
     assert {key: x.shape for key, x in made.items()} == {DEM: (2, 3, 3, K), NDVI: (2, 3, 3, 2)}
     for key, size in ((DEM, V), (NDVI, 5)):
@@ -164,7 +168,8 @@ def test_all_codes_of_a_patch_are_drawn_in_range_and_by_seed(variables, schedule
     assert (made[DEM] != make(seed=5)[DEM]).any()
     known = {DEM: made[DEM]}  # a finished target conditions as if it had been sampled in the same call
     np.testing.assert_array_equal(make(seed=np.array([3, 4]), known_tokens=known, only=NDVI)[NDVI], made[NDVI])
-    assert (make(seed=np.array([3, 4]), known_tokens={DEM: (made[DEM] + 1) % V}, only=NDVI)[NDVI] != made[NDVI]).any()
+    others = [make(seed=np.array([3, 4]), known_tokens={DEM: (made[DEM] + i) % V}, only=NDVI)[NDVI] for i in range(1, V)]
+    assert any((other != made[NDVI]).any() for other in others)
 
 
 def test_the_most_probable_codes_are_those_of_the_logits(variables):
@@ -249,22 +254,14 @@ def pretraining(root, **options):
     return config
 
 
-def test_a_run_learns_and_generates_codes(root, tmp_path):
-    config = pretraining(root)
-    config.run.update(eval_every=32, probe_scenes=8)
-    pretrain.train(config, tmp_path)
-    lines = logging.read(tmp_path)
-    steps = [line["loss/LULC"] for line in lines if "loss" in line]
+def test_a_run_learns_codes(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))  # compiles in half the time
+    pretrain.train(pretraining(root), tmp_path)
+    steps = [line["loss/LULC"] for line in logging.read(tmp_path) if "loss" in line]
     assert steps[0] == pytest.approx(np.log(V), rel=0.5) and np.nanmean(steps[-5:]) < 0.8 * steps[0]
-    (validation,) = [line for line in lines if "val/loss" in line]
-    assert validation["val/loss/LULC"] < steps[0] and 0 < validation["val/generated/LULC"] <= 1
-
-    module, variables, _ = pretrain.load(tmp_path)
-    dem = modalities.standardize("DEM", np.full((2, 32, 32, 1), 300.0))
-    make = partial(decoding.generate_tokens, module, variables, {"untok_dem@224": dem}, [LULC, DEM])
-    made = make(seed=1)
-    assert made[LULC].shape == (2, 2, 2, K) and made[LULC].max() < V and made[DEM].shape == (2, 2, 2)
-    np.testing.assert_array_equal(made[LULC], make(seed=1)[LULC])
+    module, variables, config = pretrain.load(tmp_path)
+    assert config.model.codebooks.LULC == (V, K)
+    assert module.apply(variables, LULC, np.zeros((1, 2, 2, K), int), method="embed")[0].shape == (1, 4, 64)
 
 
 def test_the_codes_of_the_shards_are_those_of_the_batch(root):
@@ -301,12 +298,15 @@ def test_from_tokenizers_to_a_generated_scene(root, tmp_path):
     with config.unlocked():
         config.model.codebooks = type(config)()
     config.data.tokens = str(tmp_path / "tokens")
+    config.run.update(eval_every=16, probe_scenes=8)
     pretrain.train(config, tmp_path / "model")
     module, _, used = pretrain.load(tmp_path / "model")
     assert used.model.codebooks.to_dict() == {"DEM": (V, K), "LULC": (V, K)}
     assert {s.num_codebooks for s in module.config.decoder} == {K}
-    steps = [line["loss"] for line in logging.read(tmp_path / "model") if "loss" in line]
-    assert np.mean(steps[-4:]) < steps[0]
+    lines = logging.read(tmp_path / "model")
+    steps = [line["loss"] for line in lines if "loss" in line]
+    (validation,) = [line for line in lines if "val/loss" in line]
+    assert np.mean(steps[-4:]) < steps[0] and validation["val/loss"] < steps[0] and 0 < validation["val/generated/LULC"] <= 1
 
     image = np.random.default_rng(0).integers(0, 900, (70, 48, 1)).astype(np.float32)
     place = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 70, 48)
