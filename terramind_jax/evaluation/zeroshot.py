@@ -71,11 +71,12 @@ def run(
             title = f"Land cover from {', '.join(inputs)}; the truth is water alone"
             plot.contact_sheet(partial / "samples.png", shown, title=title)
         results.write_csv(partial / "scores.csv", [*each, {"sample": "all", **scores}])
+        row = {"model": told, "setting": "zero-shot", "input": " + ".join(inputs), **{name: 100 * x for name, x in scores.items()}}
         text = results.write_report(
             partial / "report.md",
             "Zero-shot water mapping",
             f"Water in land cover that was generated from {' + '.join(inputs)} of {len(each)} chips of Sen1Floods11 ({split}).",
-            results.compared("zeroshot", [{"model": told, "input": " + ".join(inputs), **{name: 100 * x for name, x in scores.items()}}]),
+            results.compared("zeroshot", [row]),
         )
     print("\n" + text)
     return scores
