@@ -689,6 +689,7 @@ def _watch(parsed: argparse.Namespace) -> int:
 def _add_serve(commands) -> None:
     parser = _add(commands, "serve", "show a page on which modalities are generated", _serve)
     _add_model(parser)
+    _add_tokenizers(parser)
     text = "folder of GeoTIFFs, MODALITY/NAME.tif, to choose from; default: those who see the page upload theirs"
     parser.add_argument("--tiles", metavar="DIR", help=text)
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of LULC rasters; without them LULC is no input")

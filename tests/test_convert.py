@@ -141,7 +141,7 @@ def test_damaged_and_foreign_files(tmp_path, state):
     with pytest.raises(FileNotFoundError, match="There is no file .*none.pt"):
         files.read(tmp_path / "none.pt")
     (tmp_path / "x.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unknown suffix; expected .pt, .pth, .bin or .safetensors"):
+    with pytest.raises(ValueError, match=r"unknown suffix; expected .pt, .pth, .bin, .ckpt or .safetensors"):
         files.read(tmp_path / "x.npz")
 
 
