@@ -44,6 +44,7 @@ def test_pretraining_losses():
     assert {key: float(x) for key, x in losses.items()} == pytest.approx(OUTPUTS["pretraining losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_class_map_tokenizer():
     m = model("terramind_v1_tokenizer_lulc")
     assert np.asarray(m.encode(golden.classes())).ravel().tolist() == OUTPUTS["LULC tokens"]

@@ -273,6 +273,7 @@ def test_a_search_takes_turns_and_leaves_out_what_cannot_fit():
     assert [c.fields["model.remat"] for c in search.pick(iter(found), available=2, limit=4)] == [4, 1, 5, 2]
 
 
+@pytest.mark.slow
 def test_a_search_ranks(eight, monkeypatch):
     config = tiny_run.pretraining("")
     lines = []

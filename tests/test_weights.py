@@ -70,14 +70,14 @@ def test_options_are_checked():
 
 def test_statistics_follow_version_bands_and_offset():
     x = {"S2L2A": np.full((1, 16, 16, 12), 2000.0), "LULC": np.ones((1, 16, 16), int)}
-    v1, v01 = (tm.load(name, "random", modalities=["S2L2A", "LULC"]) for name in ("terramind_v1_tiny", "terramind_v01_base"))
+    v1, v01 = (build.model(name, modalities=["S2L2A", "LULC"]) for name in ("terramind_v1_tiny", "terramind_v01_base"))
     assert v1.standardize(x)["S2L2A"][0, 0, 0, 0] == pytest.approx((2000 - 1390.458) / 2106.761, rel=1e-6)
     assert v01.standardize(x)["S2L2A"][0, 0, 0, 0] == pytest.approx((2000 - 794.311) / 1164.883, rel=1e-6)
     assert v1.standardize(x)["LULC"] is x["LULC"]
     np.testing.assert_allclose(v1.destandardize(v1.standardize(x))["S2L2A"], 2000, rtol=1e-5)
-    rgb = tm.load("terramind_v1_tiny", "random", modalities=["S2L2A"], bands={"S2L2A": ["RED", "GREEN", "BLUE"]})
+    rgb = build.model("terramind_v1_tiny", modalities=["S2L2A"], bands={"S2L2A": ["RED", "GREEN", "BLUE"]})
     assert rgb.standardize({"S2L2A": x["S2L2A"][..., :3]})["S2L2A"][0, 0, 0, 0] == pytest.approx((2000 - 1853.91) / 2134.138, rel=1e-6)
-    shifted = tm.load("terramind_v1_tiny_generate", "random", modalities=["S2L2A"], output_modalities=["coords"], offset={"S2L2A": 1000})
+    shifted = build.model("terramind_v1_tiny_generate", modalities=["S2L2A"], output_modalities=["coords"], offset={"S2L2A": 1000})
     np.testing.assert_allclose(shifted.standardize({"S2L2A": x["S2L2A"] + 1000})["S2L2A"], v1.standardize(x)["S2L2A"], rtol=1e-5, atol=1e-6)
 
 
