@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from terramind_jax import cli, files, sharding, tokenize
 from terramind_jax.data import storage
 from terramind_jax.data.faults import listed
+from terramind_jax.data.index import open_index
+from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.train import logging, pretrain, tokenizer
 
 pytest.importorskip("aiohttp")
@@ -61,6 +63,16 @@ def test_a_store_without_an_index_is_told_of_and_one_without_shards_too(local, c
     with object_store.serve(tmp_path / "empty") as (address, _):
         assert cli.main(["data", command, address]) == 2
         assert f"No splits in {address}" in capsys.readouterr().err
+
+
+def test_an_index_here_overrules_an_old_one_in_a_store_that_cannot_be_written_to(local):
+    open_index(local, "train")  # leaves an index among the shards
+    with ShardWriter(local, "train", "NDVI", "tiny", 1) as shard:
+        shard.add("s001", write_sample({"bands": np.zeros((1, 1, tiny_run.TILE, tiny_run.TILE), np.float16)}))
+    with object_store.serve(local) as (address, _):
+        assert "NDVI" not in open_index(address, "train").modalities
+        assert cli.main(["data", "index", address]) == 0
+        assert "NDVI" in open_index(address, "train").modalities
 
 
 def test_pretraining_finds_vocabularies_validation_and_batches(served, local):

@@ -378,8 +378,10 @@ def open_table(root: str | os.PathLike, split: str, *, rebuild: bool = False) ->
         if not any(shards.values()):
             return path, Table(*_join({}))
         found = build(store, root, split, shards, path, own)
-    if is_remote(root):
-        store.put(path, storage.join(root, split, NAME))
+    if is_remote(root) and not store.put(path, storage.join(root, split, NAME)) and (stored := _stored(store, root, split)):
+        partial = f"{path}.{uuid.uuid4().hex}"
+        shutil.copyfile(path, partial)
+        os.replace(partial, stored[1])  # the one in the store, which cannot be written to, is out of date
     return path, found
 
 
@@ -397,10 +399,9 @@ def is_there(root: str | os.PathLike, split: str, folder: str = "") -> bool:
 
 def _open_remote(store: RemoteStore, root: str, split: str) -> tuple[str, Table]:
     """From the cache, else from the store; the name in the cache changes when the one in the store does."""
-    there = storage.join(root, split, NAME)
-    stored = store.find(there)
-    path = _cached(root, split) if stored is None else _cached(root, f"{split}.{stored.version:08x}-{stored.size}")
-    if stored is not None and not os.path.exists(path):
+    stored = _stored(store, root, split)
+    there, path = stored or ("", _cached(root, split))
+    if there and not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{uuid.uuid4().hex}"
         store.get(there, partial)
@@ -410,6 +411,13 @@ def _open_remote(store: RemoteStore, root: str, split: str) -> tuple[str, Table]
         raise FileNotFoundError(f"There is no index of {storage.join(root, split)}; make it once with: terramind-jax data index {root}")
     declarations.declare(found.meta.get("modalities", {}), storage.join(root, declarations.NAME))
     return path, found
+
+
+def _stored(store: RemoteStore, root: str, split: str) -> tuple[str, str] | None:
+    """The index in a store, and its place in the cache; None if there is none."""
+    there = storage.join(root, split, NAME)
+    found = store.find(there)
+    return None if found is None else (there, _cached(root, f"{split}.{found.version:08x}-{found.size}"))
 
 
 def _cached(root: str, name: str) -> str:
