@@ -52,7 +52,7 @@ from terramind_jax.train import pretrain
 SCENES, BATCH, PASSES = 48, 8, 3
 VIEWS = (1, 4, 8)
 MARKS = (1_000, 5_000, 10_000)
-THREADS, ROUNDS, SETTLE, SLICE = (2, 32), 9, 1.0, 4.0  # seconds
+THREADS, ROUNDS, SETTLE, SLICE = (64,), 9, 1.0, 4.0  # seconds
 
 # TerraMind's own are not published; it follows 4M, whose default is 0.5. 4M's mixture joins sharper and flatter draws and one of nothing
 # but its RGB, here S2L2A; the two that lean on captions are left out.
