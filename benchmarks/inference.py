@@ -133,7 +133,8 @@ def write_section(path: Path, title: str, body: str) -> None:
     """Puts ``## title`` and `body` into a Markdown file, in the place of the section that has that title."""
     sections = dict(re.findall(r"^## (.*?)\n\n(.*?)(?=^## |\Z)", path.read_text(), re.M | re.S)) if path.exists() else {}
     sections[title] = f"{body.rstrip()}\n\n"
-    path.write_text("".join(f"## {name}\n\n{text}" for name, text in sections.items()).rstrip() + "\n")
+    text = "".join(f"## {name}\n\n{text}" for name, text in sections.items())
+    path.write_text(f"# Inference\n\n{text.rstrip()}\n")
 
 
 def main() -> None:
