@@ -79,7 +79,7 @@ def test_a_section_replaces_itself_alone(scripts, tmp_path):
     write, path = scripts("inference").write_section, tmp_path / "table.md"
     for title, body in (("Speed", "old\n\n| a |\n"), ("Samplers", "one"), ("Speed", "new\n\n| b |\n")):
         write(path, title, body)
-    assert path.read_text() == "## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
+    assert path.read_text() == "# Inference\n\n## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
 
 
 # ---- one training step, beside the reference's ----
