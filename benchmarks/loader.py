@@ -218,16 +218,9 @@ class Pages:
         row = self.found.row(modality, record)
         if row is not None:
             numbers = np.arange(row.nbytes // row.itemsize, dtype=np.int64).reshape(row.shape)
-            places = _of(numbers, self.found, modality, record, variant, image_size, positions)
+            places = mapped.select_patches(numbers, variant, image_size, positions)
             self.bytes += len(np.unique(places * row.itemsize // PAGE)) * PAGE
         return self.found.patches(modality, record, variant, image_size, positions)
-
-
-def _of(numbers: np.ndarray, found: mapped.Mapped, modality: str, *what: Any) -> np.ndarray:
-    """The elements of a row that its patches are made of."""
-    other = mapped.Mapped("", "")
-    other._open[modality] = numbers[None], np.ones(1, bool)
-    return other.patches(modality, 0, *what[1:])
 
 
 def ways(root: str) -> str:
@@ -236,7 +229,7 @@ def ways(root: str) -> str:
         out = os.path.join(folder, "prepared")
         terramesh.prepare(root, out)
         found = [("shards", *_views(root)), ("records", *_views(out))]
-        mapped.write(out, "train")
+        mapped.write(open_index(out, "train"))
         found.append(("mapped", *_views(out)))
         written = sum(path.stat().st_size for path in Path(out, "train").glob("*.mapped.npy")) / len(open_index(out, "train"))
         stored = [open_index(root, "train").stored_bytes(), open_index(out, "train").stored_bytes()]

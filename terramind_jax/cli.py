@@ -463,13 +463,14 @@ def _pack(parsed: argparse.Namespace) -> None:
 
 def _prepare(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check, mapped
+    from terramind_jax.data.index import open_index
     from terramind_jax.data.terramesh import prepare
 
     options = None if parsed.beam is None else [f"--{option}" for option in parsed.beam.split(",")]
     prepare(parsed.root, parsed.out, tokens=parsed.tokens, beam_options=options)
     if parsed.mapped:
         for split in check.splits(parsed.root):
-            print(f"Mapped into memory of {split}: {', '.join(mapped.write(parsed.out, split))}.")
+            print(f"Mapped into memory of {split}: {', '.join(mapped.write(open_index(parsed.out, split)))}.")
 
 
 def _offsets(pairs: Sequence[str]) -> dict[str, float]:

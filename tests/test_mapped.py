@@ -76,7 +76,7 @@ def test_what_is_there_is_kept_and_what_was_cut_off_is_written(prepared):
     data, readable = mapped.paths(out, "train", "DEM")
     before = data.stat().st_mtime_ns, mapped.paths(out, "train", "LULC")[0].stat().st_mtime_ns
     readable.unlink()  # as if it was killed before
-    assert sorted(mapped.write(out, "train")) == names(out)
+    assert sorted(mapped.write(open_index(out, "train"))) == names(out)
     assert data.stat().st_mtime_ns > before[0] and mapped.paths(out, "train", "LULC")[0].stat().st_mtime_ns == before[1]
     assert not list((out / "train").glob("*.tmp*"))
 
@@ -87,5 +87,5 @@ def test_tiles_of_several_sizes_are_refused(tmp_path):
             shard.add(f"s{i}", write_sample({"bands": np.zeros((1, 1, side, side), np.int16)}))
     assert cli.main(["data", "prepare", str(tmp_path / "shards"), f"--out={tmp_path / 'out'}"]) == 0
     with pytest.raises(ValueError, match=r"DEM has arrays of \(12, 12, 16\) and of \(16, 16, 16\)"):
-        mapped.write(tmp_path / "out", "train")
+        mapped.write(open_index(tmp_path / "out", "train"))
     assert not list((tmp_path / "out" / "train").glob("*.mapped*"))

@@ -18,14 +18,17 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from terramind_jax.data import crops, views
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.records import Records, open_records
 from terramind_jax.modalities import PATCH_SIZE
+
+if TYPE_CHECKING:
+    from terramind_jax.data.records import Records
 
 BLOCK = 4
 RUNS = PATCH_SIZE // BLOCK  # blocks along a patch
@@ -54,34 +57,41 @@ class Mapped:
         return found[0][record] if found and found[1][record] else None
 
     def patches(self, modality: str, record: int, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
-        """Patches ``[n, 16 * 16 * C]`` of a crop, as `crops.select_patches` gives them."""
-        tile = self.row(modality, record)
-        if tile is None or min(tile.shape[:2]) * BLOCK < image_size:
-            return None
-        top, left, mirror = crops.offsets(tile.shape[0] * BLOCK, tile.shape[1] * BLOCK, variant, image_size)
-        if top % BLOCK or left % BLOCK:
-            return None
-        side, n = image_size // PATCH_SIZE, len(positions)
-        row, column = np.divmod(positions, side)
-        column = side - 1 - column if mirror else column
-        rows, columns = ((x // BLOCK + RUNS * y)[:, None] + np.arange(RUNS) for x, y in ((top, row), (left, column)))
-        found = tile[rows[:, :, None], columns[:, None]]  # [n, 4, 4, 4 * 4 * C]
-        found = found.reshape(n, RUNS, RUNS, BLOCK, BLOCK, -1).swapaxes(2, 3).reshape(n, PATCH_SIZE, PATCH_SIZE, -1)
-        return np.ascontiguousarray(found[:, :, ::-1] if mirror else found).reshape(n, -1)
+        """`select_patches` of a record's tile."""
+        blocks = self.row(modality, record)
+        return None if blocks is None else select_patches(blocks, variant, image_size, positions)
 
 
-def write(root: str | os.PathLike, split: str) -> list[str]:
+def select_patches(blocks: np.ndarray, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
+    """Patches ``[n, 16 * 16 * C]`` of a crop of a tile ``[H / 4, W / 4, 4 * 4 * C]``, as `crops.select_patches` gives them.
+
+    None for a crop that is larger than the tile or does not begin at a block.
+    """
+    if min(blocks.shape[:2]) * BLOCK < image_size:
+        return None
+    top, left, mirror = crops.offsets(blocks.shape[0] * BLOCK, blocks.shape[1] * BLOCK, variant, image_size)
+    if top % BLOCK or left % BLOCK:
+        return None
+    side, n = image_size // PATCH_SIZE, len(positions)
+    row, column = np.divmod(positions, side)
+    column = side - 1 - column if mirror else column
+    rows, columns = ((x // BLOCK + RUNS * y)[:, None] + np.arange(RUNS) for x, y in ((top, row), (left, column)))
+    found = blocks[rows[:, :, None], columns[:, None]]  # [n, 4, 4, 4 * 4 * C]
+    found = found.reshape(n, RUNS, RUNS, BLOCK, BLOCK, -1).swapaxes(2, 3).reshape(n, PATCH_SIZE, PATCH_SIZE, -1)
+    return np.ascontiguousarray(found[:, :, ::-1] if mirror else found).reshape(n, -1)
+
+
+def write(found: Records) -> list[str]:
     """Writes the arrays of prepared data that are not there yet, and returns the names of all that are there then.
 
     A modality whose tiles have sides that are no multiples of 4 is left out. Raises ValueError for tiles or tokens of several sizes.
     """
-    found = open_records(root, split)
     names: dict[str, tuple[Iterable[int], Callable[[int], np.ndarray | None]]] = {}
     for column, modality in enumerate(found.modalities):
         names[modality] = np.flatnonzero(found.available[:, column]), partial(_blocks, found, modality)
-        names[f"{modality}_tokens"] = np.flatnonzero(found.has_tokens[:, column]), partial(_tokens, found, modality)
-    names[COORDINATES] = range(len(found)), partial(_coordinates, found)
-    return [name for name, what in names.items() if paths(root, split, name)[1].exists() or _write(found, name, *what)]
+        names[f"{modality}_tokens"] = np.flatnonzero(found.has_tokens[:, column]), partial(found.tokens, modality=modality)
+    names[COORDINATES] = range(len(found)), lambda i: np.array(found.coordinates(i) or (np.nan, np.nan))
+    return [name for name, what in names.items() if paths(found.root, found.split, name)[1].exists() or _write(found, name, *what)]
 
 
 def _blocks(found: Records, modality: str, i: int) -> np.ndarray | None:
@@ -91,14 +101,6 @@ def _blocks(found: Records, modality: str, i: int) -> np.ndarray | None:
         return None
     blocks = tile.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK, channels).swapaxes(1, 2)
     return blocks.reshape(*blocks.shape[:2], -1)
-
-
-def _tokens(found: Records, modality: str, i: int) -> np.ndarray:
-    return found.tokens(i, modality)
-
-
-def _coordinates(found: Records, i: int) -> np.ndarray:
-    return np.array(found.coordinates(i) or (np.nan, np.nan))
 
 
 def _write(found: Records, name: str, samples: Iterable[int], make: Callable[[int], np.ndarray | None]) -> bool:

@@ -16,6 +16,7 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import scan, storage, table
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Keys
+from terramind_jax.data.mapped import COORDINATES, Mapped
 
 if TYPE_CHECKING:
     from terramind_jax.geo import Place
@@ -36,8 +37,6 @@ class Records:
     """
 
     def __init__(self, root: str | os.PathLike, split: str, modalities: Sequence[str]):
-        from terramind_jax.data.mapped import Mapped  # which is made of this module's records
-
         found = table.read(os.path.join(root, split, NAME))
         if found is None:
             raise FileNotFoundError(f"{os.path.join(root, split, NAME)} is missing or damaged; prepare the data again.")
@@ -94,7 +93,7 @@ class Records:
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
         """(longitude, latitude) of the centre in degrees; None if not known."""
-        place = self._mapped.row("coordinates", self.record_number(i))
+        place = self._mapped.row(COORDINATES, self.record_number(i))
         longitude, latitude = (self._record(i)["coordinates"] if place is None else place).tolist()
         return None if np.isnan(longitude) else (longitude, latitude)
 
