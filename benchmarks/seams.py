@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from process import measure, where
 
-from terramind_jax import cli, generate, generate_scenes, geo, metrics
+from terramind_jax import cli, draws, generate, generate_scenes, geo, metrics
 from terramind_jax.data import world
 from terramind_jax.scenes import reading
 from terramind_jax.scenes.feeding import Network
@@ -180,16 +180,11 @@ def joined(network: Network, stored: np.ndarray, to: Sequence[str], stride: int,
             part = np.s_[r : r + WINDOW, c : c + WINDOW]
             weights[part] = 1 if weight is None else weights[part] + weight[..., None]
             for name, windows in made.items():
-                window = softmax(windows[i]) if name == "LULC" else windows[i]
+                window = draws.probabilities(windows[i]) if name == "LULC" else windows[i]
                 total = sums.setdefault(name, np.zeros((side, side, window.shape[-1])))
                 total[part] = window if weight is None else total[part] + weight[..., None] * window
     means = {name: total / weights for name, total in sums.items()}
     return {name: x.argmax(-1) if name == "LULC" else x for name, x in means.items()}
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 # ---- memory and speed ----

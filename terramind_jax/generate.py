@@ -75,7 +75,7 @@ def generate(
       ValueError: an unknown modality, a wrong array, a missing tokenizer, or anything `decoding.generate_tokens` objects to.
     """
     offset, noise = offset or {}, noise or {}
-    _check_outputs("Noise", noise, outputs)
+    _check_given("Noise is", noise, "output", outputs)
     scale = dict(vocabulary=vocabulary, standardize=standardize, version=version)
     own = dict(offset=offset, bands=bands, fill_bands=fill_bands, visible=visible)
     tokens = output_tokens(module, variables, tokenizers, inputs, outputs, seed=seed, at=at, **own, **scale, **options)
@@ -167,8 +167,8 @@ def encode_inputs(
     """Inputs by user name as the encoder takes them, and masks of what is seen of them, both by stream; options as of `generate`."""
     read = {name: input_stream(module, name) for name in inputs}
     _check_sizes(inputs, read)
-    _check_inputs("Bands", bands or {}, inputs)
-    _check_inputs("Visible patches", visible or {}, inputs)
+    _check_given("Bands are", bands or {}, "input", inputs)
+    _check_given("Visible patches are", visible or {}, "input", inputs)
     masks = {name: _mask(name, mask, inputs[name], read[name]) for name, mask in (visible or {}).items()}
     scale = dict(vocabulary=vocabulary, standardize=standardize, version=version, fill_bands=fill_bands)
 
@@ -281,26 +281,21 @@ def _by_stream(value: PerTarget[T], streams: Mapping[str, Stream]) -> PerTarget[
     """Rekeys a setting from user names to streams."""
     if not isinstance(value, Mapping):
         return value
-    _check_outputs("A setting", value, streams)
+    _check_given("A setting is", value, "output", streams)
     return {streams[name].key: setting for name, setting in value.items()}
 
 
-def _check_outputs(what: str, given: Iterable[str], outputs: Iterable[str]) -> None:
-    unknown = sorted(set(given) - set(outputs))
+def _check_given(what: str, given: Iterable[str], role: str, known: Iterable[str]) -> None:
+    """Raises a ValueError for names that are none of the inputs, or outputs; `role` is the singular."""
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(f"{what} is given for {', '.join(unknown)}, which is no output; outputs: {', '.join(outputs)}.")
-
-
-def _check_inputs(what: str, given: Iterable[str], inputs: Iterable[str]) -> None:
-    unknown = sorted(set(given) - set(inputs))
-    if unknown:
-        raise ValueError(f"{what} are given for {', '.join(unknown)}, which is no input; inputs: {', '.join(inputs)}.")
+        raise ValueError(f"{what} given for {', '.join(unknown)}, which is no {role}; {role}s: {', '.join(known)}.")
 
 
 def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mapping[str, Stream]) -> None:
     """Errors in tokens that are known, and in the one output to be sampled."""
-    _check_outputs("The option only", [] if only is None else [only], made)
-    _check_outputs("known_tokens", tokens, made)
+    _check_given("The option only is", [] if only is None else [only], "output", made)
+    _check_given("known_tokens is", tokens, "output", made)
     for name, ids in tokens.items():
         check_integers(f"known_tokens of {name}", ids, made[name].vocab_size, "tokens")
 

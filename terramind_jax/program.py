@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from terramind_jax import coordinates, generate, modalities
 from terramind_jax.model import TerraMind
@@ -46,7 +47,7 @@ def build(
     scale = dict(standardize=standardize, version=version)
 
     def run(weights: Arrays, inputs: Arrays, seeds: jax.Array) -> dict[str, jax.Array]:
-        variables = _networks(weights)
+        variables = traverse_util.unflatten_dict(weights, sep="/")
         loaded = {name: (network, variables[name]) for name, network in tokenizers.items()}
         network = module, variables[NETWORK], loaded
         tokens = generate.output_tokens(*network, inputs, outputs, seed=seeds, offset=offset, **scale, **options)
@@ -79,20 +80,7 @@ def shapes(module: TerraMind, inputs: Sequence[str], batch_size: Any, image_size
 
 def flat_weights(variables: Arrays, tokenizers: Mapping[str, Arrays]) -> dict[str, jax.Array]:
     """All weights by name, such as ``transformer/params/mask_token`` and ``DEM/params/...``."""
-    flat, _ = jax.tree_util.tree_flatten_with_path({NETWORK: variables, **tokenizers})
-    return {"/".join(key.key for key in path): x for path, x in flat}
-
-
-def _networks(weights: Arrays) -> dict[str, dict[str, Any]]:
-    """The inverse of `flat_weights`."""
-    networks: dict[str, dict[str, Any]] = {}
-    for name, x in weights.items():
-        *parents, last = name.split("/")
-        node = networks
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = x
-    return networks
+    return traverse_util.flatten_dict({NETWORK: variables, **tokenizers}, sep="/")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terramind_jax import model
+from terramind_jax import generate_scenes, modalities, model, tokenizer
 
 
 def random_variables(init, module, scale):
@@ -25,7 +25,27 @@ def random_variables(init, module, scale):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def build(encoder, decoder):
-    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=48)
+def build(encoder, decoder, image_size=48):
+    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=image_size)
     module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=decoder))
     return module, random_variables(model.init, module, scale=0.6)
+
+
+def build_tokenizers(*names, image_size=48):
+    """``{modality: (module, variables)}`` with ViT decoders."""
+    found = {}
+    for name in names:
+        facts = modalities.get(name)
+        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(name, facts.channels, facts.levels, 16, 1, 2, image_size=image_size))
+        found[name] = module, random_variables(tokenizer.init, module, scale=0.6)
+    return found
+
+
+def as_workdir(monkeypatch, folder, network, tokenizers):
+    """`folder` as training leaves it, with the loading of `generate_scenes` replaced; of the eight devices one is used."""
+    for name in tokenizers:
+        (folder / "tokenizers" / name).mkdir(parents=True)
+    monkeypatch.setattr(generate_scenes.pretrain, "load", lambda workdir: (*network, None))
+    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
+    monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
+    return folder

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 
-import flax
-import jax
 import numpy as np
 import pytest
+import random_networks
 import tiny_run
 
-from terramind_jax import cli, generate_scenes, geo, metrics, modalities, model, tokenizer
+from terramind_jax import cli, generate_scenes, geo, metrics
 from terramind_jax.evaluation import generation, geolocate, scores
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import windows
@@ -27,32 +26,13 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 def trained():
     """Random networks that make LULC, NDVI and coordinates from elevation or radar, 32 pixels at a time."""
     encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "untok_sen1grd@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
-    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=SIDE)
-    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=encoder[2:]))
-    tokenizers = {}
-    for name in ("LULC", "NDVI"):
-        facts = modalities.get(name)
-        own = tokenizer.Tokenizer(tokenizer.TokenizerConfig(name, facts.channels, facts.levels, 16, 1, 2, image_size=SIDE))
-        tokenizers[name] = own, drawn(tokenizer.init, own)
-    return (module, drawn(model.init, module)), tokenizers
-
-
-def drawn(init, module):
-    rng = np.random.default_rng(0)
-    shapes = flax.core.meta.unbox(jax.eval_shape(lambda key: init(module, key), jax.random.key(0)))
-    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+    return random_networks.build(encoder, encoder[2:], SIDE), random_networks.build_tokenizers("LULC", "NDVI", image_size=SIDE)
 
 
 @pytest.fixture
 def weights(trained, monkeypatch, tmp_path):
     """A work directory whose loading is replaced."""
-    network, tokenizers = trained
-    for name in tokenizers:
-        (tmp_path / "weights" / "tokenizers" / name).mkdir(parents=True)
-    monkeypatch.setattr(generate_scenes.pretrain, "load", lambda workdir: (*network, None))
-    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
-    monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
-    return tmp_path / "weights"
+    return random_networks.as_workdir(monkeypatch, tmp_path / "weights", *trained)
 
 
 def rows(out):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import flax
 import jax
 import numpy as np
 import pytest
+import random_networks
 
-from terramind_jax import generate, generate_scenes, geo, modalities, model, tokenizer
+from terramind_jax import generate, generate_scenes, geo
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating
 
@@ -21,32 +21,13 @@ PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100
 def networks():
     jax.config.update("jax_disable_most_optimizations", True)
     encoder = tuple(STREAMS[k] for k in ("untok_dem@224", "tok_ndvi@224", "tok_lulc@224", "coords"))
-    sizes = dict(dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, gated_mlp=False, use_bias=True, image_size=TILE)
-    module = model.TerraMind(model.TransformerConfig(**sizes, encoder=encoder, decoder=encoder[1:]))
-    tokenizers = {}
-    for name in ("NDVI", "LULC"):
-        facts = modalities.get(name)
-        tokenizers[name] = tokenizer.Tokenizer(tokenizer.TokenizerConfig(name, facts.channels, facts.levels, 16, 1, 2, image_size=TILE))
-    yield (module, fill(model.init, module)), {name: (t, fill(tokenizer.init, t)) for name, t in tokenizers.items()}
+    yield random_networks.build(encoder, encoder[1:], TILE), random_networks.build_tokenizers("NDVI", "LULC", image_size=TILE)
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def fill(init, module):
-    rng = np.random.default_rng(0)
-    shapes = flax.core.meta.unbox(jax.eval_shape(lambda key: init(module, key), jax.random.key(0)))
-    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
 
 
 @pytest.fixture
 def weights(networks, monkeypatch, tmp_path):
-    """A folder as training leaves it, with `load` of both kinds replaced; of the eight devices one is used."""
-    trained, tokenizers = networks
-    for name in tokenizers:
-        (tmp_path / "weights" / "tokenizers" / name).mkdir(parents=True)
-    monkeypatch.setattr(generate_scenes.pretrain, "load", lambda workdir: (*trained, None))
-    monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
-    monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
-    return tmp_path / "weights"
+    return random_networks.as_workdir(monkeypatch, tmp_path / "weights", *networks)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import random_networks
 from matplotlib.image import imread
 
-from terramind_jax import cli, config, generate_scenes, geo, modalities, serve, tokenizer
+from terramind_jax import cli, config, generate_scenes, geo, serve
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes.feeding import Network
 
@@ -25,12 +25,7 @@ PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), TIL
 @pytest.fixture(scope="module")
 def network(compile_fast):
     streams = tuple(STREAMS[k] for k in ("untok_dem@224", "tok_ndvi@224", "tok_lulc@224"))
-    tokenizers = {}
-    for name in ("NDVI", "LULC"):
-        facts = modalities.get(name)
-        module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(name, facts.channels, facts.levels, 16, 1, 2, image_size=TILE))
-        tokenizers[name] = module, random_networks.random_variables(tokenizer.init, module, scale=0.6)
-    return Network(*random_networks.build(streams, streams[1:]), tokenizers)
+    return Network(*random_networks.build(streams, streams[1:], TILE), random_networks.build_tokenizers("NDVI", "LULC", image_size=TILE))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.evaluation import results, scores
 from terramind_jax.evaluation.scores import Lines, Scores, scores_of
 from terramind_jax.scenes import reading, windows
-from terramind_jax.scenes.feeding import Network
+from terramind_jax.scenes.feeding import Network, padded
 from terramind_jax.scenes.generating import NO_CLASS
 from terramind_jax.scenes.reading import PATCH, Scene
 
@@ -139,15 +139,13 @@ def check_images(names: Sequence[str]) -> None:
 
 def _of_shards(job: Job, index: Index, limit: int | None) -> Iterator[Sample]:
     """Centre crops of the model's size; a sample that cannot be read is left out, and told."""
-    absent = [name for name in job.inputs if modalities.get(name).is_image and name not in index.modalities]
-    if absent:
-        raise ValueError(f"The shards have no {absent[0]}; they have {', '.join(index.modalities)}.")
+    check_there(index, [name for name in job.inputs if modalities.get(name).is_image])
     wanted = (i for i in range(len(index)) if all(has(index, i, m) for m in job.inputs) and any(has(index, i, m) for m in job.to))
     chosen = list(itertools.islice(wanted, limit))
     read, size = _readable(job, index, chosen), min(job.batch_size, len(chosen))
     with tqdm(desc="samples", total=len(chosen), unit="sample", dynamic_ncols=True) as bar:
         while batch := list(itertools.islice(read, size)):
-            made = _generated(job, batch + batch[-1:] * (size - len(batch)))  # one shape, one program
+            made = _generated(job, padded(batch, size))
             for i, sample in enumerate(batch):
                 yield dataclasses.replace(sample, made={name: made[name][i] for name in sample.truth})
             bar.update(len(batch))
@@ -174,6 +172,13 @@ def alone(network: Network, inputs: Mapping[str, np.ndarray], name: str, seed: i
     what = network.module, network.variables, network.tokenizers, inputs, [name]
     made = generate.generate(*what, seed=seed, version=network.version, **options)[name]
     return classes(made) if is_class_map(name) else made
+
+
+def check_there(index: Index, names: Sequence[str]) -> None:
+    """A ValueError for images that no sample of the shards has."""
+    absent = [name for name in names if name not in index.modalities]
+    if absent:
+        raise ValueError(f"The shards have no {absent[0]}; they have {', '.join(index.modalities)}.")
 
 
 def has(index: Index, i: int, name: str) -> bool:

@@ -16,6 +16,7 @@ from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.evaluation import generation, results
 from terramind_jax.scenes import reading
+from terramind_jax.scenes.feeding import padded
 
 EARTH = 6371.0  # km, mean radius
 WITHIN = (25, 200, 750, 2500)  # km: a city, a region, a country, a continent
@@ -64,10 +65,8 @@ def run(
         rows, samples = [], itertools.islice(samples, limit)
         with tqdm(desc="samples", unit="sample", dynamic_ncols=True) as bar:
             while batch := list(itertools.islice(samples, batch_size)):
-                padded = batch + batch[-1:] * (batch_size - len(batch))  # one shape, one program
-                images = {name: np.stack([sample[1][name] for sample in padded]) for name in inputs}
-                what = network.module, network.variables, network.tokenizers, images, ["coords"]
-                made = generate.generate(*what, seed=seed, version=network.version, **options)["coords"]
+                images = {name: np.stack([sample[1][name] for sample in padded(batch, batch_size)]) for name in inputs}
+                made = generation.alone(network, images, "coords", seed, **options)
                 rows += [_row(name, place, told) for (name, _, place), told in zip(batch, made, strict=False)]
                 bar.update(len(batch))
         if not rows:
@@ -119,9 +118,7 @@ def _row(name: str, place: Place, told: np.ndarray) -> dict[str, Any]:
 
 
 def _of_shards(index: Index, inputs: Sequence[str], side: int) -> Iterator[Sample]:
-    absent = [name for name in inputs if name not in index.modalities]
-    if absent:
-        raise ValueError(f"The shards have no {absent[0]}; they have {', '.join(index.modalities)}.")
+    generation.check_there(index, inputs)
     for i in range(len(index)):
         place = index.coordinates(i)
         if place is None or not all(generation.has(index, i, name) for name in inputs):

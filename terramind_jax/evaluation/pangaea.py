@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from terramind_jax import metrics, zoo
 from terramind_jax.convert.files import check_free
 from terramind_jax.evaluation import results
+from terramind_jax.scenes.feeding import padded
 from terramind_jax.tasks import datasets, finetune
 from terramind_jax.tasks.config import finetuning
 from terramind_jax.tasks.datasets import Dataset, pangaea
@@ -120,8 +121,8 @@ def sliding(task: Task, inputs: dict[str, np.ndarray], side: int) -> np.ndarray:
     count = min(WINDOWS, len(corners))
     for start in range(0, len(corners), count):
         some = corners[start : start + count]
-        padded = some + some[-1:] * (count - len(some))  # one shape, one program
-        parts = {name: np.stack([x[..., t : t + side, left : left + side, :] for t, left in padded]) for name, x in inputs.items()}
+        batch = padded(some, count)
+        parts = {name: np.stack([x[..., t : t + side, left : left + side, :] for t, left in batch]) for name, x in inputs.items()}
         for (top, left), logits in zip(some, jax.device_get(task(parts)), strict=False):
             at = np.s_[top : top + side, left : left + side]
             total[at] += logits

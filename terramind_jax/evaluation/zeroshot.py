@@ -16,7 +16,7 @@ from terramind_jax import generate, generate_scenes, metrics, plot, sources
 from terramind_jax.evaluation import results
 from terramind_jax.evaluation.generation import alone
 from terramind_jax.modalities import LULC_CLASSES
-from terramind_jax.scenes.feeding import Network
+from terramind_jax.scenes.feeding import Network, padded
 from terramind_jax.tasks import batches, datasets
 
 DATASET, COVER = "sen1floods11", "LULC"
@@ -89,8 +89,7 @@ def land_cover(network: Network, inputs: Mapping[str, np.ndarray], batch_size: i
     count = -(-len(parts) // -(-len(parts) // batch_size))  # as many batches, but even ones
     for start in range(0, len(parts), count):
         some = parts[start : start + count]
-        padded = [*some, *some[-1:] * (count - len(some))]
-        images = {name: np.stack([x[part.rows, part.columns] for part in padded]) for name, x in inputs.items()}
+        images = {name: np.stack([x[part.rows, part.columns] for part in padded(some, count)]) for name, x in inputs.items()}
         for part, cover in zip(some, alone(network, images, COVER, **options), strict=False):
             made[part.rows, part.columns][part.own] = cover[part.own]
     return made

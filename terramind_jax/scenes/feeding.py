@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from terramind_jax.model import Backbone, TerraMind
 from terramind_jax.scenes import reading
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,12 @@ def batches(network: Network, work: Work, i: int, size: int) -> Iterator[list[in
     size = -(-size // devices) * devices
     columns = [int(j) for j in np.flatnonzero(work.live[i])]
     for start in range(0, len(columns), size):
-        part = columns[start : start + size]
-        yield part + part[-1:] * (size - len(part))
+        yield padded(columns[start : start + size], size)
+
+
+def padded(batch: list[T], size: int) -> list[T]:
+    """A batch of one size, the last item repeated: one shape, one program."""
+    return batch + batch[-1:] * (size - len(batch))
 
 
 def read(work: Work, i: int) -> dict[str, np.ndarray | None]:
