@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 
 from terramind_jax import cli
+from terramind_jax.cli import arguments
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -83,7 +84,7 @@ def test_generate_passes_its_arguments_on(monkeypatch, tmp_path):
     assert (seen["seed"], seen["temperature"], seen["out"], seen["weights"]) == (3, 0.0, "o", "w")
     assert (seen["timesteps"], seen["sampler"], seen["clip"]) == (10, "dpmpp", "published")
     with pytest.raises(ValueError, match="twice"):
-        cli._inputs([f"DEM={tile}", f"DEM={tile}"])
+        arguments.read_inputs([f"DEM={tile}", f"DEM={tile}"])
 
 
 def test_info_names_devices_and_models(capsys):

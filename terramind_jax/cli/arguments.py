@@ -1,0 +1,79 @@
+"""What several commands take: how parsers are made, arguments, and what is read out of their texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+LULC_CODES = ("terramesh", "esri", "dynamicworld")
+
+
+def add(commands, name: str, text: str, command) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def add_group(commands, name: str, text: str, title: str):
+    """A command whose actions are commands of their own: what these are added to."""
+    group = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    return group.add_subparsers(title=f"{title}s", required=True, metavar=title.upper())
+
+
+def accept_grain_workers() -> None:
+    """Grain's worker processes insist on parsed absl flags; the flags are not used otherwise."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    text = "a released model, such as terramind_v1_base; not for a work directory"
+    parser.add_argument("--model", default=None, metavar="NAME", help=text)
+    text = "work directory of a pretrained model; with --model also hub, random, or a file"
+    parser.add_argument("--weights", required=True, metavar="W", help=text)
+
+
+def add_tokenizers(parser: argparse.ArgumentParser) -> None:
+    text = "folder with one tokenizer a modality; default: tokenizers, in or beside the weights"
+    parser.add_argument("--tokenizers", metavar="DIR", help=text)
+
+
+def read_inputs(pairs: Sequence[str]) -> dict[str, str]:
+    """``["S2L2A=a.tif"]`` -> ``{"S2L2A": "a.tif"}``."""
+    inputs = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(f"--input takes MODALITY=PATH, such as S2L2A=tile.tif, not {pair!r}.")
+        if name in inputs:
+            raise ValueError(f"--input names {name} twice.")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--input {name}: there is no file or folder {path}.")
+        inputs[name] = path
+    return inputs
+
+
+def read_offsets(pairs: Sequence[str]) -> dict[str, float]:
+    """``["S2L2A=-1000"]`` -> ``{"S2L2A": -1000.0}``."""
+    offsets = {}
+    for pair in pairs:
+        name, _, value = pair.rpartition("=")
+        try:
+            offsets[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--offset takes MODALITY=VALUE or MODALITY/NAME=VALUE, such as S2L2A=-1000, not {pair!r}.") from None
+    return offsets
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
