@@ -202,10 +202,19 @@ def open_source(weights: str | os.PathLike, entry: zoo.Entry | None, revision: s
     return Tree(read_directory(path), path) if path.is_dir() else StateDict(files.read(path), str(path))
 
 
-def open_tokenizer(words: str | os.PathLike, modality: str, version: str) -> Source:
-    """One modality's tokenizer from the hub, at random, or from a folder that holds or lies beside it."""
-    path = words if words in ("hub", "random") else find_tokenizer(Path(words), modality, version)
-    return open_source(path, zoo.tokenizer(modality, version) if modality in modalities.RELEASED else None)
+def open_tokenizer(words: str | os.PathLike, modality: str, version: str, *, optional: bool = False) -> Source:
+    """One modality's tokenizer from the hub, at random, or from a folder that holds or lies beside it.
+
+    One that only decodes what Thinking in Modalities generates is `optional`: random, with a warning, where it is missing.
+    """
+    try:
+        path = words if words in ("hub", "random") else find_tokenizer(Path(words), modality, version)
+        return open_source(path, zoo.tokenizer(modality, version) if modality in modalities.RELEASED else None)
+    except FileNotFoundError:
+        if not optional:
+            raise
+        warnings.warn(f"There is no tokenizer of {modality} near {words}; it is random, and only decoding needs it.", stacklevel=4)
+        return Random()
 
 
 def find_tokenizer(near: Path, modality: str, version: str) -> Path:

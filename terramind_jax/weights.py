@@ -130,16 +130,11 @@ def _take_bands(source: sources.Source, model: FeatureExtractor, key: jax.Array)
 
 
 def _open_tokenizer(model: Model, module: Tokenizer, words: str | os.PathLike) -> sources.Source:
-    """`open_tokenizer`; one that only decodes what Thinking in Modalities generates may be missing, and is random then."""
+    """`sources.open_tokenizer` of one of a model's networks."""
     modality = module.config.modality
-    try:
-        return sources.open_tokenizer(words, modality, model.version)
-    except FileNotFoundError:
-        inputs = [stream.modality for stream in getattr(model, "streams", {}).values()]
-        if not isinstance(model, ThinkingInModalities) or modality in inputs:
-            raise
-        warnings.warn(f"There is no tokenizer of {modality} near {words}; it is random, and only decoding needs it.", stacklevel=3)
-        return sources.Random()
+    inputs = [stream.modality for stream in getattr(model, "streams", {}).values()]
+    optional = isinstance(model, ThinkingInModalities) and modality not in inputs
+    return sources.open_tokenizer(words, modality, model.version, optional=optional)
 
 
 def with_vocabulary(model: Model, words: str | os.PathLike, *, online: bool) -> Model:
@@ -156,9 +151,12 @@ def with_vocabulary(model: Model, words: str | os.PathLike, *, online: bool) -> 
     return model
 
 
-def tokenizer(modality: str, words: str | os.PathLike, version: str = "v1") -> tuple[Tokenizer, Variables]:
-    """One modality's tokenizer: ``hub``, ``random``, or from a folder of work directories, directories of `save`, or published files."""
-    source = sources.open_tokenizer(words, modality, version)
+def tokenizer(modality: str, words: str | os.PathLike, version: str = "v1", *, optional: bool = False) -> tuple[Tokenizer, Variables]:
+    """One modality's tokenizer: ``hub``, ``random``, or from a folder of work directories, directories of `save`, or published files.
+
+    `optional` is as of `sources.open_tokenizer`.
+    """
+    source = sources.open_tokenizer(words, modality, version, optional=optional)
     module = source.network("", build.tokenizer_of(modality, version))
     return module, complete(module, source.take("", module), jax.random.key(0))
 

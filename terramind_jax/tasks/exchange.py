@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,18 +53,10 @@ def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
         raise ValueError("TerraTorch has no L-TAE, so a model with model.time='ltae' cannot be exported.")
     model = dataclasses.replace(task.extractor, variables={group: task.variables[group]["encoder"] for group in ("params", "buffers")})
     if task.thinker is not None:
-        held = {modality: _tokenizer(modality, tokenizers, model.version) for modality in model.tokenizers}
+        held = {modality: weights.tokenizer(modality, tokenizers, model.version, optional=True) for modality in model.tokenizers}
         model = dataclasses.replace(model, generator=(task.thinker.module, task.generator), tokenizers=held)
     state = {ENCODER + name: x for name, x in weights.to_torch(model).items()}
     return state | rules.to_torch(_without_encoder(jax.device_get(task.variables)), convert.rules(task.module.config))
-
-
-def _tokenizer(modality: str, words: str, version: str) -> tuple:
-    try:
-        return weights.tokenizer(modality, words, version)
-    except FileNotFoundError:
-        warnings.warn(f"There is no tokenizer of {modality} near {words}; it is random, and only decoding needs it.", stacklevel=3)
-        return weights.tokenizer(modality, "random", version)
 
 
 def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
