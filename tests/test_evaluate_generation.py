@@ -10,6 +10,8 @@ import random_networks
 import tiny_run
 
 from terramind_jax import cli, generate_scenes, geo, metrics
+from terramind_jax.data import clouds
+from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.evaluation import generation, geolocate, scores
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import windows
@@ -62,6 +64,31 @@ def test_shards(weights, trained, tmp_path, capsys):
     assert f"| LULC | {metrics.mean_iou(total):.3f} |" in (out / "report.md").read_text()
     assert cli.main(command) == 2
     assert f"{out} exists already" in capsys.readouterr().err
+
+
+def test_clear_pixels_of_shards(weights, tmp_path, capsys):
+    """Others do not count, all of a sample may be under clouds, and one without a mask is left out."""
+    root, rng = tiny_run.write_shards(tmp_path / "shards", tokens=False), np.random.default_rng(0)
+    masks = {"s000": rng.integers(0, 7, (1, 48, 48)), "s001": np.full((1, 48, 48), clouds.THICK_CLOUD), "s003": np.zeros((1, 48, 48))}
+    with ShardWriter(root, "val", "S2RGB", "tiny", 1) as shard:
+        for key, mask in masks.items():
+            shard.add(key, write_sample({"bands": np.ones((1, 3, 48, 48), np.uint8), "cloud_mask": mask.astype(np.uint8)}))
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", "--temperature=0"]
+    assert cli.main([*command, f"--out={tmp_path / 'clear'}", "--clear"]) == 0
+    said = capsys.readouterr().out
+    assert "Left out: Sample 's002' has no cloud mask." in said and "Only pixels that the cloud mask calls clear count." in said
+    whole = next(row for row in rows(tmp_path / "clear") if row["sample"] == "all")
+    index, network = generation.open_index(root, "val"), generate_scenes.load_network(weights, None, ["DEM"], ["LULC"])
+    total = 0
+    for key, mask in masks.items():
+        i, clear = index.keys.find(key), mask[0, 8:40, 8:40] < 3
+        made = generation.alone(network, {"DEM": generation.center(index, i, "DEM", SIDE)[None]}, "LULC", temperature=0.0)[0]
+        total = total + metrics.confusion_matrix(made[clear], generation.center(index, i, "LULC", SIDE)[clear], 10)
+    assert total.sum() < 2 * SIDE**2 and float(whole["mIoU"]) == metrics.mean_iou(total)
+    data = tmp_path / "data" / "DEM"
+    data.mkdir(parents=True)
+    assert cli.main([*command[:3], f"--data={data.parent}", *command[4:], f"--out={tmp_path / 'b'}", "--clear"]) == 2
+    assert "clear needs the cloud masks of shards" in capsys.readouterr().err
 
 
 def test_scenes_of_a_folder(weights, tmp_path):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from terramind_jax import cli
-from terramind_jax.data import scan
+from terramind_jax.data import clouds, scan
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.data.tars import scan_tar
 
-BANDS = {"S2L2A": 12, "LULC": 1, "S1GRD": 2}
+BANDS = {"S2L2A": 12, "LULC": 1, "S1GRD": 2, "S2RGB": 3}
 
 
 def _sample(modality, value, **extra):
@@ -80,6 +80,25 @@ def test_coordinates(root):
     index = open_index(root, "train")
     assert index.coordinates(3) == (7.0, -3.0)
     assert index.coordinates(2) is None and index.coordinates(0) is None and index.place(0) is None
+
+
+def test_cloud_masks(tmp_path):
+    """Of whichever Sentinel-2 modality carries one; other shapes are damage."""
+    mask = np.arange(24, dtype=np.uint8).reshape(1, 4, 6) % 7
+    masks = {"S2L2A": {"a": None, "c": mask[0], "d": mask[0, 0]}, "S2RGB": {"a": mask}}
+    for name, by_key in masks.items():
+        with ShardWriter(tmp_path, "train", name, "x", 0) as shard:
+            for key, array in by_key.items():
+                shard.add(key, _sample(name, 1, **({} if array is None else {"cloud_mask": array})))
+    with ShardWriter(tmp_path, "train", "LULC", "x", 0) as shard:
+        shard.add("b", _sample("LULC", 1))
+    index = open_index(tmp_path, "train")
+    for i in (0, 2):
+        np.testing.assert_array_equal(index.cloud_mask(i), mask[0], strict=True)
+    assert index.cloud_mask(1) is None
+    with pytest.raises(DataError, match=r"sample 'd' has a cloud_mask of uint8 \(6,\), expected integers \[y, x\]"):
+        index.cloud_mask(3)
+    assert clouds.clear(np.arange(7)).tolist() == [True, True, True, False, False, False, False]
 
 
 def test_keys_can_be_searched(root):

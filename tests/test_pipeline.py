@@ -439,6 +439,19 @@ def test_image_batches_visit_what_has_the_modality_with_a_new_fixed_crop_each_ep
     assert np.concatenate([b["sample"] for b in last]).tolist() == [0, 2, 4, 6, 8, 10, -1, -1]
 
 
+def test_image_batches_say_what_is_clear():
+    """In the crop of the image; nothing of what is bad or has no mask."""
+    index, mask = MemoryIndex(4, bad=(2,)), np.arange(TILE * TILE).reshape(TILE, TILE) % 7
+    index.cloud_mask = lambda i: None if i == 1 else mask
+    (batch,) = pipeline.image_batches(index, "S2L2A", batch_size=4, image_size=SIZE, train=False, threads=0, clear=True)
+    assert batch["bad"].tolist() == [False, False, True, False]
+    for i, clear in enumerate(batch["clear"]):
+        np.testing.assert_array_equal(clear, crops.crop(mask[..., None], 0, SIZE)[..., 0] < 3 if i in (0, 3) else False)
+    index.cloud_mask = lambda i: mask[: SIZE - 1]
+    (batch,) = pipeline.image_batches(index, "S2L2A", batch_size=4, image_size=SIZE, train=False, threads=0, clear=True)
+    assert batch["bad"].all() and b"shape" in batch["fault"][0]
+
+
 def test_variant_images_cover_all_variants_in_index_order():
     index = MemoryIndex(4, bad=(2,))
     found = list(pipeline.variant_images(index, "DEM", image_size=SIZE, threads=0))

@@ -68,6 +68,31 @@ def test_figures_by_band_are_those_of_metrics():
     assert result["val/block_mean/rmse"] == pytest.approx(metrics.rmse(blocks, truth), rel=1e-4)
 
 
+def test_figures_of_clear_pixels():
+    """What is under clouds and in bad images does not count."""
+    rng = np.random.default_rng(0)
+    images, clear = (
+        rng.integers(300, 3000, (4, SIDE, SIDE, 12)).astype(np.uint16),
+        rng.random((4, SIDE, SIDE)) < [[[0.2]], [[0]], [[1]], [[0.7]]],
+    )
+    noise = rng.normal(scale=0.1, size=images.shape[1:]).astype(np.float32)
+    bad = np.array([False, False, True, False])
+    batches = [{"image": images[i : i + 2], "bad": bad[i : i + 2], "clear": clear[i : i + 2]} for i in (0, 2)]
+    result = figures_of(Fixed(config_of("S2L2A", 12), lambda image: image + noise), *batches)
+    _, std = modalities.statistics("S2L2A")
+    counting = clear & ~bad[:, None, None]
+    difference = np.broadcast_to(noise * std, images.shape)[counting]
+    assert result["val/clear/share"] == pytest.approx(counting.mean() * 4 / 3)
+    assert result["val/clear/mae"] == pytest.approx(np.abs(difference).mean(), rel=1e-4)
+    assert result["val/clear/rmse"] == pytest.approx(rmse := np.sqrt(np.square(difference).mean()), rel=1e-4)
+    assert result["val/clear/psnr"] == pytest.approx(20 * np.log10(10_000 / rmse), rel=1e-4)
+    blocks = np.asarray(images, float).reshape(4, 2, 16, 2, 16, 12).mean((2, 4), keepdims=True)
+    blocks = np.broadcast_to(blocks, (4, 2, 16, 2, 16, 12)).reshape(images.shape)
+    assert result["val/clear/block_mean/mae"] == pytest.approx(np.abs(blocks - images)[counting].mean(), rel=1e-4)
+    unknown = figures_of(Fixed(config_of("S2L2A", 12), lambda image: image), batches[0] | {"clear": np.zeros((2, SIDE, SIDE), bool)})
+    assert not [name for name in unknown if "clear" in name]
+
+
 def test_classes():
     """Everything is reconstructed as class 1; of the block's most common class, a quarter of one block is wrong."""
     truth = np.ones((1, SIDE, SIDE, 1), np.uint8)

@@ -25,7 +25,8 @@ BAD = "s003", "DEM", "read"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """As `tiny_run`: sample s003 has no readable DEM. Besides, some samples have NDVI, from a larger tile and with a place on Earth."""
+    """As `tiny_run`: sample s003 has no readable DEM. Besides, some samples have NDVI, from a larger tile and with a place on Earth,
+    and some S2RGB, of which one has no cloud mask."""
     folder = tiny_run.write_shards(tmp_path_factory.mktemp("shards"))
     where = {"crs_wkt": "EPSG:32632", "GeoTransform": "500000 10 0 4000000 0 -10"}
     with ShardWriter(folder, "train", "NDVI", "tiny", 1) as shard:
@@ -33,6 +34,12 @@ def root(tmp_path_factory):
             bands = np.random.default_rng(i).normal(size=(1, 1, 64, 52)).astype(np.float16)
             arrays = {"bands": bands, "time": np.array([1_600_000_000 * 10**9 + i]), "spatial_ref": np.int64(0)}
             shard.add(f"s{i:03d}", write_sample(arrays, attrs={"offset": i}, array_attrs={"spatial_ref": where}))
+    with ShardWriter(folder, "train", "S2RGB", "tiny", 1) as shard:
+        for i in (1, 4, 11):
+            bands, mask = np.random.default_rng(i).integers(0, 255, (1, 4, 64, 52)).astype(np.uint8)[:, :3], {}
+            if i != 4:
+                mask = {"cloud_mask": np.random.default_rng(i).integers(0, 7, (1, 64, 52)).astype(np.uint8)}
+            shard.add(f"s{i:03d}", write_sample({"bands": bands, "center_lon": np.float64(i), "center_lat": np.float64(-i), **mask}))
     for split in ("train", "val"):
         for name in ("DEM", "LULC"):
             record = {"codebook_size": tiny_run.CODEBOOKS[name], "num_codebooks": 1}
@@ -54,6 +61,8 @@ def assert_same_samples(index, found, bad=()):
     for i in range(len(index)):
         if index.keys[i] not in [key for key, *_ in bad]:  # whose coordinates may be those of a modality that was not opened
             assert found.coordinates(i) == index.coordinates(i)
+        if "S2RGB" in index.modalities:
+            np.testing.assert_array_equal(found.cloud_mask(i), index.cloud_mask(i), strict=True)
         for read, there in (("read", index.available), ("tokens", index.has_tokens)):
             for name in np.array(index.modalities)[there[i]]:
                 if (index.keys[i], name, read) in bad:
@@ -81,8 +90,9 @@ def test_any_program_reads_the_data_set_with_its_metadata(root, prepared):
     assert found["subset"] == b"tiny" and found["coordinates"].tolist() == [2, -2]
     assert (found["crs"].decode(), *found["transform"]) == (place.crs, *place.transform) == ("EPSG:32632", 10, 0, 500000, 0, -10, 4000000)
     assert found["time"]["NDVI"] == 1_600_000_000 * 10**9 + 2 and json.loads(found["attributes"]["NDVI"]) == {"offset": 2}
-    assert found["available"] == {"DEM": True, "LULC": True, "NDVI": True} and not source[3]["available"]["DEM"]
+    assert found["available"] == {"DEM": True, "LULC": True, "NDVI": True, "S2RGB": False} and not source[3]["available"]["DEM"]
     assert open_index(prepared, "train").place(2) == place
+    np.testing.assert_array_equal(source[1]["cloud_mask"], index.cloud_mask(1), strict=True)
 
 
 @pytest.mark.parametrize(("train", "workers"), [(True, 1), (False, 0)])

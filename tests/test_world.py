@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from terramind_jax import geo
-from terramind_jax.data import shards, world
+from terramind_jax.data import clouds, shards, world
 from terramind_jax.data.index import open_index
 from terramind_jax.data.synthesize import synthesize, write_tiles
 from terramind_jax.data.world import draws, landcover, optics, people, place, radar, spectra, terrain
@@ -118,7 +118,7 @@ def test_most_of_the_ground_belongs_to_objects_of_16_pixels_and_more(scenes):
     """In an object of that size most 16-pixel windows around its pixels hold mainly its class."""
     shares = []
     for s in scenes[:16]:
-        lulc = np.where(s.cloud_mask == optics.THICK_CLOUD, 99, s.arrays["LULC"][..., 0])
+        lulc = np.where(s.cloud_mask == clouds.THICK_CLOUD, 99, s.arrays["LULC"][..., 0])
         for code in set(np.unique(lulc)) - {99}:
             shares.append(terrain.box_blur((lulc == code).astype(np.float32), 8)[lulc == code])
     assert np.median(np.concatenate(shares)) > 0.7
@@ -145,7 +145,7 @@ def test_some_pairs_are_separated_by_context_only(scenes, pair):
         pixels = []
         for s in scenes:
             light = s.arrays["S2L2A"].astype(np.float32) - s.offsets["S2L2A"]
-            shadow = s.cloud_mask == optics.CLOUD_SHADOW
+            shadow = s.cloud_mask == clouds.CLOUD_SHADOW
             where = (
                 shadow & (s.arrays["LULC"][..., 0] != 1)
                 if name == "shadow"
@@ -177,7 +177,7 @@ def test_water_flows_down_and_rivers_lie_low():
 
 
 def test_snow_lies_where_it_is_cold(scenes):
-    snow = np.array([(s.cloud_mask == optics.SNOW).mean() for s in scenes])
+    snow = np.array([(s.cloud_mask == clouds.SNOW).mean() for s in scenes])
     cold = np.array([s.place.today - place.LAPSE * s.arrays["DEM"].mean() for s in scenes])
     assert snow[cold > 8].max() < 0.05 and snow[cold < -3].mean() > 0.2
 
@@ -198,7 +198,7 @@ def test_clouds_are_seen_by_sentinel_2_only(monkeypatch):
     clear, cloudy = results
     for name in ("S1GRD", "DEM"):
         np.testing.assert_array_equal(clear.arrays[name], cloudy.arrays[name])
-    thick, shadow = (cloudy.cloud_mask == code for code in (optics.THICK_CLOUD, optics.CLOUD_SHADOW))
+    thick, shadow = (cloudy.cloud_mask == code for code in (clouds.THICK_CLOUD, clouds.CLOUD_SHADOW))
     assert 0.2 < thick.mean() < 0.6 and shadow.any()
     np.testing.assert_array_equal(cloudy.arrays["LULC"][..., 0] == landcover.CLOUDS, thick)
     assert not (clear.arrays["LULC"] == landcover.CLOUDS).any()

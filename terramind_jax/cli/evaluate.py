@@ -26,6 +26,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, each alone")
     _add_generation(parser, "val")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
+    parser.add_argument("--clear", action="store_true", help="of shards: only pixels that the cloud mask calls clear count")
     parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
@@ -129,7 +130,7 @@ def _fewshot(parsed: argparse.Namespace) -> None:
 def _generation(parsed: argparse.Namespace) -> None:
     from terramind_jax.evaluation import generation
 
-    generation.run(**_generated(parsed, "lulc_codes", "timesteps", "steps", "pictures"), to=names(parsed.to))
+    generation.run(**_generated(parsed, "lulc_codes", "timesteps", "steps", "clear", "pictures"), to=names(parsed.to))
 
 
 def _zeroshot(parsed: argparse.Namespace) -> None:

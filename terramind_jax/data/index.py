@@ -16,7 +16,7 @@ import numpy as np
 
 from terramind_jax import declarations
 from terramind_jax import modalities as registry
-from terramind_jax.data import layout, scan, storage, table, zips
+from terramind_jax.data import clouds, layout, scan, storage, table, zips
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
@@ -264,6 +264,20 @@ class Index:
         for _, found in self._smallest_first(i, ("center_lon", "center_lat")):
             if len(found) == 2 and all(v.size and v.dtype.kind in "iuf" and np.isfinite(v.flat[0]) for v in found.values()):
                 return float(found["center_lon"].flat[0]), float(found["center_lat"].flat[0])
+        return None
+
+    def cloud_mask(self, i: int) -> np.ndarray | None:
+        """``[H, W]`` uint8, the codes of `clouds`, from the first Sentinel-2 modality that carries one; None if none does."""
+        for name in filter(clouds.has_mask, self.modalities):
+            if not self.available[i, self.modalities.index(name)]:
+                continue
+            mask = self.read_all(i, name, (clouds.NAME,)).get(clouds.NAME)
+            if mask is None:
+                continue
+            if mask.ndim < 2 or not mask.size or mask.dtype.kind not in "iub":
+                where = self._where(self._pixels, i, name)
+                raise DataError(f"{where} has a {clouds.NAME} of {mask.dtype} {mask.shape}, expected integers [y, x].", "shape")
+            return mask.reshape(-1, *mask.shape[-2:])[0].astype(np.uint8)
         return None
 
     def place(self, i: int) -> Place | None:

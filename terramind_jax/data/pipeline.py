@@ -199,14 +199,16 @@ def image_batches(
     image_size: int = IMAGE_SIZE,
     train: bool = True,
     threads: int = 2,
+    clear: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's share of whole crops: ``{"image": [B, S, S, C] stored dtype, "bad": bool [B], "fault": bytes [B], "sample": int64 [B]}``.
 
     Only samples that have the modality are visited. Order, position, crops (any of the ten, one a sample and epoch) and ``train=False``
-    are as in `batches`; unreadable images are zeros, marked bad.
+    are as in `batches`; unreadable images are zeros, marked bad. With `clear` there is ``"clear": bool [B, S, S]`` besides, which pixels
+    are clear of clouds: none of a sample that has no cloud mask.
     """
     check_sizes(DataConfig(), batch_size, consumed, host, hosts, train)  # whole crops may have any side
-    images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train)
+    images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train, clear)
     positions = grain.MapDataset.range(consumed, consumed + _length(len(images.samples), batch_size, consumed, train))
     return iterate(positions[host::hosts].map(images).batch(batch_size // hosts), workers, threads)
 
@@ -246,25 +248,30 @@ class _Images:
     seed: int
     image_size: int
     train: bool
+    clear: bool
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         place = order.place(position, len(self.samples), self.seed) if self.train else order.Place(position, 0, position, 0)
         i = int(self.samples[place.rank]) if place.rank < len(self.samples) else -1
         bands = len(modalities.get(self.modality).bands)
         blank = np.zeros((self.image_size, self.image_size, bands), views.stored_dtype(self.modality))
-        image, wrong = self._read(i, place.epoch) if i >= 0 else (None, "")
-        bad = np.bool_(image is None)
-        return {"image": blank if bad else image, "bad": bad, "fault": np.array(wrong, FAULT), "sample": np.int64(i)}
+        found, wrong = self._read(i, place.epoch) if i >= 0 else ({}, "")
+        found = found or {"image": blank, **({"clear": np.zeros(blank.shape[:2], bool)} if self.clear else {})}
+        return {**found, "bad": np.bool_(found["image"] is blank), "fault": np.array(wrong, FAULT), "sample": np.int64(i)}
 
-    def _read(self, i: int, epoch: int) -> tuple[np.ndarray | None, str]:
-        """The crop, or None and what is wrong."""
+    def _read(self, i: int, epoch: int) -> tuple[dict[str, np.ndarray], str]:
+        """The crop and what is clear of it, or nothing and what is wrong."""
         variant = variant_of(self.seed, epoch, i, self.train)
         try:
             with reading(self.modality):
-                return views.read_variant(self.index, i, self.modality, variant, self.image_size), ""
+                found = {"image": views.read_variant(self.index, i, self.modality, variant, self.image_size)}
+                if self.clear:
+                    clear = views.read_clear(self.index, i, variant, self.image_size)
+                    found["clear"] = np.zeros(found["image"].shape[:2], bool) if clear is None else clear
+                return found, ""
         except (DataError, OSError) as error:
             views.warn_once(f"Skipped: {error}")
-            return None, fault(error)
+            return {}, fault(error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

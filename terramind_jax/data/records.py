@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data import scan, storage, table
+from terramind_jax.data import clouds, scan, storage, table
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Keys
 from terramind_jax.data.mapped import COORDINATES, Mapped
@@ -96,6 +96,11 @@ class Records:
         place = self._mapped.row(COORDINATES, self.record_number(i))
         longitude, latitude = (self._record(i)["coordinates"] if place is None else place).tolist()
         return None if np.isnan(longitude) else (longitude, latitude)
+
+    def cloud_mask(self, i: int) -> np.ndarray | None:
+        """``[H, W]`` uint8, the codes of `clouds`; None if the shards had none."""
+        mask = self._record(i).get(clouds.NAME)
+        return None if mask is None or not len(mask) else mask
 
     def place(self, i: int) -> Place | None:
         """Where sample `i` lies on Earth (CRS, transform, size), if its shards said so."""

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from terramind_jax import declarations, files, modalities
-from terramind_jax.data import records, scan, storage, table, views
+from terramind_jax.data import clouds, records, scan, storage, table, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.shards import new_folder
@@ -70,6 +70,7 @@ def features(tokens: Mapping[str, tuple[tuple[int, ...], np.dtype]], pixels: Seq
             "crs": _F.Text(),
             "transform": _F.Tensor(shape=(6,), dtype=np.float64, encoding="bytes"),  # from pixels to `crs`; NaN if not known
             "size": _F.Tensor(shape=(2,), dtype=np.int64),  # height and width in such pixels
+            clouds.NAME: _F.Tensor(shape=(None, None), dtype=np.uint8, encoding="zlib"),  # no rows if there is none
             "available": _F.FeaturesDict({m: _F.Scalar(np.bool_) for m in pixels}),
             "time": _F.FeaturesDict({m: _F.Scalar(np.int64) for m in pixels}),  # ns since 1970; 0 if not known
             "attributes": _F.FeaturesDict({m: _F.Text() for m in pixels}),  # JSON
@@ -94,7 +95,7 @@ def record(source: Source, split: str, form: Mapping[str, Any], i: int) -> tuple
     for name, (shape, dtype) in form["tokens"].items():
         grid = _attempt(index.tokens, i, name) if has_tokens[name] else None
         made["tokens"][name] = _grid(np.zeros((0, *shape)) if grid is None else grid, shape, dtype, f"{index.keys[i]!r}: tokens of {name}")
-    place = _attempt(index.place, i)
+    place, mask = _attempt(index.place, i), _attempt(index.cloud_mask, i)
     return i, made | {
         "key": index.keys[i],
         "subset": index.subsets[index.subset[i]],
@@ -102,6 +103,7 @@ def record(source: Source, split: str, form: Mapping[str, Any], i: int) -> tuple
         "crs": "" if place is None else place.crs,
         "transform": np.full(6, np.nan) if place is None else np.array(place.transform, float),
         "size": np.array((0, 0) if place is None else (place.height, place.width)),
+        clouds.NAME: np.zeros((0, 0), np.uint8) if mask is None else mask,
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from terramind_jax import coordinates
-from terramind_jax.data import crops, masks
+from terramind_jax.data import clouds, crops, masks
 from terramind_jax.data.errors import DataError, fault, reading
 from terramind_jax.data.index import Index
 from terramind_jax.modalities import MODALITIES, PATCH_SIZE, RELEASED, Stream
@@ -108,6 +108,16 @@ def read_variant(index: Index, i: int, modality: str, variant: int, image_size: 
     """One whole crop ``[S, S, C]`` of sample `i` in the stored dtype; pixels that are not finite are a `DataError`."""
     image = crops.crop(read_tile(index, i, modality, image_size), variant, image_size)
     return _stored(np.ascontiguousarray(image), modality, repr(index.keys[i]))
+
+
+def read_clear(index: Index, i: int, variant: int, image_size: int) -> np.ndarray | None:
+    """Which pixels of a crop are clear of clouds, bool ``[S, S]``; None if sample `i` has no cloud mask."""
+    mask = index.cloud_mask(i)
+    if mask is None:
+        return None
+    if min(mask.shape) < image_size:
+        raise DataError(f"Sample {index.keys[i]!r}: {clouds.NAME} is {mask.shape[0]}x{mask.shape[1]}, smaller than {image_size}.", "shape")
+    return clouds.clear(crops.crop(mask[..., None], variant, image_size)[..., 0])
 
 
 def read_variants(index: Index, i: int, modality: str, image_size: int) -> tuple[np.ndarray, np.ndarray]:

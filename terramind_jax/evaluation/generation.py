@@ -72,6 +72,7 @@ def run(
     split: str = "val",
     lulc_codes: str | None = None,
     limit: int | None = None,
+    clear: bool = False,
     pictures: int = 4,
     batch_size: int = generate_scenes.BATCH_SIZE,
     seed: int = 0,
@@ -84,6 +85,7 @@ def run(
       data: root of shards, or a folder ``MODALITY/NAME.tif`` with inputs and targets.
       split: of shards.
       limit: the first so many samples that have all inputs and a target; None: all.
+      clear: of shards, compare only pixels that the cloud mask calls clear; samples without a mask are left out.
       pictures: samples in the picture.
       **options: of the generation, such as timesteps, steps and temperature.
 
@@ -94,6 +96,8 @@ def run(
     results.check_free(Path(out))
     sources.declare(generate_scenes.workdir(weights))
     rasters = is_folder(data, inputs)
+    if clear and rasters:
+        raise ValueError("clear needs the cloud masks of shards; a folder of GeoTIFFs has none: mark clouds there as no data.")
     generate_scenes.check_names(dict.fromkeys(inputs), to, lulc_codes if rasters or not inputs else "terramesh")
     inputs, to = (
         [of(name).modality for name in names] for of, names in ((modalities.input_stream, inputs), (modalities.output_stream, to))
@@ -104,7 +108,7 @@ def run(
     generate.check_names(network.module, inputs, to, network.tokenizers)
     job = Job(network, weights, inputs, to, seed, batch_size, options)
     with results.folder(out) as partial:
-        samples = _of_shards(job, index, limit) if index is not None else _of_folder(job, Path(data), partial, lulc_codes, limit)
+        samples = _of_shards(job, index, limit, clear) if index is not None else _of_folder(job, Path(data), partial, lulc_codes, limit)
         total, each, shown = {name: scores_of(name) for name in to}, [], []
         for sample in samples:
             for name, made in sample.made.items():
@@ -114,11 +118,13 @@ def run(
             if len(shown) < pictures and len(sample.made) == len(to):
                 shown.append(plot.Scene(sample.name, sample.inputs, sample.made, sample.truth))
         if not each:
-            raise FileNotFoundError(f"{data} has no sample with {', '.join(inputs)} and one of {', '.join(to)}.")
+            raise FileNotFoundError(
+                f"{data} has no sample with {', '.join(inputs)} and one of {', '.join(to)}{' and a cloud mask' * clear}."
+            )
         if shown:
             plot.contact_sheet(partial / "samples.png", shown, title=f"Generated from {', '.join(inputs)}")
         results.write_csv(partial / "scores.csv", [*each, *_rows(total)])
-        print("\n" + _report(partial / "report.md", job, total, len({row["sample"] for row in each}), model or str(weights)))
+        print("\n" + _report(partial / "report.md", job, total, len({row["sample"] for row in each}), model or str(weights), clear))
     return total
 
 
@@ -137,12 +143,12 @@ def check_images(names: Sequence[str]) -> None:
 # ---- samples of shards ----
 
 
-def _of_shards(job: Job, index: Index, limit: int | None) -> Iterator[Sample]:
+def _of_shards(job: Job, index: Index, limit: int | None, clear: bool) -> Iterator[Sample]:
     """Centre crops of the model's size; a sample that cannot be read is left out, and told."""
     check_there(index, [name for name in job.inputs if modalities.get(name).is_image])
     wanted = (i for i in range(len(index)) if all(has(index, i, m) for m in job.inputs) and any(has(index, i, m) for m in job.to))
     chosen = list(itertools.islice(wanted, limit))
-    read, size = _readable(job, index, chosen), min(job.batch_size, len(chosen))
+    read, size = _readable(job, index, chosen, clear), min(job.batch_size, len(chosen))
     with tqdm(desc="samples", total=len(chosen), unit="sample", dynamic_ncols=True) as bar:
         while batch := list(itertools.islice(read, size)):
             made = _generated(job, padded(batch, size))
@@ -151,12 +157,16 @@ def _of_shards(job: Job, index: Index, limit: int | None) -> Iterator[Sample]:
             bar.update(len(batch))
 
 
-def _readable(job: Job, index: Index, chosen: Sequence[int]) -> Iterator[Sample]:
+def _readable(job: Job, index: Index, chosen: Sequence[int], clear: bool) -> Iterator[Sample]:
     side = job.network.module.config.image_size
     for i in chosen:
         there = [name for name in job.to if has(index, i, name)]
         try:
-            yield Sample(index.keys[i], *({m: center(index, i, m, side) for m in names} for names in (job.inputs, there)), made={})
+            inputs, truth = ({m: center(index, i, m, side) for m in names} for names in (job.inputs, there))
+            counting = views.read_clear(index, i, 0, side) if clear else None
+            if clear and counting is None:
+                raise DataError(f"Sample {index.keys[i]!r} has no cloud mask.", "missing")
+            yield Sample(index.keys[i], inputs, truth, {}, {} if counting is None else dict.fromkeys(there, counting))
         except DataError as error:
             print(f"Left out: {error}", flush=True)
 
@@ -277,7 +287,7 @@ def _rows(total: Mapping[str, Scores]) -> list[results.Row]:
     return rows
 
 
-def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model: str) -> str:
+def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model: str, clear: bool) -> str:
     total, source = {name: of for name, of in total.items() if not of.is_empty}, " + ".join(job.inputs)
     settings = ", ".join(f"{name} {value}" for name, value in {"seed": job.seed, **job.options}.items())
     ranges = ", ".join(f"{name} {next(iter(of.bands.values())).data_range:g}" for name, of in total.items() if of.bands)
@@ -296,6 +306,7 @@ def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model
         f"MAE, RMSE and bias (generated minus truth) are in the unit: {units}. PSNR and SSIM take as full scale: {ranges}."
         if units
         else "",
+        "Only pixels that the cloud mask calls clear count." if clear else "",
         " ".join(told),
         *(f"## By {kind}\n\n{results.table(rows)}" for kind, rows in parts.items() if rows),
         f"## Published\n\n{results.compared('generation', own)}" if own else "",

@@ -59,7 +59,11 @@ def measure(
         made = networks.denoise(module, variables, codes, noise, networks.plan(timesteps, "ddim"), clip="none")
     sums = {"images": weight.sum(), "loss": (loss * weight).sum(), "codes": usage(config, codes, weight)}
     compare = partial(_classes if config.is_class_map else _bands, config, weight, image)
-    sums |= {"made": compare(made), "blocks": compare(block_mean(config, image))}
+    blocks = block_mean(config, image)
+    sums |= {"made": compare(made), "blocks": compare(blocks)}
+    if "clear" in batch:
+        over_clear = partial(_clear_pixels, config, batch["clear"] & weight[:, None, None], image)
+        sums |= {"made_clear": over_clear(made), "blocks_clear": over_clear(blocks)}
     shown = (
         (image, made.argmax(-1)[..., None])
         if config.is_class_map
@@ -96,6 +100,14 @@ def _bands(config: networks.TokenizerConfig, weight: jax.Array, image: jax.Array
     return {name: (x * weight[:, None]).sum(0) for name, x in by_image.items()}
 
 
+def _clear_pixels(config: networks.TokenizerConfig, clear: jax.Array, image: jax.Array, made: jax.Array) -> dict[str, jax.Array]:
+    """By band ``[C]``: sums of absolute and squared error over the `clear` pixels ``[B, H, W]``; how many these are, and images' shares."""
+    _, std = modalities.statistics(config.modality)
+    difference = (made - image) * std * clear[..., None]
+    errors = {"absolute": jnp.abs(difference).sum((0, 1, 2)), "squared": jnp.square(difference).sum((0, 1, 2))}
+    return {**errors, "pixels": clear.sum(), "share": clear.mean((1, 2)).sum()}
+
+
 def data_range(modality: str) -> np.ndarray:
     """What counts as full scale for PSNR and SSIM, by band ``[C]``, in the modality's unit; six standard deviations if nothing is set."""
     _, std = modalities.statistics(modality)
@@ -130,8 +142,9 @@ def summarize(config: networks.TokenizerConfig, batches: Iterable[Mapping[str, A
 
     ``val/mae``, ``rmse`` (in the modality's unit), ``psnr`` and ``ssim``, over all bands and, where there are several, ``/BAND``; for
     class maps ``val/accuracy``, ``miou`` and ``iou/CLASS`` of the classes that occur. ``val/block_mean/...`` is what the block mean has.
-    ``val/codes`` is the share of the codebook that occurs and ``val/perplexity`` how many equally frequent codes would tell as much,
-    means over the codebooks.
+    ``val/clear/mae``, ``rmse`` and ``psnr`` are over the pixels that are clear of clouds, where samples carry a cloud mask, and
+    ``val/clear/share`` is how many of all these are. ``val/codes`` is the share of the codebook that occurs and ``val/perplexity`` how
+    many equally frequent codes would tell as much, means over the codebooks.
     """
     total: Any = None
     for one in batches:
@@ -141,10 +154,11 @@ def summarize(config: networks.TokenizerConfig, batches: Iterable[Mapping[str, A
     figures = partial(class_figures, config.modality) if config.is_class_map else partial(band_figures, config.modality, images)
     quality = {f"val/{name}": x for name, x in figures(total["made"]).items()}
     blocks = {f"val/block_mean/{name}": x for name, x in figures(total["blocks"]).items() if "/" not in name}
+    clear = clear_figures(config.modality, images, total) if total.get("made_clear", {}).get("pixels") else {}
     share = total["codes"] / np.maximum(total["codes"].sum(1, keepdims=True), 1)
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
     codes = {"val/codes": float((share > 0).mean()), "val/perplexity": float(np.exp(entropy).mean())}
-    return {"val/loss": float(total["loss"]) / images, **quality, **blocks, **codes}
+    return {"val/loss": float(total["loss"]) / images, **quality, **blocks, **clear, **codes}
 
 
 def class_figures(modality: str, sums: Mapping[str, np.ndarray]) -> Figures:
@@ -166,6 +180,15 @@ def band_figures(modality: str, images: float, sums: Mapping[str, np.ndarray]) -
     found = figures(*parts, float(scale.max()))
     for c, band in enumerate(names if len(names) > 1 else ()):
         found |= {f"{name}/{band}": x for name, x in figures(*(x[c] for x in parts), float(scale[c])).items()}
+    return found
+
+
+def clear_figures(modality: str, images: float, total: Mapping[str, Any]) -> Figures:
+    found = {"val/clear/share": float(total["made_clear"]["share"]) / images}
+    for prefix, sums in (("val/clear/", total["made_clear"]), ("val/clear/block_mean/", total["blocks_clear"])):
+        mae, mse = (sums[name].mean() / sums["pixels"] for name in ("absolute", "squared"))
+        own = {"mae": mae, "rmse": math.sqrt(mse), "psnr": metrics.psnr(math.sqrt(mse), float(data_range(modality).max()))}
+        found |= {prefix + name: float(x) for name, x in own.items()}
     return found
 
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from terramind_jax import checkpoint, declarations, files, flops, modalities, sampling, sharding
 from terramind_jax import config as configuration
 from terramind_jax import tokenizer as networks
+from terramind_jax.data import clouds
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.faults import Faults
 from terramind_jax.data.index import Index, has_split, open_index
@@ -257,8 +258,8 @@ def device_batches(
     """Batches of the whole mesh, of which this process loads its share; `consumed` is the position in the data.
 
     ``{"image": [B, S, S, C] as stored, "bad": [B], "position": [B, 2] uint32}``; a position is the sample's place in the whole run, in
-    two words, high and low. Checks configuration and data at once and reads when the first batch is asked for. `faults` are told of
-    bad samples.
+    two words, high and low. For validation of Sentinel-2 ``"clear"`` is as in `image_batches`. Checks configuration and data at once and
+    reads when the first batch is asked for. `faults` are told of bad samples.
     """
     host, hosts = sharding.host_share(mesh)
     batch_size = config.train.batch_size
@@ -274,12 +275,13 @@ def device_batches(
         image_size=side_read(config, index, train),
         train=train,
         threads=config.run.threads,
+        clear=not train and clouds.has_mask(config.model.modality),
     )
     share = faults.following(share) if faults else share
 
     def placed(step: int, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         position = sampling.seed_words(consumed + step * batch_size + np.arange(host, batch_size, hosts), batch_size // hosts)
-        return {"image": batch["image"], "bad": batch["bad"], "position": position}
+        return {name: batch[name] for name in ("image", "bad", "clear") if name in batch} | {"position": position}
 
     return (sharding.to_global(placed(step, batch), mesh) for step, batch in enumerate(share))
 

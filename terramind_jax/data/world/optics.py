@@ -10,15 +10,13 @@ import dataclasses
 
 import numpy as np
 
+from terramind_jax.data.clouds import CLOUD_SHADOW, LAND, OPEN_WATER, SNOW, THICK_CLOUD, THIN_CLOUD
 from terramind_jax.data.world import draws, spectra
 from terramind_jax.data.world.draws import MARGIN, PIXEL, sigmoid
 from terramind_jax.data.world.landcover import SNOW as SNOW_CLASS
 from terramind_jax.data.world.landcover import Cover
 from terramind_jax.data.world.place import Place
 from terramind_jax.data.world.terrain import Terrain
-
-# Codes of the `cloud_mask` array.
-LAND, OPEN_WATER, SNOW, THIN_CLOUD, THICK_CLOUD, CLOUD_SHADOW, NO_DATA = range(7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +181,7 @@ def _derived(s2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def cloud_mask(cover: Cover, sky: Sky) -> np.ndarray:
-    """``[S, S]`` uint8: land, open water, snow, thin cloud, thick cloud, cloud shadow (codes of this module)."""
+    """``[S, S]`` uint8: land, open water, snow, thin cloud, thick cloud, cloud shadow (codes of `data.clouds`)."""
     mask = np.full(cover.classes.shape, LAND, np.uint8)
     mask[cover.water] = OPEN_WATER
     mask[cover.classes == SNOW_CLASS] = SNOW

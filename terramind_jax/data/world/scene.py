@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from terramind_jax.data import clouds
 from terramind_jax.data.world import draws, landcover, optics, place, radar, terrain
 
 SUBSETS = ("majortom", "ssl4eos12")
@@ -59,7 +60,7 @@ def scene(seed: int, index: int, split: str = "train", size: int = 264) -> Scene
     sar = "S1GRD" if subset == "ssl4eos12" else "S1RTC"
     arrays[sar], truth[sar] = radar.product(rng["radar"], here, ground, cover, size, grd=sar == "S1GRD")
     arrays["DEM"] = np.rint(ground.elevation)[None].astype(np.int16)
-    arrays["LULC"] = landcover.annual_map(rng["cover"], cover.classes, mask == optics.THICK_CLOUD)[None]
+    arrays["LULC"] = landcover.annual_map(rng["cover"], cover.classes, mask == clouds.THICK_CLOUD)[None]
     optical = place.nanoseconds(here)
     times = dict.fromkeys(arrays, optical) | {sar: optical + here.radar_days * _DAY, "DEM": 0}
     return Scene(
