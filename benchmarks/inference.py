@@ -26,6 +26,7 @@ import process
 
 PARITY = Path(__file__).parent.parent / "tests" / "parity"
 TARGETS = ["S1GRD", "LULC", "DEM", "NDVI"]
+THOUGHTS = ["LULC", "NDVI"]
 STEPS = 10  # of a diffusion decoder
 
 CASES = {
@@ -34,6 +35,8 @@ CASES = {
     "S2L2A encode": ("encode", 1),
     f"S2L2A decode, {STEPS} steps": ("decode", 1),
     f"S2L2A to {', '.join(TARGETS)}, {STEPS} steps": ("generate", 1),
+    f"TiM: features of S2L2A and generated {', '.join(THOUGHTS)}": ("think", 1),
+    f"TiM: features of S2L2A and generated {', '.join(THOUGHTS)}, batch 8": ("think", 8),
 }
 
 
@@ -52,6 +55,9 @@ def ours(work: str, batch: int, size: int) -> Callable[[], object]:
     if work == "generate":
         model = tm.load("terramind_v1_base_generate", "random", modalities=["S2L2A"], output_modalities=TARGETS)
         return lambda: model.generate({"S2L2A": x["S2L2A"]}, timesteps=STEPS)
+    if work == "think":
+        model = tm.load("terramind_v1_base_tim", "random", modalities=["S2L2A"], tim_modalities=THOUGHTS)
+        return lambda: model({"S2L2A": x["S2L2A"]})
     model = tm.load("terramind_v1_tokenizer_s2l2a", "random")
     tokens = np.random.default_rng(1).integers(0, model.module.config.codebook_size, (batch, size // 16, size // 16))
     return (lambda: model.encode(x["S2L2A"])) if work == "encode" else (lambda: model.decode(tokens, timesteps=STEPS))
@@ -69,6 +75,9 @@ def peers(work: str, batch: int, size: int) -> Callable[[], object]:
         return lambda: model(dict(x))
     if work == "generate":
         model = peer.build("terramind_v1_base_generate", modalities=["S2L2A"], output_modalities=TARGETS, timesteps=STEPS)
+        return lambda: model({"S2L2A": x["S2L2A"]})
+    if work == "think":
+        model = peer.build("terramind_v1_base_tim", modalities=["S2L2A"], tim_modalities=THOUGHTS)
         return lambda: model({"S2L2A": x["S2L2A"]})
     model = peer.build("terramind_v1_tokenizer_s2l2a")
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 15360, (batch, size // 16, size // 16)))
