@@ -14,12 +14,15 @@ from pathlib import Path
 
 
 class Faults:
-    """What the server does wrong from now on: `errors` and `stalls` are shares of the requests, `latency` and `stall` seconds."""
+    """What the server does wrong from now on: `errors` and `stalls` are shares of the requests, `latency` and `stall` seconds.
+
+    `sent` are the bytes that it has sent.
+    """
 
     def __init__(self) -> None:
         self.latency, self.errors, self.stalls, self.stall, self.forbidden = 0.0, 0.0, 0.0, 3.0, False
         self.requests, self.failed, self.random = itertools.count(), itertools.count(), random.Random(0)
-        self.at_once, self.most_at_once, self.lock = 0, 0, threading.Lock()
+        self.at_once, self.most_at_once, self.sent, self.lock = 0, 0, 0, threading.Lock()
 
     def enter(self, change: int) -> None:
         """One request more, or less, that is being answered."""
@@ -81,6 +84,8 @@ def serve(root: Path) -> Iterator[tuple[str, Faults]]:
                 self.send_header("ETag", tag)
             self.end_headers()
             if send:
+                with faults.lock:
+                    faults.sent += len(body)
                 self.wfile.write(body)
 
     class Server(http.server.ThreadingHTTPServer):

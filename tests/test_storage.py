@@ -1,5 +1,6 @@
 """The reader on a local object store: the same samples as from the disk, whatever latency, errors and stalls do."""
 
+import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,8 +8,8 @@ import numpy as np
 import object_store
 import pytest
 
-from terramind_jax import cli
-from terramind_jax.data import scan, storage
+from terramind_jax import cli, modalities
+from terramind_jax.data import masks, pipeline, scan, storage
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
@@ -59,10 +60,35 @@ def test_a_remote_store_is_indexed_once_and_read_by_ranges(served, local, capsys
     assert next(faults.requests) - before <= 3, "opening lists no shards"
     same_as_local(index, local)
     same_as_local(pickle.loads(pickle.dumps(index)), local)
-    index.read_nearby(1 << 20)
+    index.read_nearby(64)
     before = next(faults.requests)
     same_as_local(index, local, threads=1)
     assert next(faults.requests) - before <= 8, "neighbours share a request"
+
+
+@pytest.mark.parametrize(("window", "kept", "grouped"), [(8, 1 << 20, True), (24, 1 << 20, True), (24, 1 << 16, False)])
+def test_a_shuffle_window_reads_neighbours_together(served, local, monkeypatch, window, kept, grouped):
+    """Of a store and with threads, in few requests and hardly more bytes; what does not fit into memory is read sample by sample."""
+    address, faults = served
+    scan.open_table(local, "train")
+    monkeypatch.setattr(storage, "_REQUEST", 1 << 15)  # samples are smaller than those of TerraMesh
+    monkeypatch.setattr(storage, "KEPT", kept)
+    index, config = open_index(address, "train", ["S2L2A"]), pipeline.DataConfig(image_size=32, shuffle_window=window)
+    streams = [modalities.input_stream("S2L2A")], [modalities.STREAMS["coords"]]
+    batches = pipeline.make_dataset(index, *streams, config, masks.MaskConfig(4, 4), batch_size=4)
+    sent, requests = faults.sent, next(faults.requests)
+    with ThreadPoolExecutor(3) as pool:
+        seen = np.concatenate(list(pool.map(lambda k: batches[k]["sample"], range(N // 4))))
+    assert sorted(seen) == list(range(N))
+    assert faults.sent - sent < 2 * index.stored_bytes()
+    assert (next(faults.requests) - requests < N) == grouped
+
+
+def test_blocks_pay_only_where_a_process_reads_enough_of_them():
+    assert storage.block_size(450_000, 256, 1) == 28_800_000
+    assert storage.block_size(450_000, 256, 64) == 0  # of 256 samples a process reads four
+    assert storage.block_size(4_000, 256, 8) > 0 == storage.block_size(4_000, 256, 64)
+    assert storage.block_size(450_000, 4, 1) == 0
 
 
 def test_an_index_beside_the_shards_is_taken(served, local):
@@ -98,6 +124,28 @@ def test_what_a_store_refuses_for_good_is_not_tried_again(served, local):
     assert next(faults.requests) - before == 2
     with pytest.raises(PermissionError, match="may not be read"):
         scan.open_table(address, "train", rebuild=True)
+
+
+def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
+    """Samples of the same sizes in another order: none is taken for another."""
+    address, _ = served
+    path, tokens = local / "train" / "LULC" / "x_shard_000000.tar", np.zeros((10, 2, 2), np.uint16)
+    for order in (1, -1):
+        for suffix, folder in ((".zarr.zip", "LULC"), (".npy", "LULC_tokens")):
+            with ShardWriter(local, "train", folder, "x", 0) as shard:
+                for i in range(0, N, 3)[::order]:
+                    buffer = io.BytesIO()
+                    np.save(buffer, tokens + i)
+                    pixels = write_sample({"bands": np.full((1, 1, 32, 32), i, np.uint8)})
+                    shard.add(f"k{i:02d}", pixels if suffix == ".zarr.zip" else buffer.getvalue(), suffix)
+        if order == 1:
+            scan.open_table(address, "train", rebuild=True)
+            index = open_index(address, "train")
+            assert (index.read(3, "LULC") == 3).all() and (index.tokens(3, "LULC") == 3).all()
+    assert path.exists()
+    for read in (index.read, index.read_all, index.tokens):
+        with pytest.raises(DataError, match="sample 'k03' is not where it was when the shard was indexed; index it again"):
+            read(3, "LULC")
 
 
 def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch):

@@ -20,7 +20,6 @@ from terramind_jax.modalities import IMAGE_SIZE, MODALITIES, PATCH_SIZE, Stream
 
 PADDING = 255  # stream index of an empty slot
 FAULT = "S32"  # holds any modality and reason
-_BLOCK = 8 << 20  # bytes that a remote store sends at once where neighbours are read together
 _INPUTS = ("input_modality", "input_position", "input_id")
 _TARGETS = ("target_modality", "target_position", "target_input", "target_id")
 
@@ -291,7 +290,7 @@ class ViewGroups:
         if train and config.shuffle_window:
             parts = np.split(self.samples, np.cumsum(self.sizes)[:-1])
             self.samples = np.concatenate([index.in_storage_order(part) for part in parts])
-            index.read_nearby(_BLOCK)
+            index.read_nearby(config.shuffle_window, readers)
         self.capacity = patch_capacity(self.encoder, self.plan, usable.patterns, config)
         self.views = config.views_per_sample if train else 1
         self.memo = _Memo(-(-(self.views - 1) * config.view_window // readers))

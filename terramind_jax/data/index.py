@@ -16,14 +16,15 @@ import numpy as np
 
 from terramind_jax import declarations
 from terramind_jax import modalities as registry
-from terramind_jax.data import clouds, layout, scan, storage, table, zips
+from terramind_jax.data import clouds, layout, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.shards import read_attributes, read_sample
+from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX, read_attributes, read_sample
 from terramind_jax.data.table import Table
 
 if TYPE_CHECKING:
     from terramind_jax.geo import Place
 
+_NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
 
 
@@ -66,6 +67,7 @@ class _Column:
         self.folder, self.rows = storage.join(parent, name), rows
         self.shards = [s[0] for s in found.meta["shards"][name]]
         self.shard, self.offset, self.size, self.start, self.length, self.layout = (found.arrays[f"{name}/{f}"] for f in scan.FIELDS)
+        self.block = 0  # bytes that are read at once of a remote store, 0: a sample's own
 
     def row(self, i: int) -> int:
         """The row of location `i`, -1 if the file does not know it."""
@@ -73,6 +75,11 @@ class _Column:
 
     def path(self, i: int) -> str:
         return storage.join(self.folder, self.shards[self.shard[self.row(i)]])
+
+    def mean_size(self) -> float:
+        """Bytes of a sample in its tar."""
+        sizes = self.sizes()
+        return float(sizes.sum(dtype=np.int64)) / max(int(np.count_nonzero(sizes)), 1)
 
     def sizes(self) -> np.ndarray:
         return self.size if self.rows is None else np.where(self.rows < 0, 0, self.size[self.rows])
@@ -113,10 +120,10 @@ class Index:
         self._coordinates, self._rows = joined.arrays["coordinates"], rows
         self._layouts = [layout.parse_bytes("bands", text.encode()) for text in pixels.meta["layouts"]]
         self._stores = {False: storage.store(root), True: storage.store(tokens_root)}
-        self._block = 0
+        self._nearby = 0, 1
 
     def __reduce__(self):
-        return _reopen, (*self._opened, self._block, declarations.of(self.modalities))
+        return _reopen, (*self._opened, self._nearby, declarations.of(self.modalities))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -139,11 +146,18 @@ class Index:
                     f"{self.keys[0]!r}; tokenize these shards, or point to the tokens that were made from them."
                 )
 
-    def read_nearby(self, block: int) -> None:
-        """From now on reads remote pixels in blocks of so many bytes, for an order that visits neighbours together; 0 undoes it."""
-        self._block = block
-        if isinstance(self._stores[False], storage.RemoteStore):
-            self._stores[False] = storage.RemoteStore(self._stores[False].url, block)
+    def read_nearby(self, window: int, readers: int = 1) -> None:
+        """Tells that `window` neighbours in the shards are visited together, by so many processes in turns; 0 undoes it.
+
+        What of a remote store is then cheaper to read in blocks is read so, see `storage.block_size`.
+        """
+        self._nearby = window, readers
+        room = storage.KEPT
+        columns = (*self._pixels.values(), *self._tokens.values())
+        for column in sorted(columns, key=_Column.mean_size):
+            block = storage.block_size(column.mean_size(), window, readers)
+            room -= storage.BLOCKS_IN_USE * block
+            column.block = block if room >= 0 else 0
 
     def in_storage_order(self, samples: np.ndarray) -> np.ndarray:
         """`samples` as they lie in the shards of the first modality, those without it last."""
@@ -322,22 +336,28 @@ class Index:
             raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.", "missing")
         return column
 
-    def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> bytes:
+    def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> memoryview:
         """The whole sample as it lies in its tar."""
         column = self._column(columns, i, modality)
         return self._read(columns, i, modality, 0, int(column.size[column.row(i)]))
 
-    def _read(self, columns: dict[str, _Column], i: int, modality: str, start: int, size: int) -> bytes:
-        """`size` bytes of a sample from its byte `start`."""
+    def _read(self, columns: dict[str, _Column], i: int, modality: str, start: int, size: int) -> memoryview:
+        """`size` bytes of a sample from its byte `start`; a `DataError` if another sample lies there by now."""
         column = columns[modality]
+        before = start + tars.BLOCK if start <= _NEAR else 0  # of the sample's header in the tar, which comes along where it is near
         try:
-            payload = self._stores[columns is self._tokens].read(column.path(i), int(column.offset[column.row(i)]) + start, size)
+            at = int(column.offset[column.row(i)]) + start - before
+            payload = memoryview(self._stores[columns is self._tokens].read(column.path(i), at, before + size, column.block))
         except OSError as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else "unreachable"
             raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror or error}).", reason) from error
-        if len(payload) != size:
-            raise DataError(f"{self._where(columns, i, modality)} ends early: {len(payload)} of {size} bytes; index it again.")
-        return payload
+        if len(payload) != before + size:
+            there = max(len(payload) - before, 0)
+            raise DataError(f"{self._where(columns, i, modality)} ends early: {there} of {size} bytes; index it again.")
+        name = self.keys.raw(i) + (TOKEN_SUFFIX if columns is self._tokens else SAMPLE_SUFFIX).encode()
+        if before and not tars.is_header_of(payload[: tars.BLOCK], name):
+            raise DataError(f"{self._where(columns, i, modality)} is not where it was when the shard was indexed; index it again.")
+        return payload[before:]
 
     def _where(self, columns: dict[str, _Column], i: int, modality: str) -> str:
         return f"{columns[modality].path(i)}: sample {self.keys[i]!r}"
@@ -435,7 +455,7 @@ def _reopen(
     files: tuple[str, str],
     tokens_root: str,
     ids: tuple[str, str],
-    block: int,
+    nearby: tuple[int, int],
     own: Mapping[str, Mapping[str, Any]],
 ) -> Index:
     """What unpickling does: maps the files that the index was made of, and no others, and declares the user's own modalities."""
@@ -444,5 +464,5 @@ def _reopen(
     if tuple(t.meta.get("id") for t in tables) != ids:
         raise DataError(f"The index of {storage.join(root, split)} was built anew while it was in use; open it again.")
     index = Index(root, split, modalities, files, tokens_root, tables)
-    index.read_nearby(block)
+    index.read_nearby(*nearby)
     return index

@@ -66,7 +66,7 @@ class Records:
         """Bytes of all records, with all that they hold."""
         return self._open().dataset_info.splits[self.split].num_bytes
 
-    def read_nearby(self, block: int) -> None:
+    def read_nearby(self, window: int, readers: int = 1) -> None:
         """A disk needs no help with an order that visits neighbours together."""
 
     def in_storage_order(self, samples: np.ndarray) -> np.ndarray:

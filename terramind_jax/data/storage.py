@@ -13,6 +13,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from terramind_jax.files import is_remote
@@ -20,6 +21,9 @@ from terramind_jax.files import is_remote
 _OPEN_FILES = 256  # TerraMesh has about 7,000 shards; more than a process may hold open
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.1, 10.0  # seconds; pauses double, and vary so that workers do not come back all at once
 TIMEOUT = 30.0  # seconds without an answer after which a request is made again
+KEPT = 256 << 20  # bytes of blocks that a process keeps of a store
+BLOCKS_IN_USE = 10  # of each folder at most: a window of samples lies in five, and the next one is read ahead
+_REQUEST = 1 << 20  # bytes that are sent in the time that a request takes besides
 
 
 class Object(NamedTuple):
@@ -50,8 +54,8 @@ class LocalStore:
     def __reduce__(self):
         return LocalStore, ()
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`: fewer where the file ends."""
+    def read(self, path: str, offset: int, size: int, block: int = 0) -> bytes:
+        """At most `size` bytes from `offset`: fewer where the file ends. A disk needs no blocks."""
         opened = self._open(path)  # held until the read is over: another thread may evict it meanwhile
         return os.pread(opened.number, size, offset)
 
@@ -71,44 +75,56 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A store reached through fsspec. Requests that fail or stall are made again; what it refuses for good is an error at once.
+    """A store reached through fsspec. Requests that fail or stall are made again; what it refuses for good is an error at once."""
 
-    ``block > 0`` reads whole blocks of so many bytes and keeps the last few: for reads that lie near each other in place and time.
-    """
-
-    def __init__(self, url: str, block: int = 0, blocks: int = 16) -> None:
+    def __init__(self, url: str) -> None:
         import fsspec  # loads slowly, and local data needs none of it
 
-        self.url, self.block, self.blocks = url, block, blocks
+        self.url = url
         try:
             self._files, _ = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise ImportError(f"{url} cannot be read: {error}; install terramind-jax with the extra of that store.") from error
-        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int, int], Future[bytes]] = OrderedDict()  # the last blocks that were asked for
+        self._kept_bytes, self._lock = 0, threading.Lock()
 
     def __reduce__(self):
-        return RemoteStore, (self.url, self.block, self.blocks)
+        return RemoteStore, (self.url,)
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`: fewer where the object ends."""
-        if not self.block:
+    def read(self, path: str, offset: int, size: int, block: int = 0) -> bytes:
+        """At most `size` bytes from `offset`: fewer where the object ends.
+
+        With a `block` the object is read in whole blocks of so many bytes, of which the last ones are kept, `KEPT` bytes together: for
+        reads that lie near each other in place and time.
+        """
+        if not block:
             return self._fetch(path, offset, size)
-        first, last = offset // self.block, (offset + max(size, 1) - 1) // self.block
-        data = b"".join(self._read_block(path, b) for b in range(first, last + 1))
-        return data[offset - first * self.block :][:size]
+        first, last = offset // block, (offset + max(size, 1) - 1) // block
+        data = b"".join(self._read_block(path, number, block) for number in range(first, last + 1))
+        return data[offset - first * block :][:size]
 
-    def _read_block(self, path: str, number: int) -> bytes:
+    def _read_block(self, path: str, number: int, block: int) -> bytes:
+        """A block that another thread has begun to read is waited for."""
+        key = path, number, block
         with self._lock:
-            if (path, number) in self._kept:
-                self._kept.move_to_end((path, number))
-                return self._kept[path, number]
-        data = self._fetch(path, number * self.block, self.block)
-        with self._lock:
-            self._kept[path, number] = data
-            while len(self._kept) > self.blocks:
-                self._kept.popitem(last=False)
-        return data
+            found, mine = self._kept.get(key), Future()
+            if found is None:
+                self._kept[key], self._kept_bytes = mine, self._kept_bytes + block
+                while self._kept_bytes > KEPT and len(self._kept) > 1:
+                    (*_, size), _ = self._kept.popitem(last=False)
+                    self._kept_bytes -= size
+            else:
+                self._kept.move_to_end(key)
+        if found is not None:
+            return found.result()
+        try:
+            mine.set_result(self._fetch(path, number * block, block))
+        except BaseException as error:
+            with self._lock:  # the next one who asks tries again
+                if self._kept.pop(key, None) is not None:
+                    self._kept_bytes -= block
+            mine.set_exception(error)
+        return mine.result()
 
     def _fetch(self, path: str, offset: int, size: int) -> bytes:
         if not size:
@@ -174,6 +190,16 @@ class RemoteStore:
             return getattr(self._files, name)(*arguments, **options)
 
         return with_retries(call, path)
+
+
+def block_size(sample: float, window: int, readers: int) -> int:
+    """Bytes that are best read at once where `window` neighbours of so many bytes each are visited together; 0: each by itself.
+
+    A reader visits only one in `readers` of a window's samples, but its blocks, a quarter of a window each, hold them all.
+    """
+    block = max(int(window * sample / 4), 1)
+    singly, in_blocks = window / readers * (_REQUEST + sample), 5 * (_REQUEST + block)
+    return block if in_blocks < singly else 0
 
 
 def with_retries(call: Callable[[], Any], path: str) -> Any:

@@ -9,7 +9,8 @@ from terramind_jax.data.errors import DataError
 
 Read = Callable[[int, int], bytes]  # (offset, size) -> at most so many bytes
 
-_BLOCK = 512
+BLOCK = 512  # bytes of a header, which lies right before its member
+_NAME = 100  # of which the name takes so many at most
 
 
 def scan_tar(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
@@ -25,14 +26,14 @@ def scan(path: str | os.PathLike, read: Read, end: int) -> Iterator[tuple[str, i
     """As `scan_tar`, of a tar of `end` bytes that `read` reads."""
     offset, override = 0, {}
     while True:
-        header = read(offset, _BLOCK)
-        if len(header) < _BLOCK:
+        header = read(offset, BLOCK)
+        if len(header) < BLOCK:
             raise DataError(f"{path} is truncated: it ends at byte {end} without the end mark of a tar; delete it or copy it again.")
         if not any(header):
             return
         name, size, kind = _parse_header(header, path, offset)
         size = _size(override["size"], path) if "size" in override and kind not in b"xgLK" else size
-        start = offset + _BLOCK
+        start = offset + BLOCK
         if start + size > end:
             raise DataError(
                 f"{path} is truncated: member {override.get('path', name)!r} needs {start + size} bytes and the file has {end}; "
@@ -44,7 +45,13 @@ def scan(path: str | os.PathLike, read: Read, end: int) -> Iterator[tuple[str, i
             if kind in b"0\0":
                 yield override.get("path", name), start, size
             override = {}
-        offset = start + -(-size // _BLOCK) * _BLOCK
+        offset = start + -(-size // BLOCK) * BLOCK
+
+
+def is_header_of(header: bytes, name: bytes) -> bool:
+    """Whether a header may be that of a member whose path ends with `name`: a name that it had to cut or recode is not held against it."""
+    stored = bytes(header[:_NAME]).split(b"\0")[0]
+    return len(stored) == _NAME or not name.isascii() or stored.rsplit(b"/", 1)[-1] == name
 
 
 def _parse_header(header: bytes, path: str | os.PathLike, offset: int) -> tuple[str, int, bytes]:
@@ -55,7 +62,7 @@ def _parse_header(header: bytes, path: str | os.PathLike, offset: int) -> tuple[
         stored, size = -1, 0
     if stored != checksum or size < 0:
         raise DataError(f"{path} is damaged: there is no tar header at byte {offset}; delete it or copy it again.")
-    name = header[:100].split(b"\0")[0]
+    name = header[:_NAME].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return (prefix + b"/" * bool(prefix) + name).decode("utf-8", "surrogateescape"), size, header[156:157]
 

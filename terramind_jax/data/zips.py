@@ -65,7 +65,7 @@ def span(members: Mapping[str, Member], names: Collection[str]) -> tuple[int, in
     return (start, end - start) if end - start <= 1.25 * sum(m.end - m.offset for m in wanted) + 4096 else (0, 0)
 
 
-def split(piece: bytes) -> dict[str, memoryview]:
+def split(piece: bytes | memoryview) -> dict[str, memoryview]:
     """The members of a piece that begins where a member does. One whose checksum does not agree is a ValueError."""
     view, found, at = memoryview(piece), {}, 0
     while at + _LOCAL.size <= len(piece):
@@ -74,7 +74,7 @@ def split(piece: bytes) -> dict[str, memoryview]:
         if signature != b"PK\3\4" or start + size > len(piece):
             break
         member = view[start : start + size]
-        key = piece[at + _LOCAL.size : at + _LOCAL.size + name].decode("utf-8", "replace")
+        key = bytes(view[at + _LOCAL.size : at + _LOCAL.size + name]).decode("utf-8", "replace")
         if zlib.crc32(member) != checksum:
             raise ValueError(f"the checksum of {key!r} does not agree")
         found[key], at = member, start + size
