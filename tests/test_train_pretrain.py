@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -202,6 +204,25 @@ def test_what_cannot_work_is_one_sentence(root, finished, tmp_path):
     config.model.dim = 128
     with pytest.raises(ValueError, match=r"holds a run with model\.dim=64, not 128"):
         pretrain.train(config, finished)
+
+
+def test_a_run_goes_on_with_its_own_samples_only(root, finished, tmp_path):
+    """As many of them with other keys, too; whoever wants others says so."""
+    workdir, other = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(finished, workdir)
+    shutil.copytree(root, other)
+    for folder in ("DEM", "LULC", "DEM_tokens", "LULC_tokens"):
+        path = other / "train" / folder / "tiny_shard_000001.tar"
+        with tarfile.open(path, "w") as tar, tarfile.open(root / "train" / folder / path.name) as old:
+            for member in old:
+                content = old.extractfile(member)
+                member.name = member.name.replace("s011", "s111")
+                tar.addfile(member, content)
+    config = tiny_run.pretraining(other)
+    with pytest.raises(ValueError, match=r"is trained on 12 samples, and config.data.root has 12 with other keys .* delete .*data.json"):
+        pretrain.train(config, workdir)
+    (workdir / "data.json").unlink()
+    pretrain.train(config, workdir)
 
 
 def test_a_refused_start_leaves_the_workdir_free(root, tmp_path, monkeypatch):

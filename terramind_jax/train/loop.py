@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import tempfile
@@ -32,6 +34,8 @@ from terramind_jax.data.index import Index
 from terramind_jax.train import state
 from terramind_jax.train.logging import Writer
 from terramind_jax.train.meter import Meter
+
+DATA = "data.json"  # which samples a run is trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +170,28 @@ def _shared(config: ConfigDict) -> bytes:
     return configuration.to_json(config).encode()
 
 
+def bind_data(index: Index, workdir: str | os.PathLike, *, write: bool = True) -> None:
+    """Ties `workdir` to its training samples: a ValueError for others, among which a position would mean another sample.
+
+    `write` is False on all processes but the first.
+    """
+    path = files.folder(workdir) / DATA
+    own = {"samples": len(index), "digest": hashlib.sha256(_content(index)).hexdigest()}
+    if path.exists() and (old := json.loads(path.read_text())) != own:
+        raise ValueError(
+            f"{workdir} is trained on {old['samples']} samples, and config.data.root has {own['samples']} with other keys or modalities; "
+            f"continue with the same shards, or delete {path} to go on with these in an order of their own."
+        )
+    if write:
+        files.write_text(path, json.dumps(own))
+
+
 def _content(index: Index | None) -> bytes:
     """What decides the order of samples and what is known of each."""
-    return b"" if index is None else np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()
+    if index is None:
+        return b""
+    keys = hashlib.sha256(np.ascontiguousarray(index.keys.raw(slice(None)))).digest()
+    return keys + np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()
 
 
 def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:

@@ -63,6 +63,7 @@ def train(
     tx = optimizer.adamw(config.optimizer)
     given = initial_variables(config, module, workdir, initial)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
+    loop.bind_data(index, workdir, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     init = partial(networks.init, module)
     train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, initial=given)
