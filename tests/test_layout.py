@@ -84,3 +84,20 @@ def test_only_known_codecs_are_built():
     with pytest.raises(DataError, match="codec 'sharding_indexed', expected one of blosc"):
         layout.parse("a", meta | {"codecs": [{"name": "sharding_indexed"}]})
     assert layout.parse_bytes("a", b"{}") is None and layout.parse_bytes("a", b"[") is None
+
+
+def test_decoding_into_memory_that_is_there():
+    """What fits is decoded into it, of whatever codec; what does not is left as it was."""
+    from terramind_jax.data.shards import write_sample
+
+    array = np.arange(2 * 5 * 7, dtype=np.uint16).reshape(1, 2, 5, 7)
+    payload = write_sample({"bands": array})
+    with zipfile.ZipFile(io.BytesIO(payload)) as z:
+        found = layout.parse_bytes("bands", z.read("bands/.zarray"))
+        chunks = {name: z.read(name) for name, _ in found.members()}
+    out = np.zeros((2, 5, 7), np.uint16)
+    made = found.assemble(chunks, out)
+    assert np.may_share_memory(made, out) and (out == array[0]).all() and (made == array).all()
+    for other in (np.zeros((2, 5, 7), np.int16), np.zeros((2, 5, 8), np.uint16), np.zeros((4, 5, 7), np.uint16)[::2]):
+        made = found.assemble(chunks, other)
+        assert (made == array).all() and not other.any()

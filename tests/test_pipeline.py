@@ -55,7 +55,7 @@ class MemoryIndex:
     def patches(self, *what):
         """Only whole images are here."""
 
-    def read(self, i, modality):
+    def read(self, i, modality, out=None):
         assert self.available[i, NAMES.index(modality)], "read what is not there"
         self.reads[i, modality] += 1
         if i in self.bad or (i, modality) in self.bad:
@@ -231,7 +231,7 @@ def test_a_bad_sample_is_logged_once(caplog):
 class Spoiled(MemoryIndex):
     """Sample 3 has a class and a token that do not exist."""
 
-    def read(self, i, modality):
+    def read(self, i, modality, out=None):
         array = super().read(i, modality).copy()
         array[..., 0] = 10 if (i, modality) == (3, "LULC") else array[..., 0]
         return array
@@ -464,7 +464,7 @@ def test_variant_images_cover_all_variants_in_index_order():
 
 def test_pixels_that_are_not_finite_make_a_sample_bad():
     index, read = MemoryIndex(2), MemoryIndex.read
-    index.read = lambda i, m: (
+    index.read = lambda i, m, out=None: (
         np.where(np.arange(TILE)[:, None, None] >= 0, np.nan, read(index, i, m)) if m == "S1GRD" else read(index, i, m)
     )
     batch = next(pipeline.image_batches(index, "S1GRD", batch_size=1, image_size=SIZE, threads=0))

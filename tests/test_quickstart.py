@@ -50,7 +50,7 @@ def test_baselines_see_one_pixel(tmp_path):
         def __len__(self):
             return 2
 
-        def read(self, i, modality):
+        def read(self, i, modality, out=None):
             image = 2.0 * np.random.default_rng(i).integers(0, 1500, (224, 224, 12))
             return image if modality == "S2L2A" else image[..., 2:3] / 2 + 10
 

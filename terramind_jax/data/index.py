@@ -170,9 +170,13 @@ class Index:
 
     # -- reading one sample
 
-    def read(self, i: int, modality: str) -> np.ndarray:
-        """[H, W, C] in the stored dtype: a read-only view, bands last, the first time step. `DataError` if it cannot be read."""
-        return self._tile(i, modality, self._bands(i, modality))
+    def read(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
+        """[H, W, C] in the stored dtype: a view, bands last, the first time step. `DataError` if it cannot be read.
+
+        Where the pixels fit into `out`, a contiguous array of their type and number, they are decoded into it, ``[C, H, W]`` in memory,
+        and the result is a view of it: batches of whole tiles need no copy.
+        """
+        return self._tile(i, modality, self._bands(i, modality, out))
 
     def patches(self, i: int, modality: str, variant: int, image_size: int, positions: np.ndarray) -> None:
         """Shards hold whole images; only prepared data can hold patches by themselves (`records.Records.patches`)."""
@@ -202,7 +206,7 @@ class Index:
             raise DataError(f"{where} has 'bands' of type {bands.dtype}, expected real numbers.", "value")
         return np.moveaxis(bands, 0, -1)
 
-    def _bands(self, i: int, modality: str) -> np.ndarray | None:
+    def _bands(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray | None:
         """From their own bytes alone where the index knows them, else from the whole zip."""
         column = self._column(self._pixels, i, modality)
         row = column.row(i)
@@ -214,7 +218,7 @@ class Index:
             chunks = zips.split(piece)
             if any(member not in chunks for member, _ in found.members()):
                 raise ValueError("its chunks are not where they were when the shard was indexed")
-            return found.assemble(chunks)
+            return found.assemble(chunks, out)
         except DataError as error:
             raise DataError(f"{self._where(self._pixels, i, modality)} {error}.") from error
         except Exception as error:  # codecs raise RuntimeError, zlib.error, ...

@@ -39,13 +39,17 @@ class Layout:
             place = self.separator.join([self.prefix] * bool(self.prefix) + [str(p) for p in position])
             yield f"{self.name}/{place or '0'}", position
 
-    def assemble(self, chunks: Mapping[str, bytes]) -> np.ndarray:
-        """The array, in the machine's byte order, from its encoded chunks by name; the fill value where one is missing."""
+    def assemble(self, chunks: Mapping[str, bytes], out: np.ndarray | None = None) -> np.ndarray:
+        """The array, in the machine's byte order, from its encoded chunks by name; the fill value where one is missing.
+
+        It is decoded into `out` if that is a contiguous array of its type and number of values, and the array is one chunk.
+        """
         native = self.dtype.newbyteorder("=")
         if self.shape == self.chunks:  # the common case: one chunk, no copy
             member, _ = next(self.members())
             if member in chunks:
-                return self._decode(member, chunks[member]).astype(native, copy=False)
+                same = out is not None and (out.dtype, out.size) == (self.dtype, math.prod(self.shape)) and out.flags.c_contiguous
+                return self._decode(member, chunks[member], out if same else None).astype(native, copy=False)
         out = np.empty(self.shape, native)
         if any(member not in chunks for member, _ in self.members()):
             out[...] = self.fill
@@ -59,11 +63,12 @@ class Layout:
         """Bytes of an encoded chunk that no sound one exceeds."""
         return 2 * math.prod(self.chunks) * self.dtype.itemsize + 4096
 
-    def _decode(self, member: str, data: Any) -> np.ndarray:
+    def _decode(self, member: str, data: Any, out: np.ndarray | None = None) -> np.ndarray:
         if len(data) > self.most():
             raise DataError(f"has a chunk {member!r} larger than its array allows")
-        for decoder in self.decoders:
-            data = decoder.decode(data)
+        for number, decoder in enumerate(self.decoders, 1):
+            into = {"out": out.reshape(-1).view(np.uint8)} if out is not None and number == len(self.decoders) else {}
+            data = decoder.decode(data, **into)
         array = np.frombuffer(data, np.uint8)
         if array.size != math.prod(self.chunks) * self.dtype.itemsize:
             raise DataError(f"has a chunk {member!r} of {array.nbytes} bytes, expected {math.prod(self.chunks) * self.dtype.itemsize}")

@@ -72,8 +72,8 @@ class Records:
     def in_storage_order(self, samples: np.ndarray) -> np.ndarray:
         return np.sort(samples)
 
-    def read(self, i: int, modality: str) -> np.ndarray:
-        """[H, W, C] in the stored dtype. `DataError` if it is not there, or could not be read when the data were prepared."""
+    def read(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
+        """[H, W, C] in the stored dtype, never in `out`. `DataError` if it is not there, or could not be read when prepared."""
         found = self._record(i)
         if not found["available"].get(modality):
             raise DataError(f"{self._where(i)} has no {modality}, or none that could be read when it was prepared.")
