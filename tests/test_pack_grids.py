@@ -204,4 +204,4 @@ def test_a_grid_of_10_metres_keeps_every_byte(src, tmp_path):
         column = int(key[-5:])
         np.testing.assert_array_equal(x, pixels[:, column : column + 264])
         assert where == utm(width=300).window(0, column, 264, 264)
-    assert check.check(tmp_path / "out", "train").ok
+    assert check.check(tmp_path / "out", "train", workers=1).ok
