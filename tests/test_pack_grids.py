@@ -11,6 +11,7 @@ from terramind_jax import cli, geo
 from terramind_jax.data import check
 from terramind_jax.data.index import open_index
 from terramind_jax.data.pack import pack
+from terramind_jax.data.stored import to_stored
 from terramind_jax.geo import Place
 
 LON, LAT = 11.3, 48.2
@@ -92,12 +93,25 @@ def test_radar_is_averaged_in_power(src, tmp_path):
     power = np.where(np.arange(150) % 2, 0.001, 0.1)[None, :, None] * np.ones((150, 1, 2))
     for name, values in (("power", power), ("decibels", 10 * np.log10(power))):
         geo.write(src / name / "S1GRD" / "a.tif", values.astype(np.float32), place)
-    with pytest.warns(UserWarning, match="a.tif has no negative value, so it is taken for linear power, and stored as decibels"):
+    with pytest.warns(UserWarning, match="a.tif has hardly a negative value, so it is taken for linear power, and stored as decibels"):
         a, _ = packed(src / "power", tmp_path / "power")
     b, _ = packed(src / "decibels", tmp_path / "decibels")
     for (pixels, _), *_ in (a.values(), b.values()):
         between = 10 * np.log10([0.75 * 0.1 + 0.25 * 0.001, 0.25 * 0.1 + 0.75 * 0.001])
         np.testing.assert_allclose(np.unique(pixels[8:-8, 8:-8].round(2)), np.sort(between), atol=0.02)
+
+
+def test_power_with_a_negative_pixel_is_power(src, tmp_path):
+    power = np.random.default_rng(0).uniform(0.05, 0.1, (264, 528, 2)).astype(np.float32)
+    power[130, 270] = -0.001  # in a window that is looked at
+    geo.write(src / "S1GRD" / "a.tif", power, utm(width=528))
+    with pytest.warns(UserWarning, match="so it is taken for linear power"):
+        found, info = packed(src, tmp_path)
+    (pixels, _), *others = found.values()
+    assert not others and info["left_out"] == {"without_data": 1}  # the tile with that pixel
+    np.testing.assert_allclose(pixels, 10 * np.log10(power[:, :264]), atol=0.01)
+    with pytest.raises(ValueError, match="looks like linear power"):
+        to_stored(power, "S1GRD", "a.tif")
 
 
 def test_no_power_is_no_data(src, tmp_path):
