@@ -154,6 +154,16 @@ def test_offsets_of_products_and_files(src, tmp_path):
         pack(str(src), str(tmp_path / "other"), offsets={"S2L2A/c": 3})
 
 
+def test_what_an_offset_brings_to_the_value_of_no_data_is_data(src, tmp_path):
+    """Water as dark as that, and reflectance that comes to what the file calls no data."""
+    pixels = np.random.default_rng(0).integers(2001, 9000, (264, 792, 12)).astype(np.uint16)
+    pixels[5, 5], pixels[6, 6], pixels[7, 300], pixels[8, 600] = 990, 3000, 0, 2000
+    geo.write(src / "S2L2A" / "a.tif", pixels, utm(width=792), nodata=2000)
+    found, info = packed(src, tmp_path, offsets={"S2L2A": -1000})
+    assert [key for key, _ in found] == ["a_r00000_c00000"] and info["left_out"] == {"without_data": 2}
+    np.testing.assert_array_equal(found["a_r00000_c00000", "S2L2A"][0], np.maximum(pixels[:, :264].astype(int) - 1000, 0))
+
+
 def test_reflectance_of_0_to_1_is_said_and_multiplied(src, tmp_path):
     pixels = np.random.default_rng(0).uniform(0.01, 0.9, (264, 264, 12)).astype(np.float32)
     geo.write(src / "S2L2A" / "a.tif", pixels, utm())
