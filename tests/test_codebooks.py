@@ -18,6 +18,7 @@ from terramind_jax.train import tokenizer as tokenizer_training
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 K, V = 4, 8
+MANY = 128  # of runs: with 8 codes each, what the next TerraMind announces
 STREAMS = (
     dataclasses.replace(modalities.STREAMS["tok_dem@224"], vocab_size=V, num_codebooks=K),
     dataclasses.replace(modalities.STREAMS["tok_lulc@224"], vocab_size=20),
@@ -236,21 +237,21 @@ def test_pytorch_has_no_such_model_but_its_weights_are_a_start(variables):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Shards as of `tiny_run`, but tokens of LULC are four codes, all of which follow from the land cover."""
+    """Shards as of `tiny_run`, but tokens of LULC are 128 codes, all of which follow from the land cover."""
     folder = tmp_path_factory.mktemp("shards")
     for split, n in (("train", 12), ("val", 5)):
         tiny_run.write_split(folder, split, n)
         level = np.random.default_rng(n).integers(0, 10, n)
         for shard in (folder / split / "LULC_tokens").iterdir():
             shard.unlink()
-        tiny_run.write_tokens(folder, split, "LULC", np.stack([(level * (i + 1)) % V for i in range(K)], 1))
+        tiny_run.write_tokens(folder, split, "LULC", np.stack([(level * (i + 1)) % V for i in range(MANY)], 1))
     return folder
 
 
 def pretraining(root, **options):
     config = tiny_run.pretraining(root, **options)
     with config.unlocked():
-        config.model.codebooks = type(config)({**tiny_run.CODEBOOKS, "LULC": (V, K)})
+        config.model.codebooks = type(config)({**tiny_run.CODEBOOKS, "LULC": (V, MANY)})
     return config
 
 
@@ -260,8 +261,8 @@ def test_a_run_learns_codes(root, tmp_path, monkeypatch):
     steps = [line["loss/LULC"] for line in logging.read(tmp_path) if "loss" in line]
     assert steps[0] == pytest.approx(np.log(V), rel=0.5) and np.nanmean(steps[-5:]) < 0.8 * steps[0]
     module, variables, config = pretrain.load(tmp_path)
-    assert config.model.codebooks.LULC == (V, K)
-    assert module.apply(variables, LULC, np.zeros((1, 2, 2, K), int), method="embed")[0].shape == (1, 4, 64)
+    assert config.model.codebooks.LULC == (V, MANY)
+    assert module.apply(variables, LULC, np.zeros((1, 2, 2, MANY), int), method="embed")[0].shape == (1, 4, 64)
 
 
 def test_the_codes_of_the_shards_are_those_of_the_batch(root):
@@ -269,7 +270,7 @@ def test_the_codes_of_the_shards_are_those_of_the_batch(root):
     index = pretrain.open_tokenized(config, "train")
     batch = next(pretrain.batches(index, *pretrain.data_settings(config), batch_size=8, seed=3))
     level = np.random.default_rng(12).integers(0, 10, 12)[batch["sample"]]
-    wanted = np.stack([(level * (i + 1)) % V for i in range(K)], 1)[:, None]
+    wanted = np.stack([(level * (i + 1)) % V for i in range(MANY)], 1)[:, None]
     encoder, decoder = pretrain.streams(config)
     for kind, streams in (("input", encoder), ("target", decoder)):
         mine = batch[f"{kind}_modality"] == [s.key for s in streams].index(LULC)
@@ -282,16 +283,16 @@ def test_the_codes_of_the_shards_are_those_of_the_batch(root):
 def test_tokens_of_one_codebook_are_no_tokens_of_several(root):
     config = tiny_run.pretraining(root)
     index = pretrain.open_tokenized(config, "train")
-    with pytest.raises(ValueError, match=r"Tokens of LULC have shape \(10, 2, 2, 4\), expected \(10, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"Tokens of LULC have shape \(10, 2, 2, 128\), expected \(10, 2, 2\)"):
         pretrain.batches(index, *pretrain.data_settings(config), batch_size=8)
 
 
 @pytest.mark.slow
 def test_from_tokenizers_to_a_generated_scene(root, tmp_path):
-    """Tokenizers of four codebooks, their tokens, a transformer, and its GeoTIFF, the same twice."""
+    """Tokenizers of 128 codebooks, their tokens, a transformer, and its GeoTIFF, the same twice."""
     for name in ("DEM", "LULC"):
         config = tiny_run.tokenizer_training(root, name, steps=8)
-        config.model.update(levels=(V,), num_codebooks=K)
+        config.model.update(levels=(V,), num_codebooks=MANY)
         tokenizer_training.train(config, tmp_path / "tokenizers" / name)
     tokenize.tokenize(root, tmp_path / "tokenizers", tmp_path / "tokens", image_size=tiny_run.SIZE)
     config = tiny_run.pretraining(root, steps=16)
@@ -301,8 +302,8 @@ def test_from_tokenizers_to_a_generated_scene(root, tmp_path):
     config.run.update(eval_every=16, probe_scenes=8)
     pretrain.train(config, tmp_path / "model")
     module, _, used = pretrain.load(tmp_path / "model")
-    assert used.model.codebooks.to_dict() == {"DEM": (V, K), "LULC": (V, K)}
-    assert {s.num_codebooks for s in module.config.decoder} == {K}
+    assert used.model.codebooks.to_dict() == {"DEM": (V, MANY), "LULC": (V, MANY)}
+    assert {s.num_codebooks for s in module.config.decoder} == {MANY}
     lines = logging.read(tmp_path / "model")
     steps = [line["loss"] for line in lines if "loss" in line]
     (validation,) = [line for line in lines if "val/loss" in line]
@@ -317,5 +318,5 @@ def test_from_tokenizers_to_a_generated_scene(root, tmp_path):
     other = tokenizer.Tokenizer(dataclasses.replace(tokenizer_training.load(tmp_path / "tokenizers" / "LULC")[0].config, num_codebooks=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate_scenes.tokenizer, "load", lambda _: (other, {}))
-        with pytest.raises(ValueError, match="has 8 codes, but the model was trained with 4 codebooks of 8 codes"):
+        with pytest.raises(ValueError, match="has 8 codes, but the model was trained with 128 codebooks of 8 codes"):
             generate_scenes.run(**call, out=tmp_path / "three")

@@ -137,7 +137,7 @@ def test_check_and_index_see_it(tmp_path, capsys):
     (tmp_path / "modalities.json").write_text(json.dumps({"TEMP": TEMP, "WATER": WATER}))
     write_own(tmp_path, "train", 3, at=lambda i: 300 if i else 20)
     write_own(tmp_path, "train", 3, name="WATER", dtype=np.uint8, at=lambda i: i)
-    report = check.check(tmp_path, "train")
+    report = check.check(tmp_path, "train", workers=1)
     assert [report.modalities[m].out_of_range for m in ("TEMP", "WATER")] == [1, 1]
     assert cli.main(["data", "index", str(tmp_path)]) == 0
     assert "TEMP                     3" in capsys.readouterr().out

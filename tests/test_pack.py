@@ -9,7 +9,7 @@ import pytest
 import rasterio
 
 from terramind_jax import cli, geo
-from terramind_jax.data import check
+from terramind_jax.data import check, stats
 from terramind_jax.data.index import open_index
 from terramind_jax.data.pack import find_scenes, is_packed, pack
 from terramind_jax.data.shards import ShardWriter, write_sample
@@ -239,19 +239,19 @@ def test_a_failed_pack_leaves_nothing_and_can_be_repeated(src, tmp_path):
 def test_check_and_stats(src, tmp_path):
     out = tmp_path / "out"
     pack(str(src), str(out), val_fraction=0)
-    report = check.check(out, "train")
+    report = check.check(out, "train", workers=1)
     assert report.ok and report.modalities["DEM"].present == 2 and "No problems" in check.format_check(report)
     values = np.concatenate([geo.read(src / "DEM" / f"n{i}.tif").ravel() for i in range(2)]).astype(float)
-    found = check.stats(out, "train")["DEM"]
+    found = stats.stats(out, "train")["DEM"]
     assert found.mean[0] == pytest.approx(values.mean()) and found.std[0] == pytest.approx(values.std())
-    assert "951.272" in check.format_stats({"DEM": found})
+    assert "951.272" in stats.format_stats({"DEM": found})
     assert check.format_index(check.index(out)).startswith("train: 2 locations")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_stats_are_those_of_all_pixels_together(tmp_path, monkeypatch, workers):
     """With any number of processes, the same to the last bit; pixels without data are left out."""
-    monkeypatch.setattr(check, "_PIECE", 2)
+    monkeypatch.setattr(stats, "PIECE", 2)
     rng, stored = np.random.default_rng(0), {"S2L2A": [], "NDVI": []}
     for number in range(3):
         for modality in stored:
@@ -262,14 +262,14 @@ def test_stats_are_those_of_all_pixels_together(tmp_path, monkeypatch, workers):
                     bands = bands.astype({"S2L2A": np.uint16, "NDVI": np.float32}[modality])
                     stored[modality].append(bands[0])
                     shard.add(f"{number}{i}", write_sample({"bands": bands}))
-    found = check.stats(tmp_path, "train", workers=workers)
+    found = stats.stats(tmp_path, "train", workers=workers)
     for modality, arrays in stored.items():
         values = np.stack(arrays).astype(np.float64).swapaxes(0, 1).reshape(len(arrays[0]), -1)
         values = values[:, ~np.isnan(values).any(0) & (values != 0).any(0)]
         np.testing.assert_allclose(found[modality].mean, values.mean(1), rtol=1e-12)
         np.testing.assert_allclose(found[modality].std, values.std(1), rtol=1e-9)
         assert found[modality].samples == 9
-    assert check.as_json(found) == check.as_json(check.stats(tmp_path, "train", workers=1))
+    assert stats.as_json(found) == stats.as_json(stats.stats(tmp_path, "train", workers=1))
 
 
 def test_stats_can_be_pasted_into_a_declaration(tmp_path, capsys):
@@ -299,13 +299,13 @@ def test_check_counts_what_is_wrong(tmp_path):
         shard.add("a", write_sample({"bands": np.array([0, 3, 3, 9], np.uint8).reshape(1, 1, 2, 2)}))
     with ShardWriter(tmp_path, "val", "S1GRD", "x", 0) as shard:
         shard.add("a", write_sample({"bands": np.array([-12, -20], np.float16).reshape(1, 2, 1, 1).repeat(4, 2).repeat(4, 3)}))
-    report = check.check(tmp_path, "val")
+    report = check.check(tmp_path, "val", workers=1)
     assert report.modalities["S1GRD"].constant == 1 and report.modalities["NDVI"].constant == 0
     row = report.modalities["NDVI"]
     assert not report.ok and (row.present, row.corrupt, row.nan, row.out_of_range) == (4, 1, 1, 1)
     assert report.modalities["LULC"].missing == 3 and len(report.problems) == 4
     assert "sample 'd' is no zip file" in check.format_check(report)
-    shares = check.stats(tmp_path, "val", ["LULC"])["LULC"].classes
+    shares = stats.stats(tmp_path, "val", ["LULC"])["LULC"].classes
     np.testing.assert_allclose(shares, np.isin(np.arange(10), (0, 9)) * 0.25 + (np.arange(10) == 3) * 0.5)
     with pytest.raises(FileNotFoundError, match="No splits in"):
         check.splits(tmp_path / "val")
@@ -321,4 +321,4 @@ def test_real_tiles(tmp_path):
         np.testing.assert_array_equal(
             pixels, geo.read(TILES / modality / f"{key}.tif", modality)
         )  # float16 holds the float64 files exactly
-    assert all(check.check(tmp_path / "out", split).ok for split in ("train", "val"))
+    assert all(check.check(tmp_path / "out", split, workers=1).ok for split in ("train", "val"))

@@ -11,6 +11,7 @@ from terramind_jax import cli, geo
 from terramind_jax.data import check
 from terramind_jax.data.index import open_index
 from terramind_jax.data.pack import pack
+from terramind_jax.data.stored import to_stored
 from terramind_jax.geo import Place
 
 LON, LAT = 11.3, 48.2
@@ -92,12 +93,25 @@ def test_radar_is_averaged_in_power(src, tmp_path):
     power = np.where(np.arange(150) % 2, 0.001, 0.1)[None, :, None] * np.ones((150, 1, 2))
     for name, values in (("power", power), ("decibels", 10 * np.log10(power))):
         geo.write(src / name / "S1GRD" / "a.tif", values.astype(np.float32), place)
-    with pytest.warns(UserWarning, match="a.tif has no negative value, so it is taken for linear power, and stored as decibels"):
+    with pytest.warns(UserWarning, match="a.tif has hardly a negative value, so it is taken for linear power, and stored as decibels"):
         a, _ = packed(src / "power", tmp_path / "power")
     b, _ = packed(src / "decibels", tmp_path / "decibels")
     for (pixels, _), *_ in (a.values(), b.values()):
         between = 10 * np.log10([0.75 * 0.1 + 0.25 * 0.001, 0.25 * 0.1 + 0.75 * 0.001])
         np.testing.assert_allclose(np.unique(pixels[8:-8, 8:-8].round(2)), np.sort(between), atol=0.02)
+
+
+def test_power_with_a_negative_pixel_is_power(src, tmp_path):
+    power = np.random.default_rng(0).uniform(0.05, 0.1, (264, 528, 2)).astype(np.float32)
+    power[130, 270] = -0.001  # in a window that is looked at
+    geo.write(src / "S1GRD" / "a.tif", power, utm(width=528))
+    with pytest.warns(UserWarning, match="so it is taken for linear power"):
+        found, info = packed(src, tmp_path)
+    (pixels, _), *others = found.values()
+    assert not others and info["left_out"] == {"without_data": 1}  # the tile with that pixel
+    np.testing.assert_allclose(pixels, 10 * np.log10(power[:, :264]), atol=0.01)
+    with pytest.raises(ValueError, match="looks like linear power"):
+        to_stored(power, "S1GRD", "a.tif")
 
 
 def test_no_power_is_no_data(src, tmp_path):
@@ -138,6 +152,16 @@ def test_offsets_of_products_and_files(src, tmp_path):
     assert index.attributes(0, "S2L2A")["offset"] == -1000 and "offset" not in index.attributes(1, "S2L2A")
     with pytest.raises(ValueError, match="offset is given for S2L2A/c, which is no modality or MODALITY/NAME"):
         pack(str(src), str(tmp_path / "other"), offsets={"S2L2A/c": 3})
+
+
+def test_what_an_offset_brings_to_the_value_of_no_data_is_data(src, tmp_path):
+    """Water as dark as that, and reflectance that comes to what the file calls no data."""
+    pixels = np.random.default_rng(0).integers(2001, 9000, (264, 792, 12)).astype(np.uint16)
+    pixels[5, 5], pixels[6, 6], pixels[7, 300], pixels[8, 600] = 990, 3000, 0, 2000
+    geo.write(src / "S2L2A" / "a.tif", pixels, utm(width=792), nodata=2000)
+    found, info = packed(src, tmp_path, offsets={"S2L2A": -1000})
+    assert [key for key, _ in found] == ["a_r00000_c00000"] and info["left_out"] == {"without_data": 2}
+    np.testing.assert_array_equal(found["a_r00000_c00000", "S2L2A"][0], np.maximum(pixels[:, :264].astype(int) - 1000, 0))
 
 
 def test_reflectance_of_0_to_1_is_said_and_multiplied(src, tmp_path):
@@ -204,4 +228,4 @@ def test_a_grid_of_10_metres_keeps_every_byte(src, tmp_path):
         column = int(key[-5:])
         np.testing.assert_array_equal(x, pixels[:, column : column + 264])
         assert where == utm(width=300).window(0, column, 264, 264)
-    assert check.check(tmp_path / "out", "train").ok
+    assert check.check(tmp_path / "out", "train", workers=1).ok

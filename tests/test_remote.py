@@ -48,7 +48,7 @@ def test_check_and_stats_say_the_same_as_of_the_disk(served, local, capsys):
     capsys.readouterr()
     said = {}
     for root in (served[0], str(local)):
-        said[root] = [(cli.main(["data", command, root]), *capsys.readouterr()) for command in ("check", "stats")]
+        said[root] = [(cli.main(["data", command, root, "--workers=1"]), *capsys.readouterr()) for command in ("check", "stats")]
     remote = [(code, *(text.replace(served[0], str(local)) for text in texts)) for code, *texts in said[served[0]]]
     assert remote == said[str(local)]
     assert remote[0][0] == 1 and "sample 's003' is no zip file" in remote[0][1]

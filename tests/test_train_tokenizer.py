@@ -1,5 +1,6 @@
 """The tokenizer loop: it learns, keeps an average, measures itself in physical units, and continues with the same numbers."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -142,6 +143,24 @@ def test_noise_does_not_depend_on_the_batch_around(diffused):
     assert other(batch)[0] != pytest.approx(step(batch)[0], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["finished", "diffused"])
+def test_a_step_in_bfloat16_is_nearly_that_in_float32(run, request):
+    """With parameters and gradients in float32."""
+    module, variables = tokenizer.load(request.getfixturevalue(run))
+    batch = batch_of(*np.random.default_rng(0).integers(0, 3000, (2, 32, 32, 1)).astype(np.int16))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        cast = networks.Tokenizer(dataclasses.replace(module.config, dtype=dtype))
+        step = jax.jit(partial(tokenizer.value_and_grad, cast, tokenizer.Draws()))
+        (value, _), gradients = step(variables["params"], variables["buffers"], batch)
+        assert {x.dtype for x in jax.tree.leaves(gradients)} == {np.dtype(np.float32)}
+        found[dtype] = float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradients)])
+    (value, gradients), (other, others) = found.values()
+    assert other == pytest.approx(value, rel=0.05) and other != value
+    assert np.linalg.norm(gradients - others) < 0.2 * np.linalg.norm(gradients)
+
+
 # ---- random crops, several codebooks ----
 
 
@@ -162,15 +181,16 @@ def test_a_batch_takes_one_of_the_sizes(finished):
     assert {int(step({**batch, "position": position})[1].sum()) for position in positions} == {2 * 1, 2 * 4}
 
 
-def test_several_codebooks(root, tmp_path):
+def test_128_codebooks_of_8_codes_in_bfloat16(root, tmp_path):
     config = tiny_run.tokenizer_training(root)
-    config.model.num_codebooks = 3
+    config.model.update(levels=(8,), num_codebooks=128, dtype="bfloat16")
     last = tokenizer.train(config, tmp_path)
     assert losses(tmp_path)[-1][1] < 0.7 * losses(tmp_path)[0][1]
-    assert 0 < last["val/codes"] <= 1 and 1 <= last["val/perplexity"] <= 16
+    assert 0 < last["val/codes"] <= 1 and 1 <= last["val/perplexity"] <= 8
     module, variables = tokenizer.load(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
     tokens = module.apply(variables, np.zeros((2, 32, 32, 1), np.float32), method="encode")
-    assert tokens.shape == (2, 2, 2, 3)
+    assert tokens.shape == (2, 2, 2, 128) and tokens.max() < 8
     assert module.apply(variables, tokens, method="decode").shape == (2, 32, 32, 1)
 
 

@@ -43,15 +43,16 @@ def add_commands(commands) -> None:
     parser.add_argument("--mapped", action="store_true", help=text)
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
-        ("check", "read every sample and report the bad ones; exits with 1 if there are any", _check),
+        ("check", "read every sample and its tokens, and report bad ones, missing shards and odd statistics; exits with 1 for any", _check),
         ("stats", "mean and spread per band beside the released ones, as a declaration of your own modality takes them", _stats),
     ):
         parser = add(actions, name, text, command)
         parser.add_argument("root", metavar="ROOT", help="folder of shards")
+        if command is not _index:
+            parser.add_argument("--workers", type=int, metavar="N", help="processes that read; default: all cores")
     parser.add_argument("--modality", action="append", metavar="NAME", help="only this modality; may be repeated")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
     parser.add_argument("--limit", type=int, metavar="N", help="only so many samples of each, spread evenly; default: all")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read; default: all cores")
     parser.add_argument("--json", action="store_true", help="print them in full as JSON, {split: {modality: {mean, std}}}")
 
 
@@ -101,18 +102,18 @@ def _index(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     from terramind_jax.data import check
 
-    results = [check.check(parsed.root, split) for split in check.splits(parsed.root)]
+    results = [check.check(parsed.root, split, workers=parsed.workers) for split in check.splits(parsed.root)]
     print("\n\n".join(map(check.format_check, results)))
     return 0 if all(result.ok for result in results) else 1
 
 
 def _stats(parsed: argparse.Namespace) -> None:
-    from terramind_jax.data import check
+    from terramind_jax.data import check, stats
 
     options = (parsed.modality, parsed.limit, parsed.workers)
-    found = {split: check.stats(parsed.root, split, *options) for split in parsed.split or check.splits(parsed.root)}
+    found = {split: stats.stats(parsed.root, split, *options) for split in parsed.split or check.splits(parsed.root)}
     if parsed.json:
-        print(json.dumps({split: check.as_json(result) for split, result in found.items()}, indent=2))
+        print(json.dumps({split: stats.as_json(result) for split, result in found.items()}, indent=2))
         return
     for split, result in found.items():
-        print(f"{split}\n{check.format_stats(result)}")
+        print(f"{split}\n{stats.format_stats(result)}")

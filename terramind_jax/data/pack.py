@@ -306,9 +306,10 @@ def _sample(scene: Scene, modality: str, row: int, column: int, lulc_codes: str 
     """The bytes of a sample, or why it has no data."""
     file, where = scene.files[modality], scene.window(row, column)
     pixels = _pixels(scene, modality, row, column)
-    if reason := incomplete(pixels, modality, file.path, file.header.nodata):
+    # What changes values makes NaN of those without data first: an offset may bring others to the same number.
+    if reason := incomplete(pixels, modality, file.path, None if file.is_changed else file.header.nodata):
         return reason
-    if count := int(registry.missing(modality, pixels).sum()):
+    if not file.is_changed and (count := int(registry.missing(modality, pixels).sum())):
         return (
             f"{file.path} has {count} pixels of {registry.get(modality).nodata:g} in all bands, which is no data; cut it to where it has."
         )

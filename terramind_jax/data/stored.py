@@ -47,12 +47,18 @@ def look(modality: str, file: File) -> tuple[File, str]:
     values = values[np.isfinite(values).all(1)]
     if not len(values):
         return file, ""
-    if m.kind == "sar" and values.min() >= 0:
-        return dataclasses.replace(file, is_linear=True), "has no negative value, so it is taken for linear power, and stored as decibels."
+    if m.kind == "sar" and _is_power(values):
+        doubt = "has hardly a negative value, so it is taken for linear power, and stored as decibels."
+        return dataclasses.replace(file, is_linear=True), doubt
     if modality in ("S2L2A", "S2L1C") and 0 < values.max() <= 2:
         doubt = "has no value above 2, so it is taken for reflectance of 0-1, and multiplied by 10000."
         return dataclasses.replace(file, scale=10_000.0), doubt
     return file, _doubt(m, values + file.offset) if m.std else ""
+
+
+def _is_power(values: np.ndarray) -> bool:
+    """Whether values of a radar are linear power: noise removal leaves a few of it below 0, but of decibels almost all are."""
+    return np.count_nonzero(values < 0) <= 0.01 * np.count_nonzero(values)
 
 
 def _doubt(m: registry.Modality, values: np.ndarray) -> str:
@@ -121,8 +127,9 @@ def to_stored(pixels: np.ndarray, modality: str, path: str, *, nodata: float | N
         raise ValueError(
             f"{path} holds values from {pixels.min():g} to {pixels.max():g}; {modality} is stored as {_expectation(modality)}."
         )
-    if registry.get(modality).kind == "sar" and pixels.min() >= 0:
-        raise ValueError(f"{path} has no negative value, so it looks like linear power; {modality} is stored as {_expectation(modality)}.")
+    if registry.get(modality).kind == "sar" and _is_power(pixels):
+        doubt = "has hardly a negative value, so it looks like linear power"
+        raise ValueError(f"{path} {doubt}; {modality} is stored as {_expectation(modality)}.")
     dtype = np.dtype(registry.get(modality).dtype)
     if dtype.kind in "iu" and pixels.dtype.kind == "f":
         rounded = np.rint(pixels)

@@ -18,7 +18,7 @@ from terramind_jax.data.errors import DataError, fault, reading
 from terramind_jax.data.index import Index
 from terramind_jax.modalities import MODALITIES, PATCH_SIZE, RELEASED, Stream
 
-_NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
+NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
 
 
 class Sample:
@@ -99,7 +99,7 @@ def read_tile(index: Index, i: int, modality: str, image_size: int) -> np.ndarra
 
 def is_empty(tile: np.ndarray, modality: str) -> bool:
     """Whether each band of an S1 or S2 tile has one value. Looks at few pixels first: hardly any tile is."""
-    if modality not in RELEASED or not modality.startswith(_NEVER_CONSTANT):
+    if modality not in RELEASED or not modality.startswith(NEVER_CONSTANT):
         return False
     return bool((tile[::37, ::37] == tile[0, 0]).all() and (tile == tile[0, 0]).all())
 

@@ -26,7 +26,7 @@ def data_init(module: networks.Tokenizer, params: Any, buffers: Any, image: jax.
 
     After Salimans and Kingma (arXiv 1602.07868, section 3). The latents are the principal components, the largest first, of what differs
     between images at one place, so they are independent. `image` ``[B, H, W, C]`` is what `reconstruction.prepare` gives; images of
-    weight 0 do not count, and what does not vary is left as it is.
+    weight 0 do not count, and what does not vary is left as it is, as are latents beyond the width of the encoder.
     """
     share = weight / jnp.maximum(weight.sum(), 1)
     flat = dict(traverse_util.flatten_dict(params))
@@ -47,9 +47,10 @@ def data_init(module: networks.Tokenizer, params: Any, buffers: Any, image: jax.
     varying = features - jnp.einsum("b,bhwd->hwd", share, features)
     places = features.shape[1] * features.shape[2]
     values, vectors = jnp.linalg.eigh(jnp.einsum("b,bhwd,bhwe->de", share, varying, varying) / places)  # in ascending order
-    first = slice(None, -kernel.shape[1] - 1, -1)
+    count = min(kernel.shape)
+    first = slice(None, -count - 1, -1)
     std = jnp.sqrt(jnp.maximum(values[first], 0))
-    kernel = jnp.where(std > TINY, vectors[:, first] * _times(LATENT_STD, std), kernel)
+    kernel = kernel.at[:, :count].set(jnp.where(std > TINY, vectors[:, first] * _times(LATENT_STD, std), kernel[:, :count]))
     flat[*LATENT, "kernel"], flat[*LATENT, "bias"] = kernel, -_mean(features, share) @ kernel
     return traverse_util.unflatten_dict(flat)
 
