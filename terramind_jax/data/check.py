@@ -116,13 +116,13 @@ def _report(root: str | os.PathLike, split: str, path: str, found: Table) -> Ind
 def _twice(root: str | os.PathLike, split: str, folder: str, found: Table) -> Iterator[str]:
     """Keys that a folder holds again: those of its tars that do not lie where the index says. Only tars with such samples are read."""
     store, keys = storage.store(root), found.arrays["keys"]
-    if is_remote(root):
-        store = storage.RemoteStore(os.fspath(root), block=16 << 20)
     shard, offset, size = (found.arrays[f"{folder}/{f}"] for f in ("shard", "offset", "size"))
     kept = np.bincount(shard[size > 0], minlength=len(found.meta["shards"][folder]))
     for number, (name, length, _, count) in enumerate(found.meta["shards"][folder]):
         path = storage.join(root, split, folder, name)
-        for member, start, _ in tars.scan(path, functools.partial(store.read, path), length) if kept[number] < count else ():
+        for member, start, _ in (
+            tars.scan(path, functools.partial(store.read, path, block=16 << 20), length) if kept[number] < count else ()
+        ):
             key = next((os.path.basename(member)[: -len(s)] for s in (scan.SAMPLE_SUFFIX, scan.TOKEN_SUFFIX) if member.endswith(s)), None)
             row = -1 if key is None else int(scan.places_in(np.array([key.encode()]), keys)[0])
             if row >= 0 and (shard[row], offset[row]) != (number, start):
