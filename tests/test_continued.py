@@ -8,7 +8,7 @@ import pytest
 import random_networks
 import tiny_run
 
-from terramind_jax import cli, model, sharding, weights
+from terramind_jax import cli, hub, model, sharding, weights, zoo
 from terramind_jax import config as configuration
 from terramind_jax.convert import files, rules
 from terramind_jax.sources import rules_of
@@ -58,6 +58,17 @@ def test_the_first_loss_is_that_of_the_weights(root, weights_file, tmp_path):
     assert lines[0]["step"] == 0 and lines[0]["val/change/LULC"] == 0
     assert lines[-1]["val/change/LULC"] == pytest.approx(lines[-1]["val/loss/LULC"] - lines[0]["val/loss/LULC"])
     assert json.loads((tmp_path / "run" / "before.json").read_text())["val/loss/DEM"] == lines[0]["val/loss/DEM"]
+
+
+def test_a_released_name_is_its_file_of_the_hub(root, weights_file, tmp_path, monkeypatch):
+    path, *_ = weights_file
+    asked = []
+    monkeypatch.setattr(hub, "weights", lambda entry, **options: asked.append(entry) or files.read(path))
+    module = model.TerraMind(pretrain.transformer_config(config_of(root)))
+    configs = [config_of(root, init=init) for init in ("terramind_v1_base", str(path))]
+    named, given = (pretrain.initial_variables(config, module, tmp_path, weights.initial) for config in configs)
+    jax.tree.map(np.testing.assert_array_equal, named, given)
+    assert asked == [zoo.get("terramind_v1_base")]
 
 
 def test_rates_of_parts_and_modalities(root, weights_file, tmp_path):

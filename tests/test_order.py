@@ -1,4 +1,4 @@
-"""Properties of the order: over any hosts, batches, workers' shares, resume points and windows, an epoch is every sample once."""
+"""Properties of the order: over any hosts, batches, resume points and windows, an epoch is every sample once."""
 
 import collections
 

@@ -310,6 +310,15 @@ def test_views_of_a_sample_go_to_different_batches_and_it_is_read_once():
     assert all(count <= 1 + (key in probed) for key, count in index.reads.items())  # the start looks at one sample of each
 
 
+def test_what_no_mask_selects_is_never_read():
+    index, mask = MemoryIndex(), masks.MaskConfig(24, 16, ({"untok_sen2l2a@224": 1.0},), ({"tok_lulc@224": 1.0},))
+    given = pipeline.batches(index, ENCODER_STREAMS, DECODER_STREAMS, CONFIG, mask, batch_size=4)
+    assert {name for _, name in index.reads} > {"DEM", "DEM_tokens"}  # the start looks at one sample of each
+    index.reads.clear()
+    assert not any(batch["bad"].any() for batch in itertools.islice(given, 6))
+    assert {name for _, name in index.reads} == {"S2L2A", "LULC_tokens"}
+
+
 def test_a_window_that_does_not_fit_batch_and_workers_is_said_once(caplog):
     data = DataConfig(image_size=SIZE, views_per_sample=2, view_window=8, threads=0)
     for workers, said in ((0, 0), (2, 0), (3, 1), (3, 1)):
@@ -571,19 +580,14 @@ def test_two_processes_read_the_index_between_them_and_any_number_goes_on(tmp_pa
 # ---- properties -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.sets(st.integers(0, 11), max_size=5),
-    st.lists(st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 1), (2, 2)]), min_size=1, max_size=3),
-    st.integers(0, 9),
-)
-def test_an_epoch_is_the_index_whatever_fails_and_wherever_it_was_resumed(bad, stretches, seed):
-    """Stretches are (hosts, samples a host): each resumes where the one before it stopped, the last goes on to the end."""
+def check_epoch(bad, stretches, seed):
+    """Stretches are (hosts, samples a host, workers): each resumes where the one before it stopped, the last goes on to the end."""
     index, seen, consumed = MemoryIndex(bad=tuple(bad)), [], 0
-    for number, (hosts, each) in enumerate(stretches):
+    for number, (hosts, each, workers) in enumerate(stretches):
         size = hosts * each
         count = 1 if number < len(stretches) - 1 else -(-(len(index) - consumed) // size)
-        shares = [take(count, index, batch_size=size, consumed=consumed, host=host, hosts=hosts, seed=seed) for host in range(hosts)]
+        options = dict(batch_size=size, consumed=consumed, hosts=hosts, workers=workers, seed=seed)
+        shares = [take(count, index, host=host, **options) for host in range(hosts)]
         for batch in zip(*shares, strict=True):
             slots = zip(*(b["sample"].tolist() for b in batch), strict=True)
             seen += [i for slot in slots for i in slot]
@@ -591,6 +595,23 @@ def test_an_epoch_is_the_index_whatever_fails_and_wherever_it_was_resumed(bad, s
         consumed += count * size
     assert sorted(seen[: len(index)]) == list(range(len(index)))
     assert seen == [order.place(p, len(index), seed).rank for p in range(len(seen))]
+
+
+bad_samples = st.sets(st.integers(0, 11), max_size=5)
+shares_of_hosts = st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 1), (2, 2)])
+
+
+@settings(max_examples=12, deadline=None)
+@given(bad_samples, st.lists(shares_of_hosts, min_size=1, max_size=3), st.integers(0, 9))
+def test_an_epoch_is_the_index_whatever_fails_and_wherever_it_was_resumed(bad, stretches, seed):
+    check_epoch(bad, [(*stretch, 0) for stretch in stretches], seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None)
+@given(bad_samples, st.lists(st.tuples(shares_of_hosts, st.integers(0, 2)), min_size=2, max_size=2), st.integers(0, 9))
+def test_an_epoch_is_the_index_with_any_number_of_worker_processes(bad, stretches, seed):
+    check_epoch(bad, [(*stretch, workers) for stretch, workers in stretches], seed)
 
 
 def test_a_shuffle_window_keeps_shards_together_and_misses_nothing(tmp_path):

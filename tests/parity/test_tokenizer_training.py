@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import peer
 import pytest
+import tiny_run
 import torch
 from terratorch.models.backbones.terramind.tokenizer import vqvae
 from terratorch.models.backbones.terramind.tokenizer.models.unet import unet
 from terratorch.models.backbones.terramind.tokenizer.models.vit_models import ViTDecoder, ViTEncoder
+from terratorch.models.backbones.terramind.tokenizer.scheduling import diffusion_pipeline
 
-from terramind_jax import modalities, tokenizer
+from terramind_jax import cli, modalities, tokenizer
 from terramind_jax.convert import rules, tokenizers
+from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.tokenizer import TokenizerConfig, diffusion
 from terramind_jax.train import tokenizer as training
 
@@ -101,6 +104,31 @@ def test_a_step_on_classes():
     loss = torch.nn.functional.cross_entropy(logits, classes) + code_loss.mean()
     loss.backward()
     check(pair, batch, loss.detach())
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_a_trained_tokenizer_loads_strictly(tmp_path):
+    """What `convert` writes of a work directory encodes and decodes there as it does here."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "shards", "train", "S1GRD", "x", 1) as shard:
+        for i in range(4):
+            shard.add(f"{i}", write_sample({"bands": rng.normal(-15, 5, (1, 2, SIDE, SIDE)).astype(np.float16)}))
+    config = tiny_run.tokenizer_training(tmp_path / "shards", "S1GRD", steps=2)
+    config.model.update(decoder="unet", levels=DIVAE.levels, model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, **VIT)
+    config.data.image_size, config.train.batch_size = SIDE, 2
+    training.train(config, tmp_path / "run")
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "trained.pt")]) == 0
+
+    theirs = build(DIVAE).model.eval()
+    theirs.load_state_dict(torch.load(tmp_path / "trained.pt", weights_only=True), strict=True)
+    module, variables = training.load(tmp_path / "run")
+    image, noise = rng.normal(size=(2, 4, SIDE, SIDE, 2)).astype(np.float32)
+    tokens = np.array(module.apply(variables, image, method="encode"))
+    made = tokenizer.decode(module, variables, tokens, noise=noise, timesteps=2)
+    with torch.no_grad(), mock.patch.object(diffusion_pipeline.torch, "randn", lambda *args, **kwargs: peer.nchw(noise)):
+        assert np.mean(tokens == theirs.tokenize(peer.nchw(image)).numpy()) >= 0.98  # all of 64 but one
+        expected = theirs.decode_tokens(torch.from_numpy(tokens), timesteps=2, image_size=SIDE)
+    assert peer.relative_error(made, peer.nhwc(expected)) <= 1e-3
 
 
 def test_noise_at_every_timestep():
