@@ -61,6 +61,20 @@ def test_several_draws_give_the_spread_of_each_pixel(system):
     assert (lulc.entropy > 0).all() and lulc.entropy.max() <= np.log(10) + 1e-6
 
 
+def test_draws_encode_their_inputs_once_and_hold_what_was_made(system, monkeypatch):
+    calls, encode = [], generate.encode_input
+    monkeypatch.setattr(
+        generate, "encode_input", lambda stream, *args, **options: calls.append(stream.key) or encode(stream, *args, **options)
+    )
+    inputs, names = scene() | {"LULC": np.zeros((2, 48, 48), int)}, ["NDVI", "coords"]
+    one = generate.generate_draws(*system, inputs, names, seed=4, num_samples=2, only="NDVI")
+    assert calls == ["untok_dem@224", "tok_lulc@224"] and [*one] == ["NDVI"]
+    known = {"known_tokens": {"NDVI": np.zeros((2, 3, 3), int)}}
+    assert [*generate.generate_draws(*system, inputs, names, seed=4, num_samples=2, **known)] == ["coords"]
+    with pytest.raises(ValueError, match="This model makes no S1GRD"):
+        generate.generate_draws(*system, inputs, ["S1GRD"], seed=4, num_samples=2)
+
+
 def test_images_of_another_size_return_at_that_size(system):
     dem = np.tile(scene()["DEM"], (1, 2, 2, 1))[:, :80, :80]
     lulc = np.random.default_rng(3).integers(0, 10, (2, 80, 80))
