@@ -223,11 +223,8 @@ def encode_input(
     if visible is not None:
         mean = modalities.statistics(stream.modality, version, offset)[0] if standardize and not is_class_map else 0
         x = _without_hidden(x, visible, mean)
-    modalities.check_image(stream.modality, x)
-    modalities.check_scale(stream.modality, x, standardised=not standardize)
-    if is_class_map:
-        check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
-    elif standardize:
+    _check_values(stream, x, tokenizers, standardize)
+    if standardize and not is_class_map:
         x = modalities.standardize(stream.modality, x, version, offset)
     if stream.kind == "pixels":
         return x
@@ -309,6 +306,21 @@ def _check_call(module: TerraMind, inputs: Any, outputs: Iterable[str], tokenize
     """Errors in what is given and asked for, by name."""
     check_by_name(inputs)
     check_names(module, inputs, outputs, tokenizers)
+
+
+def check_input(module: TerraMind, tokenizers: Tokenizers, standardize: bool, name: str, x: np.ndarray) -> None:
+    """Raises a ValueError for an image that `encode_input` would not take, and warns of a scale that looks wrong."""
+    stream = input_stream(module, name)
+    if stream.kind != "sequence" and stream.modality in modalities.MODALITIES:
+        is_flat = modalities.get(stream.modality).kind == "classes" and x.ndim == 3
+        _check_values(stream, x[..., None] if is_flat else x, tokenizers, standardize)
+
+
+def _check_values(stream: Stream, x: Any, tokenizers: Tokenizers, standardize: bool) -> None:
+    modalities.check_image(stream.modality, x)
+    modalities.check_scale(stream.modality, x, standardised=not standardize)
+    if modalities.get(stream.modality).kind == "classes":
+        check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
 
 
 def _streams(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:

@@ -275,7 +275,9 @@ class Generator(Model):
         `generate` that hold for all calls: not `noise`, `num_samples`, `at`, `bands`, `visible`, `known_tokens` and `only`.
         """
         run, inputs = self._program(batch_size, image_size, **options)
-        return program.compile_for(run, self._weights(), inputs)
+        standardize = self._settings(options.get("standardize"), {})["standardize"]
+        check = functools.partial(generate.check_input, self.module, self.tokenizers, standardize)
+        return program.compile_for(run, self._weights(), inputs, check)
 
     def export(
         self,

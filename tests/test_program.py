@@ -58,6 +58,21 @@ def test_a_compiled_program_is_generate():
         model.compile(2, 32, visible={"S2L2A": np.ones((2, 2, 2), bool)})
 
 
+def test_a_compiled_program_objects_to_what_generate_objects_to():
+    model, inputs = load(["S2L2A", "LULC"], ["coords"]), {name: scene()[name] for name in ("S2L2A", "LULC")}
+    run = model.compile(2, 32, standardize=True)
+    for wrong, message in (
+        ({"S2L2A": np.where(inputs["S2L2A"] > 5990, np.nan, inputs["S2L2A"])}, "S2L2A has [0-9]+ NaN pixels"),
+        ({"LULC": inputs["LULC"] + 1}, "LULC holds int64 values from 1 to 10; expected integer classes 0-9"),
+        ({"LULC": inputs["LULC"].astype(np.float32)}, "LULC holds float32 values"),
+    ):
+        for make in (run, lambda given: model.generate(given, standardize=True)):
+            with pytest.raises(ValueError, match=message):
+                make(inputs | wrong)
+    with pytest.warns(UserWarning, match="S2L2A looks like reflectance of 0-1"):
+        run(inputs | {"S2L2A": inputs["S2L2A"] / 10000})
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(["S2L2A"], ["LULC"]), pytest.param(["S2L2A", "LULC", "coords"], ["DEM", "NDVI"], marks=pytest.mark.slow)]
 )
