@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +118,33 @@ def test_a_sample_follows_its_own_seed_alone(system):
     spread = run(jax.device_put(dem, jax.NamedSharding(devices, jax.P("data"))), seeds)
     close(spread, together)
     assert np.abs(run(dem, seeds + 1) - together).max((1, 2, 3)).min() > 0.1 * together.std()
+
+
+PROCESS = """
+import hashlib
+import numpy as np, random_networks
+from terramind_jax import generate, modalities, tokenizer
+
+streams = tuple(modalities.STREAMS[name] for name in ("untok_dem@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
+unet = dict(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+ndvi = tokenizer.Tokenizer(tokenizer.TokenizerConfig("NDVI", 1, modalities.get("NDVI").levels, 16, 1, 2, image_size=64, **unet))
+decoders = random_networks.build_tokenizers("LULC") | {"NDVI": (ndvi, random_networks.random_variables(tokenizer.init, ndvi, 0.1))}
+dem, how = np.random.default_rng(1).normal(size=(2, 32, 32, 1)).astype(np.float32), dict(seed=np.array([3, 4]), steps=2, timesteps=2)
+network, outputs = random_networks.build(streams, streams[1:]), ["LULC", "NDVI"]
+for name, x in generate.generate(*network, decoders, {"DEM": dem}, outputs, standardize=False, **how).items():
+    print(name, x.std(), hashlib.sha256(x.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_generate_the_same_bytes():
+    """Each compiles anew, and goes through sets in an order of its own."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, text=True)
+    both = [start(env=environment | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    (first, _), (second, _) = (process.communicate() for process in both)
+    assert first.count("\n") == 2 and first == second
 
 
 def test_output_after_output_equals_one_call(system):
