@@ -230,7 +230,10 @@ class Generator(Model):
         num_samples: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Inputs by user name to every output that the model was built for, each conditioning the next.
+        """Inputs by user name to every output that the model was built for, each conditioning those after it.
+
+        Their order is that of the option ``output_modalities``, and the caller's to choose: no best one is known. A new batch
+        size or size of images compiles programs of its own.
 
         Args:
           inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the
