@@ -13,15 +13,15 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from terramind_jax import modalities, tim, tokenizer, zoo
+from terramind_jax import modalities, sharding, tim, tokenizer, zoo
 from terramind_jax import model as networks
 from terramind_jax.modalities import Stream
 from terramind_jax.model import backbone
 from terramind_jax.models import FeatureExtractor, Generator, ImageTokenizer, Model, Pretraining, ThinkingInModalities
 
 REQUIRED = "required"
-DTYPES = ("float32", "bfloat16", "float16")
-_NETWORK = dict(dtype="float32", remat="none", unroll=1)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_NETWORK = dict(dtype="auto", remat="none", unroll=1)  # auto: see `sharding.compute_dtype`
 _OWN = dict(
     sizes={},  # of a pretraining of your own, in the place of the released ones: dim, encoder_depth, ...
     codebooks={},  # its vocabularies, by modality
@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **_NETWORK,
     ),
     "encdec": dict(_NETWORK),
-    "tokenizer": dict(dtype="float32", unroll=1),
+    "tokenizer": dict(dtype="auto", unroll=1),
 }
 
 
@@ -109,7 +109,8 @@ def _complete(entry: zoo.Entry, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pick(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names}
+    """Fields of a configuration that are options."""
+    return {name: sharding.compute_dtype(options[name]) if name == "dtype" else options[name] for name in names}
 
 
 # ---- one kind each ----
@@ -119,7 +120,7 @@ def _backbone(entry: zoo.Entry, options: dict[str, Any]) -> FeatureExtractor:
     streams = _with_codebooks(input_streams(entry, options), options)
     config = backbone.with_bands(_backbone_config(entry, options, streams.values()), bands_by_stream(streams, options["bands"]))
     module, chosen = networks.Backbone(config), {s.key: s for s in config.streams}
-    own = {"streams": {name: chosen[s.key] for name, s in streams.items()}, "tokenizers": _tokenizers(entry, streams.values())}
+    own = {"streams": {name: chosen[s.key] for name, s in streams.items()}, "tokenizers": _tokenizers(entry, options, streams.values())}
     return FeatureExtractor(entry.name, module, abstract(module), options, **own)
 
 
@@ -163,7 +164,7 @@ def _tim(entry: zoo.Entry, options: dict[str, Any]) -> ThinkingInModalities:
     # Unchained, the generator does not know what it generated, and so has no embeddings of it (spec 8.6).
     seen = config if options["tim_chained_generations"] else _backbone_config(entry, options, streams.values())
     module, generator = networks.Backbone(config), tim.generator(seen, targets, _sizes(entry, options)["decoder_depth"])
-    tokenizers = _tokenizers(entry, (*streams.values(), *targets))  # as the reference, also of what is only generated
+    tokenizers = _tokenizers(entry, options, (*streams.values(), *targets))  # as the reference, also of what is only generated
     own = {"streams": streams, "tokenizers": tokenizers, "generator": (generator, abstract(generator))}
     return ThinkingInModalities(entry.name, module, abstract(module), options, **own)
 
@@ -180,16 +181,16 @@ def _generate(entry: zoo.Entry, options: dict[str, Any]) -> Generator:
     seen = {s.key: s for s in (*inputs, *outputs[:-1])}  # a later output sees the earlier ones (spec 8.5.1)
     settings = dict(encoder=tuple(seen.values()), decoder=tuple({s.key: s for s in outputs}.values()), image_size=options["img_size"])
     module = networks.TerraMind(networks.TransformerConfig(**_sizes(entry, options), **settings, **_pick(options, *_NETWORK)))
-    return Generator(entry.name, module, abstract(module), options, _tokenizers(entry, (*inputs, *outputs)))
+    return Generator(entry.name, module, abstract(module), options, _tokenizers(entry, options, (*inputs, *outputs)))
 
 
 def _encdec(entry: zoo.Entry, options: dict[str, Any]) -> Pretraining:
-    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **options))
+    module = networks.TerraMind(networks.TransformerConfig(**zoo.SIZES[entry.size], **_pick(options, *options)))
     return Pretraining(entry.name, module, abstract(module), options)
 
 
 def _tokenizer(entry: zoo.Entry, options: dict[str, Any]) -> ImageTokenizer:
-    module = tokenizer_of(entry.modality, entry.version, **options)
+    module = tokenizer_of(entry.modality, entry.version, **_pick(options, *options))
     return ImageTokenizer(entry.name, module, abstract(module), options)
 
 
@@ -229,7 +230,7 @@ def _user_name(stream: Stream, released: Sequence[Stream]) -> str:
     return stream.modality if modalities.input_stream(stream.modality) == stream else stream.key
 
 
-def _tokenizers(entry: zoo.Entry, streams: Sequence[Stream]) -> dict[str, tuple]:
+def _tokenizers(entry: zoo.Entry, options: Mapping[str, Any], streams: Sequence[Stream]) -> dict[str, tuple]:
     names = dict.fromkeys(s.modality for s in streams if s.kind == "tokens")
-    found = {name: tokenizer_of(name, entry.version) for name in names}
+    found = {name: tokenizer_of(name, entry.version, **_pick(options, "dtype")) for name in names}
     return {name: (module, abstract(module)) for name, module in found.items()}

@@ -99,10 +99,15 @@ def generate_draws(
     num_samples: int,
     **options: Any,
 ) -> dict[str, Any]:
-    """`generate`, drawn `num_samples` times: ``{name: draws}``, see `draws.collect`. The first draw is that of `seed` alone."""
+    """`generate`, drawn `num_samples` times: ``{name: draws}``, see `draws.collect`. The first draw is that of `seed` alone.
+
+    The inputs are standardised and tokenised once.
+    """
     seeds = sampling.draw_seeds(seed, num_samples)
-    made = [generate(module, variables, tokenizers, inputs, outputs, seed=one, **options) for one in seeds]
-    return {name: draws.collect(name, [one[name] for one in made]) for name in outputs}
+    _check_call(module, inputs, outputs, tokenizers)
+    encoded = encode_inputs(module, tokenizers, inputs, **{name: options[name] for name in ENCODING if name in options})
+    made = [generate(module, variables, tokenizers, inputs, outputs, seed=one, encoded=encoded, **options) for one in seeds]
+    return {name: draws.collect(name, [one[name] for one in made]) for name in made[0]}
 
 
 def output_tokens(
@@ -115,20 +120,21 @@ def output_tokens(
     seed: int | np.ndarray,
     known_tokens: Mapping[str, np.ndarray] | None = None,
     only: str | None = None,
+    encoded: tuple[dict, dict] | None = None,
     **options: Any,
 ) -> dict[str, jax.Array]:
     """`generate` before decoding: ``{name: ids}``, int32 ``[B, s, s]`` or ``[B, s, s, K]``, of sequences ``[B, L]``.
 
     Names of one stream have the same ids. With ``only=name`` that output alone is sampled, given the `known_tokens` ``{name: ids}`` of
-    those before it; `outputs` stay the same. `options` are of `encode_inputs` and of `decoding.generate_tokens`.
+    those before it; `outputs` stay the same. `encoded` is what `encode_inputs` made of the inputs, if that is known. `options` are of
+    `encode_inputs` and of `decoding.generate_tokens`.
     """
-    check_by_name(inputs)
-    check_names(module, inputs, outputs, tokenizers)
+    _check_call(module, inputs, outputs, tokenizers)
     made = {name: modalities.output_stream(name) for name in outputs}
     _check_known(known_tokens or {}, only, made)
     encoding = {name: options.pop(name) for name in ENCODING if name in options}
     options = {name: _by_stream(value, made) for name, value in (options | {"known_tokens": known_tokens}).items()}
-    values, visible = encode_inputs(module, tokenizers, inputs, **encoding)
+    values, visible = encoded or encode_inputs(module, tokenizers, inputs, **encoding)
     targets = list(dict.fromkeys(stream.key for stream in made.values()))
     chosen = only and made[only].key
     tokens = generate_tokens(module, variables, values, targets, seed=seed, visible=visible, only=chosen, **options)
@@ -145,8 +151,7 @@ def locate(
     **options: Any,
 ) -> np.ndarray:
     """Where on Earth the inputs may lie: `locate.density`, float32 ``[B, 721, 1440]``; `options` are of `encode_inputs`."""
-    check_by_name(inputs)
-    check_names(module, inputs, [location.STREAM], tokenizers)
+    _check_call(module, inputs, [location.STREAM], tokenizers)
     values, visible = encode_inputs(module, tokenizers, inputs, **options)
     return np.asarray(location.density(module, variables, values, visible=visible, temperature=temperature))
 
@@ -218,11 +223,8 @@ def encode_input(
     if visible is not None:
         mean = modalities.statistics(stream.modality, version, offset)[0] if standardize and not is_class_map else 0
         x = _without_hidden(x, visible, mean)
-    modalities.check_image(stream.modality, x)
-    modalities.check_scale(stream.modality, x, standardised=not standardize)
-    if is_class_map:
-        check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
-    elif standardize:
+    _check_values(stream, x, tokenizers, standardize)
+    if standardize and not is_class_map:
         x = modalities.standardize(stream.modality, x, version, offset)
     if stream.kind == "pixels":
         return x
@@ -298,6 +300,27 @@ def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mappi
     _check_given("known_tokens is", tokens, "output", made)
     for name, ids in tokens.items():
         check_integers(f"known_tokens of {name}", ids, made[name].vocab_size, "tokens")
+
+
+def _check_call(module: TerraMind, inputs: Any, outputs: Iterable[str], tokenizers: Tokenizers) -> None:
+    """Errors in what is given and asked for, by name."""
+    check_by_name(inputs)
+    check_names(module, inputs, outputs, tokenizers)
+
+
+def check_input(module: TerraMind, tokenizers: Tokenizers, standardize: bool, name: str, x: np.ndarray) -> None:
+    """Raises a ValueError for an image that `encode_input` would not take, and warns of a scale that looks wrong."""
+    stream = input_stream(module, name)
+    if stream.kind != "sequence" and stream.modality in modalities.MODALITIES:
+        is_flat = modalities.get(stream.modality).kind == "classes" and x.ndim == 3
+        _check_values(stream, x[..., None] if is_flat else x, tokenizers, standardize)
+
+
+def _check_values(stream: Stream, x: Any, tokenizers: Tokenizers, standardize: bool) -> None:
+    modalities.check_image(stream.modality, x)
+    modalities.check_scale(stream.modality, x, standardised=not standardize)
+    if modalities.get(stream.modality).kind == "classes":
+        check_integers(stream.modality, x, tokenizers[stream.modality][0].config.channels, "classes")
 
 
 def _streams(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:

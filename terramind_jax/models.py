@@ -230,7 +230,10 @@ class Generator(Model):
         num_samples: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Inputs by user name to every output that the model was built for, each conditioning the next.
+        """Inputs by user name to every output that the model was built for, each conditioning those after it.
+
+        Their order is that of the option ``output_modalities``, and the caller's to choose: no best one is known. A new batch
+        size or size of images compiles programs of its own.
 
         Args:
           inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the
@@ -275,7 +278,9 @@ class Generator(Model):
         `generate` that hold for all calls: not `noise`, `num_samples`, `at`, `bands`, `visible`, `known_tokens` and `only`.
         """
         run, inputs = self._program(batch_size, image_size, **options)
-        return program.compile_for(run, self._weights(), inputs)
+        standardize = self._settings(options.get("standardize"), {})["standardize"]
+        check = functools.partial(generate.check_input, self.module, self.tokenizers, standardize)
+        return program.compile_for(run, self._weights(), inputs, check)
 
     def export(
         self,

@@ -90,6 +90,7 @@ class Compiled:
     program: jax.stages.Compiled
     weights: Arrays
     inputs: Mapping[str, jax.ShapeDtypeStruct]
+    check: Callable[[str, np.ndarray], None]  # what `generate` objects to in an input by name, which a program cannot see
 
     def __call__(self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0) -> dict[str, np.ndarray]:
         """Inputs by user name; `seed` one integer, or ``[B]``, from 0 to 2**32 - 1."""
@@ -108,6 +109,7 @@ class Compiled:
         x = x[..., 0] if x.ndim == len(expected.shape) + 1 and x.shape[-1] == 1 else x  # class maps may have a band
         if x.shape != expected.shape:
             raise ValueError(f"{name} has shape {list(x.shape)}; this program was compiled for {list(expected.shape)}.")
+        self.check(name, x)
         return x.astype(expected.dtype)
 
     def _result(self, name: str, x: np.ndarray) -> np.ndarray:
@@ -116,9 +118,12 @@ class Compiled:
 
 
 def compile_for(
-    run: Callable[[Arrays, Arrays, jax.Array], dict[str, jax.Array]], weights: Arrays, inputs: Mapping[str, jax.ShapeDtypeStruct]
+    run: Callable[[Arrays, Arrays, jax.Array], dict[str, jax.Array]],
+    weights: Arrays,
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+    check: Callable[[str, np.ndarray], None],
 ) -> Compiled:
-    """The function of `build` as a program for `inputs`, compiled now."""
+    """The function of `build` as a program for `inputs`, compiled now; `check` is `generate.check_input` of the model."""
     batch_size = next(iter(inputs.values())).shape[0]
     seeds = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
-    return Compiled(jax.jit(run).lower(weights, dict(inputs), seeds).compile(), weights, inputs)
+    return Compiled(jax.jit(run).lower(weights, dict(inputs), seeds).compile(), weights, inputs, check)

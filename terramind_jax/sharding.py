@@ -45,6 +45,13 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 MIN_FSDP_ROWS = 96
 
 
+def compute_dtype(name: str, platform: str | None = None) -> str:
+    """A configuration's dtype: ``auto`` is bfloat16 on accelerators and float32 on a CPU. `platform` is by default JAX's."""
+    if name == "auto":
+        return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return name
+
+
 # ---- the mesh ----
 
 

@@ -59,7 +59,8 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
           `bands.fill_missing`.
         - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
           tells.
-        - all: ``dtype`` of the computation (float32), ``remat``, ``unroll`` of the layers.
+        - all: ``dtype`` of the computation, of the tokenizers too (auto: bfloat16 on accelerators, float32 on a CPU), ``remat``, ``unroll``
+          of the layers.
 
         ``tokenizers`` says where the tokenizers of tokenised inputs and of outputs come from: ``hub``, ``random``, or a folder with one
         work directory, or directory of `save`, a modality. Default: the file or directory of the weights if it holds them, else the words

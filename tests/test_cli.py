@@ -1,5 +1,6 @@
 """The command line: help without imports, one-sentence errors, arguments that reach their functions."""
 
+import os
 import subprocess
 import sys
 import types
@@ -60,6 +61,22 @@ def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_info", fail)
     with pytest.raises(KeyError):
         cli.main(["info"])
+
+
+def test_compiled_programs_are_kept_where_that_can_be(monkeypatch, tmp_path):
+    def kept(cache, given=None):
+        monkeypatch.delenv(cli.PROGRAMS)
+        monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(cache))
+        if given is not None:
+            monkeypatch.setenv(cli.PROGRAMS, given)
+        assert cli.main(["info"]) == 0
+        return os.environ.get(cli.PROGRAMS)
+
+    (tmp_path / "file").touch()
+    folder = Path(kept(tmp_path / "cache"))
+    assert folder.is_relative_to(tmp_path / "cache") and folder.is_dir()
+    assert kept(tmp_path / "cache", given="elsewhere") == "elsewhere" and kept(tmp_path / "cache", given="") == ""
+    assert kept(tmp_path / "file") is None
 
 
 def test_stray_arguments_are_refused(capsys):

@@ -240,6 +240,32 @@ def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network)
     np.testing.assert_array_equal(*forgotten)
 
 
+def test_guidance_counts_tokens_and_sequences_among_the_inputs(network):
+    """At zero it is as if neither were given."""
+    inputs = {"tok_b": np.arange(18).reshape(2, SIDE, SIDE), "coords": np.array([[250, 260, 3], [210, 290, 3]])}
+    guided = functools.partial(run, network, temperature=0, steps=2)
+    nothing = run(network, {}, seed=np.zeros(2, int), temperature=0, steps=2)["tok_a"]
+    np.testing.assert_array_equal(guided(inputs, guidance_scale=0.0)["tok_a"], nothing)
+    strong = guided(inputs, guidance_scale=3.0)["tok_a"]
+    for key, value in inputs.items():
+        assert (strong != guided(inputs | {key: value[::-1]}, guidance_scale=3.0)["tok_a"]).any(), key
+
+
+def test_guidance_of_a_sequence_is_the_formula(network):
+    """Of its first token, which sees its start alone besides the inputs."""
+    module, variables = network
+    table = variables["params"]["decoder_token_emb"]
+    no_end = table["coords"].at[decoding.START - 1 : decoding.LAST_SENTINEL + 1].set(0)  # logit 0 is never the largest
+    variables = variables | {"params": variables["params"] | {"decoder_token_emb": table | {"coords": no_end}}}
+    inputs = {"tok_b": np.arange(9).reshape(1, SIDE, SIDE)}
+    start, place = jnp.full((1, 1), decoding.START), jnp.zeros((1, 1), int)
+    plain = functools.partial(plain_pass, variables, own=(place, start), positions=place, ids=start, self_mask=None)
+    conditional, unconditional = (plain(given, module=module, target="coords")[0, 0] for given in (inputs, {}))
+    expected = (unconditional + (conditional - unconditional) * 3.0).argmax()
+    written = run((module, variables), inputs, ("coords",), temperature=0, guidance_scale=3.0)["coords"][0, 0]
+    assert written == expected and expected not in (conditional.argmax(), unconditional.argmax())
+
+
 def test_generates_from_nothing(network):
     tokens = run(network, {}, seed=np.arange(3))["tok_a"]
     assert tokens.shape == (3, SIDE, SIDE) and len({t.tobytes() for t in tokens}) == 3

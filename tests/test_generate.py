@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +65,20 @@ def test_several_draws_give_the_spread_of_each_pixel(system):
     assert (lulc.entropy > 0).all() and lulc.entropy.max() <= np.log(10) + 1e-6
 
 
+def test_draws_encode_their_inputs_once_and_hold_what_was_made(system, monkeypatch):
+    calls, encode = [], generate.encode_input
+    monkeypatch.setattr(
+        generate, "encode_input", lambda stream, *args, **options: calls.append(stream.key) or encode(stream, *args, **options)
+    )
+    inputs, names = scene() | {"LULC": np.zeros((2, 48, 48), int)}, ["NDVI", "coords"]
+    one = generate.generate_draws(*system, inputs, names, seed=4, num_samples=2, only="NDVI")
+    assert calls == ["untok_dem@224", "tok_lulc@224"] and [*one] == ["NDVI"]
+    known = {"known_tokens": {"NDVI": np.zeros((2, 3, 3), int)}}
+    assert [*generate.generate_draws(*system, inputs, names, seed=4, num_samples=2, **known)] == ["coords"]
+    with pytest.raises(ValueError, match="This model makes no S1GRD"):
+        generate.generate_draws(*system, inputs, ["S1GRD"], seed=4, num_samples=2)
+
+
 def test_images_of_another_size_return_at_that_size(system):
     dem = np.tile(scene()["DEM"], (1, 2, 2, 1))[:, :80, :80]
     lulc = np.random.default_rng(3).integers(0, 10, (2, 80, 80))
@@ -100,6 +118,33 @@ def test_a_sample_follows_its_own_seed_alone(system):
     spread = run(jax.device_put(dem, jax.NamedSharding(devices, jax.P("data"))), seeds)
     close(spread, together)
     assert np.abs(run(dem, seeds + 1) - together).max((1, 2, 3)).min() > 0.1 * together.std()
+
+
+PROCESS = """
+import hashlib
+import numpy as np, random_networks
+from terramind_jax import generate, modalities, tokenizer
+
+streams = tuple(modalities.STREAMS[name] for name in ("untok_dem@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
+unet = dict(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+ndvi = tokenizer.Tokenizer(tokenizer.TokenizerConfig("NDVI", 1, modalities.get("NDVI").levels, 16, 1, 2, image_size=64, **unet))
+decoders = random_networks.build_tokenizers("LULC") | {"NDVI": (ndvi, random_networks.random_variables(tokenizer.init, ndvi, 0.1))}
+dem, how = np.random.default_rng(1).normal(size=(2, 32, 32, 1)).astype(np.float32), dict(seed=np.array([3, 4]), steps=2, timesteps=2)
+network, outputs = random_networks.build(streams, streams[1:]), ["LULC", "NDVI"]
+for name, x in generate.generate(*network, decoders, {"DEM": dem}, outputs, standardize=False, **how).items():
+    print(name, x.std(), hashlib.sha256(x.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_generate_the_same_bytes():
+    """Each compiles anew, and goes through sets in an order of its own."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, text=True)
+    both = [start(env=environment | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    (first, _), (second, _) = (process.communicate() for process in both)
+    assert first.count("\n") == 2 and first == second
 
 
 def test_output_after_output_equals_one_call(system):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import random_networks
+import tqdm
 
 from terramind_jax import generate, generate_scenes, geo
 from terramind_jax.modalities import STREAMS
@@ -115,6 +116,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
         left.pop()
         return original(*args, **options)
 
+    class Bar(tqdm.tqdm):
+        def __exit__(self, *error):
+            shown.append((self.n, self.total))
+            super().__exit__(*error)
+
+    shown = []
+    monkeypatch.setattr(generating, "tqdm", Bar)
     for where, name in ((generating, "generate_tokens"), (generate, "decode_output")):
         original = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, original=original, **options: stop(*args, original=original, **options))
@@ -127,6 +135,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
             stops += 1
             assert "the same command goes on from there" in capsys.readouterr().out
     assert stops > 4
+    assert shown[-1] == (80, 80) and all(n < total for n, total in shown[:-1])  # windows with data, times passes, times samples
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import nano_models
 import numpy as np
 import pytest
 from test_captions import write as write_captions
 
 import terramind_jax as tm
-from terramind_jax import bands, captions, coordinates, hub, modalities, tokenizer
+from terramind_jax import bands, build, captions, coordinates, hub, modalities, tokenizer
 
 TEXTS = ["a river with fields", "city"]
 
@@ -269,9 +270,9 @@ def test_inputs_are_checked_by_their_names():
     with pytest.raises(ValueError, match="looks channels-first"):
         model.generate({"S2L2A": np.zeros((1, 12, 64, 64))}, standardize=True)
     twice = {"S2L1C": np.zeros((1, 32, 32, 13)), "S2L1C_L8": np.ones((1, 32, 32, 13))}
-    for build in (lambda: generator(["DEM"], twice).generate, lambda: tm.load("terramind_v1_tiny", "random", modalities=list(twice))):
+    for make in (lambda: generator(["DEM"], twice).generate, lambda: tm.load("terramind_v1_tiny", "random", modalities=list(twice))):
         with pytest.raises(ValueError, match="The inputs S2L1C and S2L1C_L8 are one stream, untok_sen2l1c@224; give one of them"):
-            build()(twice)
+            make()(twice)
 
 
 def test_a_feature_extractor_knows_its_inputs_by_the_users_names():
@@ -315,13 +316,32 @@ def test_a_new_modality_conditions_generation():
         (dict(modalities=[{"S2L2A": 6}]), "new modality 'S2L2A' has the name of a released one"),
         (dict(modalities=[{"P": 0}]), "'P' has 0 channels; expected a positive integer"),
         (dict(img_size=230), "img_size is 230; expected a multiple of 16"),
-        (dict(dtype="float33"), "The dtype is 'float33'; known dtypes: float32"),
+        (dict(dtype="float33"), "The dtype is 'float33'; known dtypes: auto, float32"),
         (dict(output_modalities=["untok_sen2l2a@224"]), "'untok_sen2l2a@224' is a stream of pixels, which is never generated"),
     ],
 )
 def test_what_cannot_be_built(options, message):
     with pytest.raises(ValueError, match=message):
         generator(**{"outputs": options.pop("output_modalities", ["LULC"]), "inputs": options.pop("modalities", ["DEM"])}, **options)
+
+
+@pytest.mark.parametrize(
+    "platform, given, dtype", [("cpu", {}, "float32"), ("gpu", {}, "bfloat16"), ("cpu", {"dtype": "bfloat16"}, "bfloat16")]
+)
+def test_all_networks_of_a_model_compute_in_one_dtype(monkeypatch, platform, given, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for name, options in (
+        ("terramind_v1_tiny", dict(modalities=["LULC"])),
+        ("terramind_v1_tiny_tim", dict(modalities=["S2L2A"])),
+        ("terramind_v1_tiny_generate", dict(modalities=["LULC"], output_modalities=["DEM"])),
+        ("terramind_v1_tiny_encdec", {}),
+        ("terramind_v1_tokenizer_dem", {}),
+    ):
+        model = build.model(name, **options, **given)
+        networks = [model.module, *(network for network, _ in model.tokenizers.values())]
+        networks += [model.generator[0]] if name.endswith("_tim") else []
+        assert {network.config.dtype for network in networks} == {dtype}, name
+        assert model.options["dtype"] == given.get("dtype", "auto")  # so that what is saved holds on any machine
 
 
 def test_none_is_a_default_and_defaults_are_copied():

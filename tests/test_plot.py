@@ -44,6 +44,23 @@ def test_views_of_optics_and_radar(name, view, band):
     assert (plot.render(view, holes)[:4] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["S2L2A", "S2L1C"])
+def test_true_colour_shows_red_green_and_blue_as_they_are(name):
+    ground = np.repeat(np.linspace(-0.1, 0.1, 32 * 32).reshape(32, 32, 1), len(modalities.get(name).bands), -1) + 1000.0
+    for channel, band in enumerate(("RED", "GREEN", "BLUE")):
+        bright = ground.copy()
+        bright[8:16, 8:16, modalities.get(name).bands.index(band)] += 300
+        assert plot.render(name, bright)[12, 12].argmax() == channel
+
+
+def test_light_falls_on_hills_from_the_upper_left():
+    row, column = np.indices((33, 33)) - 16
+    hill = 200 - 10 * np.hypot(row, column)[..., None]
+    light = plot.render("DEM", hill).sum(-1)
+    above, below, left, right = light[8, 16], light[24, 16], light[16, 8], light[16, 24]
+    assert above > below and left > right and light[10, 10] > light[10, 22] > light[22, 22]
+
+
 def test_other_modalities_have_one_view():
     assert [plot.views(name) for name in ("DEM", "LULC", "NDVI")] == [("DEM",), ("LULC",), ("NDVI",)]
 

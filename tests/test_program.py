@@ -1,8 +1,10 @@
 """Generation as one program, compiled ahead of time or exported."""
 
 import json
+import os
+import subprocess
+import sys
 
-import jax
 import nano_models
 import numpy as np
 import pytest
@@ -58,26 +60,57 @@ def test_a_compiled_program_is_generate():
         model.compile(2, 32, visible={"S2L2A": np.ones((2, 2, 2), bool)})
 
 
+def test_a_compiled_program_objects_to_what_generate_objects_to():
+    model, inputs = load(["S2L2A", "LULC"], ["coords"]), {name: scene()[name] for name in ("S2L2A", "LULC")}
+    run = model.compile(2, 32, standardize=True)
+    for wrong, message in (
+        ({"S2L2A": np.where(inputs["S2L2A"] > 5990, np.nan, inputs["S2L2A"])}, "S2L2A has [0-9]+ NaN pixels"),
+        ({"LULC": inputs["LULC"] + 1}, "LULC holds int64 values from 1 to 10; expected integer classes 0-9"),
+        ({"LULC": inputs["LULC"].astype(np.float32)}, "LULC holds float32 values"),
+    ):
+        for make in (run, lambda given: model.generate(given, standardize=True)):
+            with pytest.raises(ValueError, match=message):
+                make(inputs | wrong)
+    with pytest.warns(UserWarning, match="S2L2A looks like reflectance of 0-1"):
+        run(inputs | {"S2L2A": inputs["S2L2A"] / 10000})
+
+
+ALONE = """
+import pathlib, sys
+import jax, numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+program = export.deserialize(bytearray(pathlib.Path("made/program.stablehlo").read_bytes()))
+assert program.platforms == ("cpu", "cuda", "tpu")
+weights, call = load_file("made/weights.safetensors"), jax.jit(program.call)
+for batch in (1, 2):
+    made = call(weights, dict(np.load(f"given_{batch}.npz")), np.arange(batch, dtype=np.uint32))
+    np.savez(f"made_{batch}.npz", **made)
+assert "terramind_jax" not in sys.modules
+"""
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(["S2L2A"], ["LULC"]), pytest.param(["S2L2A", "LULC", "coords"], ["DEM", "NDVI"], marks=pytest.mark.slow)]
 )
 def test_an_exported_program_runs_without_this_package_at_any_batch_size(inputs, outputs, tmp_path):
     pytest.importorskip("flatbuffers")
-    from jax import export
-    from safetensors.numpy import load_file
-
     model, options = load(inputs, outputs), dict(standardize=True, sampler="dpmpp", clip="none")
     model.export(tmp_path / "made", image_size=32, **options)
-    program = export.deserialize(bytearray((tmp_path / "made" / "program.stablehlo").read_bytes()))
-    assert program.platforms == ("cpu", "cuda", "tpu")
-    weights = load_file(tmp_path / "made" / "weights.safetensors")
-    for batch in (1, 2):
-        given, seeds = {name: x for name, x in scene(batch).items() if name in inputs}, np.arange(batch, dtype=np.uint32)
+    tiles = {batch: {name: x for name, x in scene(batch).items() if name in inputs} for batch in (1, 2)}
+    for batch, given in tiles.items():
         arrays = {"S2L2A": given["S2L2A"].astype(np.float32)}
         if "LULC" in inputs:
             arrays |= {"LULC": given["LULC"].astype(np.int32), "coords": coordinates.encode(given["coords"])}
-        same(jax.jit(program.call)(weights, arrays, seeds), model.generate(given, seed=seeds, **options))
+        np.savez(tmp_path / f"given_{batch}.npz", **arrays)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here
+    subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, check=True)
+    for batch, given in tiles.items():
+        made = dict(np.load(tmp_path / f"made_{batch}.npz"))
+        same(made, model.generate(given, seed=np.arange(batch), **options))
     interface = json.loads((tmp_path / "made" / "interface.json").read_text())
+    assert interface["platforms"] == ["cpu", "cuda", "tpu"]
     assert interface["inputs"]["S2L2A"] == {"shape": ["batch", 32, 32, 12], "dtype": "float32"} and [*interface["outputs"]] == outputs
     with pytest.raises(FileExistsError):
         model.export(tmp_path / "made")

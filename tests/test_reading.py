@@ -89,6 +89,13 @@ def test_rasters_that_are_refused(tmp_path, array, message):
         reading.measured(scene, windows.cut(scene.grid, 3, 16))
 
 
+def test_a_raster_without_crs_gives_no_position(tmp_path):
+    geo.write(tmp_path / "a.tif", elevation(48, 48), like=geo.Place("", PLACE.transform, 48, 48))
+    reading.open_scene("a", {"DEM": tmp_path / "a.tif"})
+    with pytest.raises(ValueError, match=r"a\.tif does not say where on Earth it lies \(it has no CRS\), so it gives no coords"):
+        reading.open_scene("a", {"DEM": tmp_path / "a.tif", "coords": tmp_path / "a.tif"})
+
+
 def test_files_that_are_no_rasters(tmp_path):
     for name, content in (("empty.tif", b""), ("text.tif", b"hello")):
         (tmp_path / name).write_bytes(content)

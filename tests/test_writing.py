@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 
 import numpy as np
@@ -65,6 +66,30 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch, capsys, how)
         writing.create(tmp_path / "a.tif", LAYER)
     assert error.value.errno == errno.ENOSPC and cli._told(error.value)
     assert capsys.readouterr().err.startswith("error: The disk of ")
+
+
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_an_array_on_disk_has_all_of_its_blocks(tmp_path, monkeypatch, has_fallocate):
+    """Else a disk that fills up later would end the process with SIGBUS."""
+    if not has_fallocate:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path, shape = tmp_path / "ids.npy", (3, 500_000)
+    ids = writing.mapped(path, np.int32, shape, goes_on=False)
+    assert ids.shape == shape and not ids.any() and path.stat().st_blocks * 512 >= ids.nbytes
+    ids[1] = 7
+    ids.flush()
+    assert (writing.mapped(path, np.int32, shape, goes_on=True)[1] == 7).all()
+    assert not writing.mapped(path, np.int32, shape, goes_on=False).any()
+
+
+def test_no_room_for_an_array_is_told_before_it_is_mapped(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match="The disk of .* is full") as error:
+        writing.mapped(tmp_path / "ids.npy", np.int32, (3, 5), goes_on=False)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_other_errors_of_writing_stay_what_they_are(tmp_path):

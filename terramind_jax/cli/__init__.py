@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from terramind_jax.cli import data, evaluate
 from terramind_jax.cli.arguments import LULC_CODES, accept_grain_workers, add, add_model, add_tokenizers, names, read_inputs
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # JAX's own: where compiled programs are kept
 SAMPLERS = ("ddim", "dpmpp", "ddpm")
 CLIPS = ("published", "none", "dynamic")
 STOPPED = 130  # what the shell reports for Ctrl-C
@@ -24,6 +26,7 @@ INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    _keep_programs()
     try:
         return parsed.command(parsed) or 0
     except KeyboardInterrupt:
@@ -32,6 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _told(error):
             raise
         return 2
+
+
+def _keep_programs() -> None:
+    """Has JAX keep what it compiles, unless it was told where, or not to: the next command starts without that minute.
+
+    A machine has a folder of its own, since XLA compiles for the processor at hand and several may share a home. Where none can be
+    written, each command compiles.
+    """
+    from terramind_jax import hub
+
+    if PROGRAMS in os.environ:
+        return
+    try:
+        folder = hub.cache_folder() / "programs" / platform.node()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or no home at all
+        return
+    if os.access(folder, os.W_OK):
+        os.environ[PROGRAMS] = str(folder)
 
 
 def _told(error: Exception) -> bool:

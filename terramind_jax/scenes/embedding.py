@@ -115,8 +115,7 @@ def _there(work: Work, row: int, height: int) -> np.ndarray:
 
 def _on_disk(job: Job, work: Work, shape: tuple[int, ...]) -> np.ndarray:
     path = job.journal.of_scene(work.scene.name) / "vectors.npy"
-    with writing.space(path):
-        return np.lib.format.open_memmap(path, "r+" if job.journal.get(work.scene.name, "vectors") else "w+", np.float32, shape)
+    return writing.mapped(path, np.float32, shape, goes_on=bool(job.journal.get(work.scene.name, "vectors")))
 
 
 def _keep(job: Job, piece: tuple[str, ...], vectors: np.ndarray, count: int) -> None:

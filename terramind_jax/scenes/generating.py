@@ -76,8 +76,7 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
     is_sequence = stream.kind == "sequence"
     shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else (*c.grid, *stream.codes)
     path, done = job.journal.of_scene(work.scene.name) / f"{name}.npy", job.journal.get(work.scene.name, name, "tokens")
-    with writing.space(path):
-        ids = np.lib.format.open_memmap(path, "r+" if done else "w+", np.int32, (job.samples, *shape))
+    ids = writing.mapped(path, np.int32, (job.samples, *shape), goes_on=bool(done))
     owner = windows.owners(c, work.live)
     bar.update(job.samples * int(work.live[:done].sum()))
     for i in range(done, len(c.rows)):

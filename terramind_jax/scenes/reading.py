@@ -72,11 +72,13 @@ def check_names(inputs: Mapping[str, object], lulc_codes: str | None) -> None:
 
 
 def open_scene(name: str, paths: Mapping[str, Path], lulc_codes: str | None = None) -> Scene:
-    """One scene, checked without reading pixels: bands, and one grid for all."""
+    """One scene, checked without reading pixels: bands, one grid for all, and a CRS where a raster shall give its position."""
     first, nodata = None, {}
     for modality, path in paths.items():
         stream = modalities.input_stream(modality)
         header = geo.read_header(path, None if stream.kind == "sequence" else stream.modality)
+        if stream.kind == "sequence" and not header.place.crs:
+            raise ValueError(f"{path} does not say where on Earth it lies (it has no CRS), so it gives no {modality}.")
         first, nodata[modality] = first or (path, header.place), header.nodata
         if not geo.same_grid(header.place, first[1]):
             raise ValueError(f"{path} and {first[0]} do not lie on one grid; resample one of them to the other.")

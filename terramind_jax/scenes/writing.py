@@ -1,4 +1,5 @@
-"""GeoTIFFs that are written row by row and end as Cloud-Optimised GeoTIFFs, with what they were made from in their tags."""
+"""What is written of a scene, row by row: GeoTIFFs, which end as Cloud-Optimised GeoTIFFs with what they were made from in their tags, and
+arrays that lie on disk meanwhile."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from rasterio.windows import Window
 from terramind_jax import geo
 
 SPARE = 2**24  # bytes: a disk with fewer left is full
+CHUNK = 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,32 @@ def finish(source: Path, path: Path, layer: Layer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(whole, path)
     source.unlink()
+
+
+def mapped(path: Path, dtype: type, shape: tuple[int, ...], *, goes_on: bool) -> np.memmap:
+    """An array on disk, zeros unless it `goes_on` with a file of an earlier call. The disk has set all of its blocks aside.
+
+    Without that, a write into the map of a sparse file on a full disk would end the process with SIGBUS.
+    """
+    with space(path):
+        if not goes_on:
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            _set_aside(path)
+        return np.lib.format.open_memmap(path, "r+", dtype, shape)
+
+
+def _set_aside(path: Path) -> None:
+    """Blocks for the whole of a sparse file."""
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        for start in range(0, size, CHUNK):  # macOS, Windows: what is written has blocks
+            file.seek(start)
+            held = file.read(CHUNK)
+            file.seek(start)
+            file.write(held)
 
 
 @contextlib.contextmanager

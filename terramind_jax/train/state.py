@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from terramind_jax import sharding
 from terramind_jax.checkpoint import Checkpoints
+from terramind_jax.sharding import compute_dtype as compute_dtype
 from terramind_jax.train import optimizer
 from terramind_jax.train.logging import count
 
@@ -145,13 +146,6 @@ def running(mean: jax.Array, value: jax.Array) -> jax.Array:
 def size(params: Params) -> str:
     """How many parameters: ``"52.1M"``."""
     return count(sum(x.size for x in jax.tree.leaves(params)))
-
-
-def compute_dtype(name: str, platform: str | None = None) -> str:
-    """A configuration's dtype: ``auto`` is bfloat16 on accelerators and float32 on a CPU. `platform` is by default JAX's."""
-    if name == "auto":
-        return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
-    return name
 
 
 # ---- where a run starts ----
