@@ -46,7 +46,7 @@ def test_a_configuration_of_terratorch(path):
     assert config.model.modalities == ("S2L1C", "S1GRD") and config.model.weights == "random" and config.model.merge_method == "max"
     assert (config.model.layers, config.model.channels, config.model.pyramid) == ((0, 1, 0, 1), (16, 16, 8, 8), True)
     assert (config.train.tune, config.train.loss, config.train.epochs, config.train.batch_size) == ("frozen", "dice", 3, 4)
-    assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/loss", 9, 7)
+    assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/mIoU", 9, 7)
     assert (config.optimizer.learning_rate, config.optimizer.clip_norm, config.optimizer.plateau_factor) == (2e-5, 1.0, 0.5)
     assert config.data.d4 and config.data.crop == 0
     facts = _facts(config)
@@ -55,7 +55,27 @@ def test_a_configuration_of_terratorch(path):
     assert config.data.options.images.S1GRD.folder.val == "floods/val/s1" and config.data.options.splits.val == "floods/val.txt"
     told = "\n".join(rest)
     assert "trainer.accumulate_grad_batches=4" in rest and "train_transform=ColorJitter" in told and "16-mixed" in told
-    assert len(rest) == 3, rest
+    assert "ReduceLROnPlateau.monitor=val/loss: val/mIoU here" in rest
+    assert len(rest) == 4, rest
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{monitor: val/mIoU, patience: 9}", "{monitor: val/loss, patience: 9, min_delta: 0.1}", ["EarlyStopping.min_delta=0.1"]),
+        ("{monitor: val/mIoU, patience: 9}", "{monitor: val/Jaccard_Index, patience: 9}", ["EarlyStopping.monitor=val/Jaccard_Index"]),
+        (
+            "class_path: ReduceLROnPlateau\n  init_args: {monitor: val/loss, factor: 0.5, patience: 5}",
+            "class_path: CosineAnnealingLR\n  init_args: {T_max: 2}",
+            ["lr_scheduler.T_max=2: the whole run, 3 epochs, here"],
+        ),
+    ],
+)
+def test_what_is_told_of_schedules_and_ends(path, old, new, told):
+    plain = {"trainer.accumulate_grad_batches=4", "data.init_args.train_transform=ColorJitter"}
+    path.write_text(YAML.replace(old, new))
+    rest = [text for text in terratorch.read(path)[1] if text not in plain and "16-mixed" not in text]
+    assert [text.removeprefix("trainer.callbacks.") for text in rest] == told
 
 
 @pytest.mark.parametrize(
