@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from terramind_jax import cli, geo
 from terramind_jax.modalities import S2L1C_BANDS
-from terramind_jax.tasks import datasets
+from terramind_jax.tasks import datasets, finetune, predict
 from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
 from terramind_jax.tasks.samples import sample
 
@@ -230,6 +232,21 @@ def test_tables_of_labels(tmp_path, task, table, expected):
     (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nb,x"))
     with pytest.raises(ValueError, match=r"labels.csv gives b the label 'x.*', which is none of a"):
         datasets.load("generic", tmp_path, **fields)
+
+
+@pytest.mark.parametrize("name", ["burnscars", "eurosat", "generic"])
+def test_a_saved_run_reads_files_as_its_data_set_does(roots, tmp_path, name):
+    """Stored bands and their order, unit and marks of no data, from ``task.json`` alone."""
+    optical = {**IMAGES["S2L1C"], "use": ["SWIR_1", "RED"], "scale": 0.5, "replace": 7}
+    options = {**FLOODS, "images": {"S2L1C": optical}} if name == "generic" else {}
+    dataset = datasets.load(name, roots / ("sen1floods11" if name == "generic" else name), **options)
+    finetune.write_task(tmp_path, dataset.facts, {})
+    facts = finetune.facts_of(json.loads((tmp_path / finetune.TASK).read_text()))
+    assert facts == dataset.facts
+    arrays, _ = predict.read(SimpleNamespace(facts=facts, crop=16, module=SimpleNamespace(time="mean")), dataset.samples[0].inputs)
+    assert arrays.keys() == facts.bands.keys()
+    for modality, image in dataset[0]["inputs"].items():
+        np.testing.assert_array_equal(arrays[modality], image)
 
 
 # ---- bad ones ----

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import nano_models
@@ -12,9 +14,10 @@ import pytest
 from terramind_jax import cli, geo, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
-from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
+from terramind_jax.tasks import batches, datasets, feeding, finetune, predict, thinking, validation
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import check, finetuning
+from terramind_jax.tasks.datasets import files as datasets_files
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
@@ -231,12 +234,28 @@ def test_labels_of_images(tmp_path):
     model = dict(modalities=(), decoder="identity", layers=(1,))
     config = settings(tmp_path / "data", model=model, data=dict(dataset="eurosat"), train=dict(steps=30), run=dict(eval_every=30))
     assert finetune.train(config, tmp_path / "run")["val/pixel_accuracy"] > 0.3
-    image = datasets.load("eurosat", tmp_path / "data", "val")[0]["inputs"]["S2L1C"][:32, :32]
-    geo.write(tmp_path / "field.tif", image, modality="S2L1C")
-    (labels,) = predict.run(tmp_path / "run", {"S2L1C": tmp_path / "field.tif"}, tmp_path / "out")
-    task = finetune.load(tmp_path / "run")
-    expected = task.facts.class_names[int(task({"S2L1C": image[None]})[0].argmax())]
-    assert json.loads(labels.read_text()) == {"field": expected}
+    held_out = datasets.load("eurosat", tmp_path / "data", "val")
+    (labels,) = predict.run(tmp_path / "run", held_out.samples[0].inputs, tmp_path / "out")
+    expected = predict.label(finetune.load(tmp_path / "run"), held_out[0]["inputs"])
+    assert json.loads(labels.read_text()) == {held_out.names[0]: expected}
+
+
+def test_an_ltae_refuses_single_images(root):
+    """In training, and of `predict`, which reads series as the generic data set stores them."""
+    config = settings(root, model=dict(time="ltae"))
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
+    with pytest.raises(ValueError, match=r"has an L-TAE and reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
+        jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
+    paths = dataset.samples[0].inputs
+    with pytest.raises(ValueError, match="S1Hand.tif is one image, and the model takes series: give arrays"):
+        predict.read(SimpleNamespace(facts=dataset.facts, crop=32, module=module), paths)
+    stored = datasets_files.bands("S1GRD", ("VV",), times=2)  # its two bands as two times of one
+    facts = dataclasses.replace(dataset.facts, files={"S1GRD": stored})
+    series, _ = predict.read(SimpleNamespace(facts=facts, crop=32, module=module), paths)
+    np.testing.assert_array_equal(series["S1GRD"], np.moveaxis(dataset[0]["inputs"]["S1GRD"], -1, 0)[..., None])
+    assert [x.shape for x in predict._batch(series, batches.windows((SIZE, SIZE), 32)).values()] == [(4, 2, 32, 32, 1)]
 
 
 @pytest.mark.parametrize(

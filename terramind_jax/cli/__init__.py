@@ -292,9 +292,8 @@ def _embed(parsed: argparse.Namespace) -> None:
 def _add_predict(commands) -> None:
     parser = add(commands, "predict", "apply a fine-tuned model to GeoTIFFs", _predict)
     parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")
-    parser.add_argument(
-        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
-    )
+    text = "a GeoTIFF or a folder of them, stored as the data set's own; repeat for more"
+    parser.add_argument("--input", action="append", required=True, metavar="MODALITY=PATH", help=text)
     text = "NAME.tif of each input, on its grid: classes, or values; labels of whole images go to labels.json; none that exists is replaced"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
 

@@ -60,7 +60,6 @@ def dataset(
     root = os.fspath(root)
     own = dict(images=images, labels=labels, task=task, class_names=class_names, num_classes=num_classes)
     known = facts(**own, ignore_index=ignore_index, title=title)
-    how = {m: _bands(m, fields) for m, fields in images.items()}
     found, where = _names(root, split, images, splits)
     paths = {name: {m: files.path_of(_folder(root, f, split), f["pattern"], name) for m, f in images.items()} for name in found}
     if "table" in labels:
@@ -74,7 +73,7 @@ def dataset(
         read_target = functools.partial(read_map, task=task, ignore_index=ignore_index, **options)
     files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
     samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
-    return Dataset(known, split, samples, functools.partial(read_images, how), read_target)
+    return Dataset(known, split, samples, functools.partial(read_images, known.files), read_target)
 
 
 def facts(
@@ -92,7 +91,8 @@ def facts(
     _check_fields(images, labels, task)
     names = _class_names(class_names, num_classes, task)
     statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
-    return Facts(title, task, {m: _bands(m, fields).use for m, fields in images.items()}, names, ignore_index, **statistics)
+    how = {m: _bands(m, fields) for m, fields in images.items()}
+    return Facts(title, task, {m: of.use for m, of in how.items()}, names, ignore_index, files=how, **statistics)
 
 
 # ---- reading ----
