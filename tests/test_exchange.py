@@ -48,7 +48,7 @@ def test_a_configuration_of_terratorch(path):
     assert (config.train.tune, config.train.loss, config.train.epochs, config.train.batch_size) == ("frozen", "dice", 3, 4)
     assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/mIoU", 9, 7)
     assert (config.optimizer.learning_rate, config.optimizer.clip_norm, config.optimizer.plateau_factor) == (2e-5, 1.0, 0.5)
-    assert config.data.d4 and config.data.crop == 0
+    assert config.data.d4 and config.data.crop == 0 and config.optimizer.decay_norms
     facts = _facts(config)
     assert facts.class_names == ("Others", "Flood") and facts.ignore_index == -1 and len(facts.bands["S2L1C"]) == 13
     assert facts.mean["S1GRD"] == (-12.0, -20.0)
@@ -142,13 +142,20 @@ def _facts(config):
     return datasets.facts("generic", **config.data.options.to_dict())
 
 
-def test_no_ltae_in_terratorch(path, tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(time="ltae"), "TerraTorch has no L-TAE"),
+        (dict(decoder="upernet_pangaea", channels=(16,)), "TerraTorch has no neck as PANGAEA's"),
+    ],
+)
+def test_what_terratorch_cannot_hold(path, fields, message):
     config, _ = terratorch.read(path)
-    config.model.time = "ltae"
+    config.model.update(fields)
     facts = _facts(config)
     extractor = finetune.backbone(config, facts)
     task = finetune.Task(finetune.task_model(config, facts, extractor), {}, facts, {}, 32, extractor)
-    with pytest.raises(ValueError, match="TerraTorch has no L-TAE"):
+    with pytest.raises(ValueError, match=message):
         exchange.to_torch(task)
 
 

@@ -51,6 +51,8 @@ def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
     """
     if task.module.time == "ltae":
         raise ValueError("TerraTorch has no L-TAE, so a model with model.time='ltae' cannot be exported.")
+    if task.module.config.is_pangaea:
+        raise ValueError("TerraTorch has no neck as PANGAEA's, so a model with model.decoder='upernet_pangaea' cannot be exported.")
     model = dataclasses.replace(task.extractor, variables={group: task.variables[group]["encoder"] for group in ("params", "buffers")})
     if task.thinker is not None:
         held = {modality: weights.tokenizer(modality, tokenizers, model.version, optional=True) for modality in model.tokenizers}

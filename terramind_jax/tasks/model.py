@@ -36,7 +36,7 @@ class TaskModel(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoder = Backbone(self.backbone)
-        self.neck = decoders.Pyramid(c.dtype) if c.pyramid else None
+        self.neck = decoders.Pyramid(c.dtype, c.is_pangaea) if c.pyramid else None
         self.decoder, self.head = decoders.decoder(c), decoders.head(c)
         self.over_time = LTAE(dtype=c.dtype) if self.time == "ltae" else None
 

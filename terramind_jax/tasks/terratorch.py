@@ -280,8 +280,7 @@ def _optimizer(config: ConfigDict, told: Fields, rest: list[str]) -> None:
         o[name] = float(value)
     if "betas" in own:
         o.betas = tuple(map(float, own.pop("betas")))
-    if o.weight_decay:
-        rest.append(f"optimizer.weight_decay={o.weight_decay} of norms and biases, which do not decay here")
+    o.decay_norms = True  # as PyTorch has it
     node = told.get("lr_scheduler") or {}
     kind, own = _class(node), node.get("init_args") or {}
     o.schedule = {PLATEAU: "plateau", "CosineAnnealingLR": "cosine"}.get(kind, "constant")

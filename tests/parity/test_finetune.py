@@ -38,7 +38,7 @@ def settings(root):
     config = finetuning()
     config.model.update(name="terramind_v1_tiny", weights="random", channels=CHANNELS, head_dropout=0.0)
     config.data.update(dataset="sen1floods11", root=str(root), crop=32)
-    config.optimizer.update(learning_rate=3e-4, schedule="constant", weight_decay=0.0)  # they decay norms and biases, too
+    config.optimizer.update(learning_rate=3e-4, schedule="constant", weight_decay=0.3, decay_norms=True)
     config.train.update(batch_size=4, steps=STEPS, loss="dice")
     config.run.update(log_every=1, eval_every=STEPS, checkpoint_every=STEPS, progress=False, tensorboard=False)
     return config
@@ -74,7 +74,7 @@ def test_thirty_steps(tmp_path):
     theirs = reference(dataset.facts.bands)
     peer.load_state(theirs, own(networks.join(parted["params"], parted["buffers"], parted["batch_stats"])))
     criterion = segmentation_tasks.init_loss("dice", ignore_index=-1)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.3)
     stream = batches.training(dataset, finetune.scale_of(config, dataset.facts), crop=32, batch_size=4, d4=True)
     expected = []
     for batch in (next(stream) for _ in range(STEPS)):
