@@ -13,7 +13,7 @@ import pytest
 
 from terramind_jax import cli, geo
 from terramind_jax.modalities import S2L1C_BANDS
-from terramind_jax.tasks import datasets, finetune, predict
+from terramind_jax.tasks import batches, datasets, finetune, predict
 from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
 from terramind_jax.tasks.samples import sample
 
@@ -232,6 +232,20 @@ def test_tables_of_labels(tmp_path, task, table, expected):
     (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nb,x"))
     with pytest.raises(ValueError, match=r"labels.csv gives b the label 'x.*', which is none of a"):
         datasets.load("generic", tmp_path, **fields)
+
+
+def test_values_of_minus_one_count(tmp_path):
+    """Of a regression only NaN and nodata are none; with an ignore_index what it says is, too."""
+    geo.write(tmp_path / "images" / "a.tif", np.ones((2, 2, 2), np.float32))
+    geo.write(tmp_path / "labels" / "a.tif", np.float32([[-1, np.nan], [-9999, 3]]), nodata=-9999)
+    images, labels = ({"folder": folder, "pattern": "*.tif"} for folder in ("images", "labels"))
+    fields = dict(images={"S1GRD": images}, labels={**labels, "scale": 2}, task="regression")
+    for ignore, valid in (({}, [[True, False], [False, True]]), ({"ignore_index": -1}, [[False, False], [False, True]])):
+        dataset = datasets.load("generic", tmp_path, **fields, **ignore)
+        found = batches.cut(dataset, dataset[0], {"S1GRD": (0, 1)}, slice(2), slice(2))
+        np.testing.assert_array_equal(found["valid"], valid)
+        np.testing.assert_array_equal(found["target"], np.where(valid, [[-2, 0], [0, 6]], 0))
+    assert datasets.facts("generic", images={"S1GRD": images}, labels=labels, num_classes=2).ignore_index == -1
 
 
 @pytest.mark.parametrize("name", ["burnscars", "eurosat", "generic"])

@@ -69,7 +69,7 @@ def _replace(image: np.ndarray, how: Bands) -> np.ndarray:
     return image if how.scale == 1 else image * np.float32(how.scale)
 
 
-def read_mask(path: str, ignore_index: int | None, *, zero_is_none: bool = False) -> np.ndarray:
+def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = False) -> np.ndarray:
     """A map of one band as ``[H, W]`` float32, `ignore_index` where the file has no data.
 
     With `zero_is_none` stored classes count from 1, and 0 is none of them.

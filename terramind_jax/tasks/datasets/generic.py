@@ -11,9 +11,10 @@ The fields are those that TerraTorch's GenericMultiModalDataModule takes, one se
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def dataset(
     task: str = "segmentation",
     class_names: Sequence[str] = (),
     num_classes: int | None = None,
-    ignore_index: int | None = IGNORE,
+    ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
 ) -> Dataset:
     """A split of the data in `root`, to which folders and files are relative; see the module.
@@ -52,7 +53,8 @@ def dataset(
         count from 1. Values of a regression are multiplied by ``scale``.
       splits: by split the file with its samples, ``.txt`` or ``.csv``; without, every file of the first modality's folder is a sample.
       class_names, num_classes: either will do.
-      ignore_index: of pixels without a label, in masks and in metrics.
+      ignore_index: of pixels without a label, in masks and in metrics; by default -1 among classes; among values there is none, but NaN and
+        the file's own nodata do not count.
 
     Raises:
       ValueError: unknown fields, bands or task, a split without samples; FileNotFoundError: a folder, split file or sample is not there.
@@ -70,7 +72,7 @@ def dataset(
         targets = {name: files.path_of(_folder(root, labels, split), labels["pattern"], name) for name in found}
         files.check_present(targets.items(), where)
         options = dict(zero_is_none=labels.get("zero_is_none", False), scale=labels.get("scale", 1.0))
-        read_target = functools.partial(read_map, task=task, ignore_index=ignore_index, **options)
+        read_target = functools.partial(read_map, task=task, ignore_index=known.ignore_index, **options)
     files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
     samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
     return Dataset(known, split, samples, functools.partial(read_images, known.files), read_target)
@@ -84,7 +86,7 @@ def facts(
     task: str = "segmentation",
     class_names: Sequence[str] = (),
     num_classes: int | None = None,
-    ignore_index: int | None = IGNORE,
+    ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
 ) -> Facts:
     """What the fields of `dataset` say, without any file."""
@@ -92,6 +94,8 @@ def facts(
     names = _class_names(class_names, num_classes, task)
     statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
     how = {m: _bands(m, fields) for m, fields in images.items()}
+    if ignore_index == "auto":
+        ignore_index = None if "regression" in task else IGNORE
     return Facts(title, task, {m: of.use for m, of in how.items()}, names, ignore_index, files=how, **statistics)
 
 
@@ -104,11 +108,12 @@ def read_images(how: Mapping[str, files.Bands], sample: Sample) -> dict[str, np.
 
 
 def read_map(sample: Sample, *, task: str, ignore_index: int | None, zero_is_none: bool = False, scale: float = 1.0) -> np.ndarray:
-    """The target of a sample that has a mask."""
-    mask = files.read_mask(sample.target, ignore_index, zero_is_none=zero_is_none)
+    """The target of a sample that has a mask; a value that is not known is NaN if it has no `ignore_index`."""
+    nothing = math.nan if ignore_index is None and task == "regression" else ignore_index
+    mask = files.read_mask(sample.target, nothing, zero_is_none=zero_is_none)
     if task == "segmentation":
         return mask.astype(np.int32)
-    return mask if scale == 1 else np.where(mask == ignore_index, mask, mask * np.float32(scale))
+    return mask if scale == 1 else np.where(mask == nothing, mask, mask * np.float32(scale))
 
 
 def given(sample: Sample) -> Any:
