@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -289,8 +290,25 @@ def test_thinking_needs_all_bands(tmp_path):
         finetune.train(settings(tmp_path / "data", data=dict(dataset="burnscars"), model=model), tmp_path / "run")
 
 
-def test_configuration_files():
-    for name in ("sen1floods11", "eurosat"):
-        config = configuration.load(f"configs/finetune/{name}.py", ["--config.data.root=data"])
-        check(config)
-        assert configuration.command_of(config) == "finetune"
+@pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.py")), ids=lambda path: path.stem)
+def test_configuration_files(path, tmp_path):
+    """Those of the generic data set read what their headings say: here one sample a split, named as their patterns have it."""
+    config = configuration.load(str(path), [f"--config.data.root={tmp_path}", "--config.data.crop=16"])
+    check(config)
+    assert configuration.command_of(config) == "finetune"
+    if config.data.dataset != "generic":
+        return
+    options = config.data.options.to_dict()
+    for split in datasets.SPLITS:
+        for field in (*options["images"].values(), options["labels"]):
+            bands = field.get("bands", ("label",))
+            file = tmp_path / field["folder"][split] / field["pattern"].replace("*", f"{split}_1")
+            geo.write(file.with_suffix(".tif"), np.ones((16, 16, len(bands)), np.uint8))
+            file.with_suffix(".tif").rename(file)
+        if "splits" in options:
+            (tmp_path / options["splits"][split]).write_text(f"{split}_1\n")
+    for split in datasets.SPLITS:
+        dataset = finetune.open_split(config, split)
+        assert dataset.names == (f"{split}_1",) and dataset[0]["inputs"].keys() == options["images"].keys()
+    assert finetune.scale_of(config, dataset.facts).keys() == options["images"].keys()
+    assert finetune.backbone_options(config, dataset.facts)["modalities"]
