@@ -257,10 +257,13 @@ def test_a_saved_run_reads_files_as_its_data_set_does(roots, tmp_path, name):
     finetune.write_task(tmp_path, dataset.facts, {})
     facts = finetune.facts_of(json.loads((tmp_path / finetune.TASK).read_text()))
     assert facts == dataset.facts
-    arrays, _ = predict.read(SimpleNamespace(facts=facts, crop=16, module=SimpleNamespace(time="mean")), dataset.samples[0].inputs)
+    task = SimpleNamespace(facts=facts, crop=16, module=SimpleNamespace(time="mean"))
+    scene = predict.open_scene(task, "scene", dataset.samples[0].inputs)
+    arrays, _ = predict.read(task, scene)
     assert arrays.keys() == facts.bands.keys()
     for modality, image in dataset[0]["inputs"].items():
         np.testing.assert_array_equal(arrays[modality], image)
+        np.testing.assert_array_equal(predict.read(task, scene, 16, 32)[0][modality], image[16:])
 
 
 # ---- bad ones ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,11 @@ import pytest
 from terramind_jax import cli, geo, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
-from terramind_jax.tasks import batches, datasets, feeding, finetune, predict, thinking, validation
+from terramind_jax.draws import probabilities
+from terramind_jax.scenes import windows, writing
+from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import check, finetuning
-from terramind_jax.tasks.datasets import files as datasets_files
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
@@ -151,7 +151,7 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     targets = ["tok_lulc@224", "tok_dem@224"]
     thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
     expected = jax.jit(task.module.apply)(task.variables, {"S1GRD": scaled, **{key: thought[key] for key in targets}})
-    np.testing.assert_array_equal(made, expected[0].argmax(-1))
+    np.testing.assert_array_equal(made[2:], expected[0].argmax(-1)[2:])  # in the corner above there is no data
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
@@ -215,18 +215,46 @@ def test_a_unet_with_both_modalities_and_dropped_ones(root, tmp_path):
 
 
 def test_predict_writes_maps_where_the_input_lies(finished, root, tmp_path):
-    """The command, from the work directory alone; the map is the model's own of every window."""
+    """The command, from the work directory alone; windows of 32 pixels, of which two neighbours share 16, are blended."""
     dataset = datasets.load("sen1floods11", root, "val")
     path = dataset.samples[0].inputs["S1GRD"]
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 0
     made = geo.read(next(tmp_path.glob("*.tif")))
     assert made.dtype == np.uint8 and geo.same_grid(made.place, geo.place(path))
     task = finetune.load(finished)
-    logits = np.asarray(task({"S1GRD": dataset[0]["inputs"]["S1GRD"][None, :32, :32]}))[0]
-    np.testing.assert_array_equal(np.asarray(made)[:32, :32, 0], logits.argmax(-1))
+    radar, total = dataset[0]["inputs"]["S1GRD"], np.zeros((SIZE, SIZE, 2), np.float32)
+    for top, left in np.ndindex(2, 2):
+        at = np.s_[16 * top : 16 * top + 32, 16 * left : 16 * left + 32]
+        total[at] += windows.weights(32, 16)[..., None] * probabilities(np.asarray(task({"S1GRD": radar[at][None]}))[0])
+    expected = total.argmax(-1)
+    expected[:2, :2] = 255  # where the radar has no data
+    np.testing.assert_array_equal(np.asarray(made)[..., 0], expected)
+    header = geo.read_header(next(tmp_path.glob("*.tif")))
+    assert header.nodata == 255 and header.tags["classes"] == "land, water" and not (tmp_path / "unfinished").exists()
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 2
     with pytest.raises(ValueError, match="The model takes S1GRD; S2L1C is given."):
         predict.run(finished, {"S2L1C": path}, tmp_path / "other")
+
+
+def test_predict_goes_on_where_it_was_stopped(finished, root, tmp_path, monkeypatch):
+    """Two rows of windows, of which only one is written before a Ctrl-C; a side is no multiple of 16."""
+    radar = datasets.load("sen1floods11", root, "val")[0]["inputs"]["S1GRD"]
+    geo.write(tmp_path / "scene.tif", radar[:45, :41], modality="S1GRD")
+    inputs, write, rows = {"S1GRD": tmp_path / "scene.tif"}, writing.write_rows, []
+    (whole,) = predict.run(finished, inputs, tmp_path / "whole")
+
+    def stop_at_the_second(path, row, pixels):
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        write(path, row, pixels)
+
+    monkeypatch.setattr(writing, "write_rows", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(finished, inputs, tmp_path / "parts")
+    (parts,) = predict.run(finished, inputs, tmp_path / "parts")
+    assert rows == [0, 16, 16] and geo.read(parts).shape == (45, 41, 1)
+    np.testing.assert_array_equal(np.asarray(geo.read(parts)), np.asarray(geo.read(whole)))
 
 
 @pytest.mark.slow
@@ -249,14 +277,8 @@ def test_an_ltae_refuses_single_images(root):
     images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
     with pytest.raises(ValueError, match=r"has an L-TAE and reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
         jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
-    paths = dataset.samples[0].inputs
     with pytest.raises(ValueError, match="S1Hand.tif is one image, and the model takes series: give arrays"):
-        predict.read(SimpleNamespace(facts=dataset.facts, crop=32, module=module), paths)
-    stored = datasets_files.bands("S1GRD", ("VV",), times=2)  # its two bands as two times of one
-    facts = dataclasses.replace(dataset.facts, files={"S1GRD": stored})
-    series, _ = predict.read(SimpleNamespace(facts=facts, crop=32, module=module), paths)
-    np.testing.assert_array_equal(series["S1GRD"], np.moveaxis(dataset[0]["inputs"]["S1GRD"], -1, 0)[..., None])
-    assert [x.shape for x in predict._batch(series, batches.windows((SIZE, SIZE), 32)).values()] == [(4, 2, 32, 32, 1)]
+        predict.open_scene(SimpleNamespace(facts=dataset.facts, crop=32, module=module), "scene", dataset.samples[0].inputs)
 
 
 @pytest.mark.parametrize(
