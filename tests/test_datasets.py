@@ -113,7 +113,7 @@ def test_times_of_pastis(roots):
     for modality in ("S2L2A", "S1GRD"):
         assert read["inputs"][modality].shape == (4, SIZE, SIZE, len(pastis.BANDS[modality]))
         assert read["dates"][modality].shape == (4,) and (np.diff(read["dates"][modality]) > 0).all()
-    assert pastis.spaced(61, 6).tolist() == [0, 12, 24, 36, 48, 60]
+    assert pastis.FACTS.has_times and pastis.spaced(61, 6).tolist() == [0, 12, 24, 36, 48, 60]
     with pytest.raises(ValueError, match="0 times of each series"):
         datasets.load("pastis", roots / "pastis", times=0)
 
@@ -226,6 +226,8 @@ def test_tables_of_labels(tmp_path, task, table, expected):
     fields |= {} if "regression" in task else {"class_names": ("land", "water")}
     dataset = datasets.load("generic", tmp_path, **fields)
     np.testing.assert_array_equal([dataset[i]["target"] for i in (0, 1)], expected)
+    by_split = datasets.load("generic", tmp_path, **{**fields, "labels": {"table": {"train": "labels.csv"}}})
+    np.testing.assert_array_equal(by_split[1]["target"], expected[1])
     (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nc,"))
     with pytest.raises(FileNotFoundError, match="names 1 samples without a label in labels.csv, such as b."):
         datasets.load("generic", tmp_path, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -157,6 +158,23 @@ def test_what_terratorch_cannot_hold(path, fields, message):
     task = finetune.Task(finetune.task_model(config, facts, extractor), {}, facts, {}, 32, extractor)
     with pytest.raises(ValueError, match=message):
         exchange.to_torch(task)
+
+
+def test_series_have_a_wrapper_and_adapters_are_refused(path):
+    """TerraTorch's names of a model that reads time series, there and back."""
+    config, _ = terratorch.read(path)
+    state, facts = random_state(config, _facts(config)), _facts(config)
+    wrapped = {name.replace("encoder.", "encoder.encoder.", 1) if name.startswith("encoder.") else name: x for name, x in state.items()}
+    assert exchange.reads_series({f"model.{name}": x for name, x in wrapped.items()}) and not exchange.reads_series(state)
+    extractor = finetune.backbone(config, facts)
+    module = finetune.task_model(config, facts, extractor)
+    for has_times, expected in ((False, state), (True, wrapped)):
+        found = exchange.from_torch(expected, config, facts)
+        task = finetune.Task(module, found, dataclasses.replace(facts, has_times=has_times), {}, 32, extractor)
+        assert exchange.to_torch(task).keys() == expected.keys()
+    adapted = {name.replace("encoder.", "encoder.base_model.model.", 1): x for name, x in state.items()}
+    with pytest.raises(ValueError, match="holds adapters of PEFT; merge them in TerraTorch first"):
+        exchange.from_torch(adapted, config, facts)
 
 
 def test_the_sizes_of_a_pretraining(tmp_path):

@@ -185,7 +185,8 @@ def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list
     count = own.pop("num_classes", None) or args.get("num_classes")
     args.pop("num_classes", None)
     ignore, replaced = model.pop("ignore_index", None), own.pop("no_label_replace", None)
-    labels = {"folder": {s: own[f] for s in SPLITS if (f := _label_root(own, s))}, "pattern": own.pop("label_grep", "*")}
+    found, pattern = {s: own[f] for s in SPLITS if (f := _label_root(own, s))}, own.pop("label_grep", "*")
+    labels = {"folder": found, "pattern": pattern} if task in ("segmentation", "regression") else {"table": found}
     if own.pop("reduce_zero_label", False):
         labels["zero_is_none"] = True
     options = dict(images=images, labels=labels, task=task, ignore_index=replaced if ignore is None else ignore)

@@ -32,6 +32,7 @@ class Facts:
     ignore_index: int | None = None  # of pixels that count neither in a loss nor in a metric
     mean: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     std: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    has_times: bool = False  # inputs are time series
     files: Mapping[str, Bands] = dataclasses.field(default_factory=dict)  # how they are read, of modalities that have one file a sample
 
     @property
