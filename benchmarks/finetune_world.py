@@ -1,7 +1,7 @@
 """Fine-tunes the quickstart's model on the embedded world with few labels, from its weights and from random ones, in 20 minutes on a core.
 
     terramind-jax quickstart --out=quickstart
-    python benchmarks/finetune_world.py --quickstart=quickstart --out=benchmarks/results/finetune_world.md
+    python benchmarks/finetune_world.py --quickstart=quickstart --steps=60 --out=benchmarks/results/finetune_world.md
 
 Land cover, and elevation where there is no water, from Sentinel-2 of the quickstart's own scenes; scores are of its held-out scenes. Its
 pretraining has seen both as targets on the same training scenes: what is asked is what its weights save in labels, not more. Each case
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -70,12 +72,12 @@ def settings(root: Path, quickstart: Path, task: str, arm: str, share: float, se
     return config
 
 
-def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int], minutes: float) -> str:
+def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int], minutes: float, command: str) -> str:
     seeds = len(next(iter(scores.values())))
     text = (
         f"Fine-tuning the quickstart's model on the embedded world, on {process.where()}: {counts['train']} scenes of 224 pixels, {steps} "
         f"steps of {BATCH_SIZE}, all of the backbone and a U-Net trained; mean and standard deviation of {seeds} seeds on {counts['val']} "
-        f"held-out scenes; {minutes:.0f} minutes in all.\n"
+        f"held-out scenes; {minutes:.0f} minutes in all. Command: `{command}`.\n"
     )
     for task, (_, _, title) in METRICS.items():
         head = ["backbone", *(f"{share:.0%} of the labels" for share in SHARES)]
@@ -107,7 +109,8 @@ def main() -> None:
                 found = finetune.train(config, root / f"run_{seed}_{number}")[name] * factor
                 scores.setdefault(case, []).append(found)
                 print(seed, *case, f"{found:.1f}, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-            text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60)
+            command = shlex.join(["python", "benchmarks/finetune_world.py", *sys.argv[1:]])
+            text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60, command)
             if arguments.out:
                 arguments.out.write_text(text)
     print(text)

@@ -168,15 +168,19 @@ def _decimation(window: rasterio.windows.Window, where: Place, kind: registry.Ki
     return 1 if kind == "sar" else max(1, int(min(window.height / where.height, window.width / where.width) / 2))
 
 
-def read_valid(path: str | os.PathLike, names: Sequence[str], what: str, use: Sequence[str] | None = None) -> np.ndarray:
+def read_valid(
+    path: str | os.PathLike, names: Sequence[str], what: str, use: Sequence[str] | None = None, rows: tuple[int, int] | None = None
+) -> np.ndarray:
     """The bands `use` (default: all, of `names`) of a raster as [H, W, C] float32, NaN where the file has no data.
 
-    `names` are the bands that the file is said to hold, `what` what it is for errors; both are checked as `read` does.
+    `names` are the bands that the file is said to hold, `what` what it is for errors; both are checked as `read` does. Of `rows`, first and
+    end, nothing else is read.
     """
     with _open(path) as source:
         check_names(path, _header(source), names, what)
         indices = [names.index(name) + 1 for name in (names if use is None else use)]
-        pixels, nodata = source.read(indices).astype(np.float32), [source.nodatavals[i - 1] for i in indices]
+        window = rows and rasterio.windows.Window(0, rows[0], source.width, rows[1] - rows[0])
+        pixels, nodata = source.read(indices, window=window).astype(np.float32), [source.nodatavals[i - 1] for i in indices]
     for plane, value in zip(pixels, nodata, strict=True):
         if value is not None:
             plane[plane == np.float32(value)] = np.nan

@@ -194,14 +194,15 @@ def accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / confusion.sum()) if confusion.sum() else math.nan
 
 
-def class_scores(confusion: np.ndarray, ignore: int | None = None) -> dict[str, float]:
+def class_scores(confusion: np.ndarray, ignore: int | None = None, *, absent: bool = False) -> dict[str, float]:
     """``mIoU``, ``F1`` and ``accuracy``, means over the classes of truth or prediction, as torchmetrics has them, and ``pixel_accuracy``.
 
-    A class that is only predicted is one of them, with 0; in `mean_iou` it is not. `ignore` is a class that is none of them.
+    A class that is only predicted is one of them, with 0; in `mean_iou` it is not. With `absent` so is one that neither has, as in PANGAEA.
+    `ignore` is a class that is none of them.
     """
     counts = confusion.astype(np.float64)
     hit, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    counted = true + predicted > 0
+    counted = (true + predicted > 0) | absent
     if ignore is not None and 0 <= ignore < len(counts):
         counted[ignore] = False
     each = {

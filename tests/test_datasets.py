@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from terramind_jax import cli, geo
 from terramind_jax.modalities import S2L1C_BANDS
-from terramind_jax.tasks import datasets
+from terramind_jax.tasks import batches, datasets, finetune, predict
 from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
 from terramind_jax.tasks.samples import sample
 
@@ -111,7 +113,7 @@ def test_times_of_pastis(roots):
     for modality in ("S2L2A", "S1GRD"):
         assert read["inputs"][modality].shape == (4, SIZE, SIZE, len(pastis.BANDS[modality]))
         assert read["dates"][modality].shape == (4,) and (np.diff(read["dates"][modality]) > 0).all()
-    assert pastis.spaced(61, 6).tolist() == [0, 12, 24, 36, 48, 60]
+    assert pastis.FACTS.has_times and pastis.spaced(61, 6).tolist() == [0, 12, 24, 36, 48, 60]
     with pytest.raises(ValueError, match="0 times of each series"):
         datasets.load("pastis", roots / "pastis", times=0)
 
@@ -224,12 +226,46 @@ def test_tables_of_labels(tmp_path, task, table, expected):
     fields |= {} if "regression" in task else {"class_names": ("land", "water")}
     dataset = datasets.load("generic", tmp_path, **fields)
     np.testing.assert_array_equal([dataset[i]["target"] for i in (0, 1)], expected)
+    by_split = datasets.load("generic", tmp_path, **{**fields, "labels": {"table": {"train": "labels.csv"}}})
+    np.testing.assert_array_equal(by_split[1]["target"], expected[1])
     (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nc,"))
     with pytest.raises(FileNotFoundError, match="names 1 samples without a label in labels.csv, such as b."):
         datasets.load("generic", tmp_path, **fields)
     (tmp_path / "labels.csv").write_text(table.replace("\nb,", "\nb,x"))
     with pytest.raises(ValueError, match=r"labels.csv gives b the label 'x.*', which is none of a"):
         datasets.load("generic", tmp_path, **fields)
+
+
+def test_values_of_minus_one_count(tmp_path):
+    """Of a regression only NaN and nodata are none; with an ignore_index what it says is, too."""
+    geo.write(tmp_path / "images" / "a.tif", np.ones((2, 2, 2), np.float32))
+    geo.write(tmp_path / "labels" / "a.tif", np.float32([[-1, np.nan], [-9999, 3]]), nodata=-9999)
+    images, labels = ({"folder": folder, "pattern": "*.tif"} for folder in ("images", "labels"))
+    fields = dict(images={"S1GRD": images}, labels={**labels, "scale": 2}, task="regression")
+    for ignore, valid in (({}, [[True, False], [False, True]]), ({"ignore_index": -1}, [[False, False], [False, True]])):
+        dataset = datasets.load("generic", tmp_path, **fields, **ignore)
+        found = batches.cut(dataset, dataset[0], {"S1GRD": (0, 1)}, slice(2), slice(2))
+        np.testing.assert_array_equal(found["valid"], valid)
+        np.testing.assert_array_equal(found["target"], np.where(valid, [[-2, 0], [0, 6]], 0))
+    assert datasets.facts("generic", images={"S1GRD": images}, labels=labels, num_classes=2).ignore_index == -1
+
+
+@pytest.mark.parametrize("name", ["burnscars", "eurosat", "generic"])
+def test_a_saved_run_reads_files_as_its_data_set_does(roots, tmp_path, name):
+    """Stored bands and their order, unit and marks of no data, from ``task.json`` alone."""
+    optical = {**IMAGES["S2L1C"], "use": ["SWIR_1", "RED"], "scale": 0.5, "replace": 7}
+    options = {**FLOODS, "images": {"S2L1C": optical}} if name == "generic" else {}
+    dataset = datasets.load(name, roots / ("sen1floods11" if name == "generic" else name), **options)
+    finetune.write_task(tmp_path, dataset.facts, {})
+    facts = finetune.facts_of(json.loads((tmp_path / finetune.TASK).read_text()))
+    assert facts == dataset.facts
+    task = SimpleNamespace(facts=facts, crop=16, module=SimpleNamespace(time="mean"))
+    scene = predict.open_scene(task, "scene", dataset.samples[0].inputs)
+    arrays, _ = predict.read(task, scene)
+    assert arrays.keys() == facts.bands.keys()
+    for modality, image in dataset[0]["inputs"].items():
+        np.testing.assert_array_equal(arrays[modality], image)
+        np.testing.assert_array_equal(predict.read(task, scene, 16, 32)[0][modality], image[16:])
 
 
 # ---- bad ones ----

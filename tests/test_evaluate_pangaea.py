@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jax
 import nano_models
 import numpy as np
 import pytest
 
 from terramind_jax import cli
 from terramind_jax.evaluation import pangaea, results
-from terramind_jax.tasks import datasets
+from terramind_jax.tasks import datasets, decoders, finetune
 from terramind_jax.tasks.datasets import pangaea as routed
 from terramind_jax.tasks.samples import sample
 
@@ -59,13 +60,29 @@ def test_small_images_are_enlarged(roots):
 
 def test_settings_are_the_published_ones(roots):
     config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_large", "sen1floods11", roots / "sen1floods11")
-    assert (config.model.decoder, tuple(config.model.channels), tuple(config.model.layers)) == ("upernet", (512,), (7, 11, 15, 23))
+    m = config.model
+    assert (m.decoder, tuple(m.channels), tuple(m.layers), m.dtype) == ("upernet_pangaea", (512,), (7, 11, 15, 23), "float32")
+    assert config.optimizer.decay_norms
     o, t = config.optimizer, config.train
     assert (o.learning_rate, tuple(o.betas), o.weight_decay, o.schedule) == (1e-4, (0.9, 0.999), 0.05, "steps")
     assert (t.epochs, t.batch_size, t.seed, t.tune, t.monitor) == (80, 8, 234, "frozen", "val/mIoU")
     assert config.run.eval_every == 5 and not config.data.d4 and config.data.statistics == "dataset"
     config = pangaea.configuration(pangaea.Settings(crop=64), "random", "terramind_v1_base", "pastis", roots / "pastis")
     assert config.model.time == "ltae" and config.data.options.resize == 64 and not config.model.layers
+
+
+def test_an_upernet_as_pangaea_has_it(roots):
+    """A neck as wide as the features, and dropout of whole channels."""
+    config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_tiny", "burnscars", roots / "burnscars")
+    facts = datasets.load("pangaea", roots / "burnscars", of="burnscars").facts
+    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    params = jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0))["params"]
+    width = module.backbone.out_channels[0]
+    assert {params["neck"][name]["kernel"].shape for name in ("fpn1_up1", "fpn1_up2", "fpn2_up")} == {(width, 2, 2, width)}
+    head, ones = decoders.head(module.config), np.ones((1, 4, 4, 8), np.float32)
+    assert not decoders.decoder(module.config).align_corners
+    made = head.apply(head.init(jax.random.key(0), ones), ones, train=True, rngs={"dropout": jax.random.key(1)})
+    assert (made == made[:, :1, :1]).all()
 
 
 def test_windows_cover_an_image_evenly_in_the_mean(roots):

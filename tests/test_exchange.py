@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -46,16 +47,36 @@ def test_a_configuration_of_terratorch(path):
     assert config.model.modalities == ("S2L1C", "S1GRD") and config.model.weights == "random" and config.model.merge_method == "max"
     assert (config.model.layers, config.model.channels, config.model.pyramid) == ((0, 1, 0, 1), (16, 16, 8, 8), True)
     assert (config.train.tune, config.train.loss, config.train.epochs, config.train.batch_size) == ("frozen", "dice", 3, 4)
-    assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/loss", 9, 7)
+    assert (config.train.monitor, config.train.stop_after, config.train.seed) == ("val/mIoU", 9, 7)
     assert (config.optimizer.learning_rate, config.optimizer.clip_norm, config.optimizer.plateau_factor) == (2e-5, 1.0, 0.5)
-    assert config.data.d4 and config.data.crop == 0
+    assert config.data.d4 and config.data.crop == 0 and config.optimizer.decay_norms
     facts = _facts(config)
     assert facts.class_names == ("Others", "Flood") and facts.ignore_index == -1 and len(facts.bands["S2L1C"]) == 13
     assert facts.mean["S1GRD"] == (-12.0, -20.0)
     assert config.data.options.images.S1GRD.folder.val == "floods/val/s1" and config.data.options.splits.val == "floods/val.txt"
     told = "\n".join(rest)
     assert "trainer.accumulate_grad_batches=4" in rest and "train_transform=ColorJitter" in told and "16-mixed" in told
-    assert len(rest) == 3, rest
+    assert "ReduceLROnPlateau.monitor=val/loss: val/mIoU here" in rest
+    assert len(rest) == 4, rest
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{monitor: val/mIoU, patience: 9}", "{monitor: val/loss, patience: 9, min_delta: 0.1}", ["EarlyStopping.min_delta=0.1"]),
+        ("{monitor: val/mIoU, patience: 9}", "{monitor: val/Jaccard_Index, patience: 9}", ["EarlyStopping.monitor=val/Jaccard_Index"]),
+        (
+            "class_path: ReduceLROnPlateau\n  init_args: {monitor: val/loss, factor: 0.5, patience: 5}",
+            "class_path: CosineAnnealingLR\n  init_args: {T_max: 2}",
+            ["lr_scheduler.T_max=2: the whole run, 3 epochs, here"],
+        ),
+    ],
+)
+def test_what_is_told_of_schedules_and_ends(path, old, new, told):
+    plain = {"trainer.accumulate_grad_batches=4", "data.init_args.train_transform=ColorJitter"}
+    path.write_text(YAML.replace(old, new))
+    rest = [text for text in terratorch.read(path)[1] if text not in plain and "16-mixed" not in text]
+    assert [text.removeprefix("trainer.callbacks.") for text in rest] == told
 
 
 @pytest.mark.parametrize(
@@ -122,14 +143,38 @@ def _facts(config):
     return datasets.facts("generic", **config.data.options.to_dict())
 
 
-def test_no_ltae_in_terratorch(path, tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(time="ltae"), "TerraTorch has no L-TAE"),
+        (dict(decoder="upernet_pangaea", channels=(16,)), "TerraTorch has no neck as PANGAEA's"),
+    ],
+)
+def test_what_terratorch_cannot_hold(path, fields, message):
     config, _ = terratorch.read(path)
-    config.model.time = "ltae"
+    config.model.update(fields)
     facts = _facts(config)
     extractor = finetune.backbone(config, facts)
     task = finetune.Task(finetune.task_model(config, facts, extractor), {}, facts, {}, 32, extractor)
-    with pytest.raises(ValueError, match="TerraTorch has no L-TAE"):
+    with pytest.raises(ValueError, match=message):
         exchange.to_torch(task)
+
+
+def test_series_have_a_wrapper_and_adapters_are_refused(path):
+    """TerraTorch's names of a model that reads time series, there and back."""
+    config, _ = terratorch.read(path)
+    state, facts = random_state(config, _facts(config)), _facts(config)
+    wrapped = {name.replace("encoder.", "encoder.encoder.", 1) if name.startswith("encoder.") else name: x for name, x in state.items()}
+    assert exchange.reads_series({f"model.{name}": x for name, x in wrapped.items()}) and not exchange.reads_series(state)
+    extractor = finetune.backbone(config, facts)
+    module = finetune.task_model(config, facts, extractor)
+    for has_times, expected in ((False, state), (True, wrapped)):
+        found = exchange.from_torch(expected, config, facts)
+        task = finetune.Task(module, found, dataclasses.replace(facts, has_times=has_times), {}, 32, extractor)
+        assert exchange.to_torch(task).keys() == expected.keys()
+    adapted = {name.replace("encoder.", "encoder.base_model.model.", 1): x for name, x in state.items()}
+    with pytest.raises(ValueError, match="holds adapters of PEFT; merge them in TerraTorch first"):
+        exchange.from_torch(adapted, config, facts)
 
 
 def test_the_sizes_of_a_pretraining(tmp_path):

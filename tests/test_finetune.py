@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import nano_models
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from terramind_jax import cli, geo, tim, weights
+from terramind_jax import cli, geo, sharding, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
+from terramind_jax.draws import probabilities
+from terramind_jax.scenes import windows, writing
 from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
 from terramind_jax.tasks import model as networks
-from terramind_jax.tasks.config import check, finetuning
+from terramind_jax.tasks.config import check, decoder_config, finetuning
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
@@ -147,7 +153,7 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     targets = ["tok_lulc@224", "tok_dem@224"]
     thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
     expected = jax.jit(task.module.apply)(task.variables, {"S1GRD": scaled, **{key: thought[key] for key in targets}})
-    np.testing.assert_array_equal(made, expected[0].argmax(-1))
+    np.testing.assert_array_equal(made[2:], expected[0].argmax(-1)[2:])  # in the corner above there is no data
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
@@ -187,6 +193,12 @@ def test_layers_learn_at_decaying_rates():
     assert found["encoder"]["encoder_norm"]["scale"] == found["decoder"]["conv"]["kernel"] == 1
 
 
+@pytest.mark.parametrize(("depth", "layers"), [(12, (2, 5, 8, 11)), (24, (5, 11, 17, 23))])
+def test_layers_are_evenly_spaced(root, depth, layers):
+    config = settings(root, model=dict(layers=(), decoder="unet"))
+    assert decoder_config(config, finetune.open_split(config, "train").facts, depth, "float32").layers == layers
+
+
 def test_early_stopping_lowers_the_rate_and_keeps_the_best(root, tmp_path, monkeypatch):
     """Validations that only become worse: the rate falls, the run ends, and what is loaded is of the first; the same after a restart."""
     told = iter(np.arange(1.0, 20))
@@ -201,28 +213,84 @@ def test_early_stopping_lowers_the_rate_and_keeps_the_best(root, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_unet_with_both_modalities_and_dropped_ones(root, tmp_path):
-    """BatchNorm's statistics are kept, and more devices give what one does."""
+def test_a_unet_with_both_modalities_and_dropped_ones(root, tmp_path, monkeypatch):
+    """BatchNorm's statistics are kept, and more devices, here eight, give what one does."""
     model = dict(modalities=(), decoder="unet", layers=(0, 1, 0, 1), channels=(8, 8, 8, 8), modality_drop_rate=0.5)
-    config = settings(root, model=model, train=dict(steps=2), run=dict(eval_every=2))
-    finetune.train(config, tmp_path)
-    statistics = finetune.load(tmp_path).variables["batch_stats"]["decoder"]["blocks_0_conv1"]["norm"]
+    config = settings(root, model=model, mesh=dict(fsdp=2), train=dict(steps=2), run=dict(eval_every=2))
+    finetune.train(config, tmp_path / "eight")
+    statistics = finetune.load(tmp_path / "eight").variables["batch_stats"]["decoder"]["blocks_0_conv1"]["norm"]
     assert int(statistics["count"]) == 2 and np.asarray(statistics["mean"]).any()
+    config.mesh.fsdp = 1
+    monkeypatch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    finetune.train(config, tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
+    ours, theirs = (
+        np.asarray(finetune.load(tmp_path / run).variables["batch_stats"]["decoder"]["blocks_3_conv2"]["norm"]["mean"])
+        for run in ("eight", "one")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_in_bfloat16_at_decaying_rates(root, tmp_path, finished):
+    """AdamW's first step moves each parameter by its rate: that of the decoder, half of it in the last layer, a quarter in the first."""
+    changes = dict(model=dict(dtype="bfloat16"), optimizer=dict(layer_decay=0.5, weight_decay=0.0), run=dict(eval_every=1))
+    config = settings(root, train=dict(steps=1), **changes)
+    finetune.train(config, tmp_path)
+    assert losses(tmp_path)[0] != losses(finished)[0]
+    np.testing.assert_allclose(losses(tmp_path)[0], losses(finished)[0], rtol=0.02)
+    facts = finetune.open_split(config, "train").facts
+    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    drawn = finetune.meta.unbox(jax.jit(lambda key: networks.init(module, key))(jax.random.key(0)))["params"]
+    after = finetune.load(tmp_path).variables["params"]
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)), after, drawn)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(after))
+    layers = moved["encoder"]["encoder"]["attn"]["qkv"]["kernel"]
+    for found, factor in ((layers[0], 0.25), (layers[1], 0.5), (moved["decoder"]["conv"]["kernel"], 1.0)):
+        np.testing.assert_allclose(found.max(), 1e-2 * factor, rtol=1e-3)
 
 
 def test_predict_writes_maps_where_the_input_lies(finished, root, tmp_path):
-    """The command, from the work directory alone; the map is the model's own of every window."""
+    """The command, from the work directory alone; windows of 32 pixels, of which two neighbours share 16, are blended."""
     dataset = datasets.load("sen1floods11", root, "val")
     path = dataset.samples[0].inputs["S1GRD"]
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 0
     made = geo.read(next(tmp_path.glob("*.tif")))
     assert made.dtype == np.uint8 and geo.same_grid(made.place, geo.place(path))
     task = finetune.load(finished)
-    logits = np.asarray(task({"S1GRD": dataset[0]["inputs"]["S1GRD"][None, :32, :32]}))[0]
-    np.testing.assert_array_equal(np.asarray(made)[:32, :32, 0], logits.argmax(-1))
+    radar, total = dataset[0]["inputs"]["S1GRD"], np.zeros((SIZE, SIZE, 2), np.float32)
+    for top, left in np.ndindex(2, 2):
+        at = np.s_[16 * top : 16 * top + 32, 16 * left : 16 * left + 32]
+        total[at] += windows.weights(32, 16)[..., None] * probabilities(np.asarray(task({"S1GRD": radar[at][None]}))[0])
+    expected = total.argmax(-1)
+    expected[:2, :2] = 255  # where the radar has no data
+    np.testing.assert_array_equal(np.asarray(made)[..., 0], expected)
+    header = geo.read_header(next(tmp_path.glob("*.tif")))
+    assert header.nodata == 255 and header.tags["classes"] == "land, water" and not (tmp_path / "unfinished").exists()
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 2
     with pytest.raises(ValueError, match="The model takes S1GRD; S2L1C is given."):
         predict.run(finished, {"S2L1C": path}, tmp_path / "other")
+
+
+def test_predict_goes_on_where_it_was_stopped(finished, root, tmp_path, monkeypatch):
+    """Two rows of windows, of which only one is written before a Ctrl-C; a side is no multiple of 16."""
+    radar = datasets.load("sen1floods11", root, "val")[0]["inputs"]["S1GRD"]
+    geo.write(tmp_path / "scene.tif", radar[:45, :41], modality="S1GRD")
+    inputs, write, rows = {"S1GRD": tmp_path / "scene.tif"}, writing.write_rows, []
+    (whole,) = predict.run(finished, inputs, tmp_path / "whole")
+
+    def stop_at_the_second(path, row, pixels):
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        write(path, row, pixels)
+
+    monkeypatch.setattr(writing, "write_rows", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(finished, inputs, tmp_path / "parts")
+    (parts,) = predict.run(finished, inputs, tmp_path / "parts")
+    assert rows == [0, 16, 16] and geo.read(parts).shape == (45, 41, 1)
+    np.testing.assert_array_equal(np.asarray(geo.read(parts)), np.asarray(geo.read(whole)))
 
 
 @pytest.mark.slow
@@ -231,12 +299,65 @@ def test_labels_of_images(tmp_path):
     model = dict(modalities=(), decoder="identity", layers=(1,))
     config = settings(tmp_path / "data", model=model, data=dict(dataset="eurosat"), train=dict(steps=30), run=dict(eval_every=30))
     assert finetune.train(config, tmp_path / "run")["val/pixel_accuracy"] > 0.3
-    image = datasets.load("eurosat", tmp_path / "data", "val")[0]["inputs"]["S2L1C"][:32, :32]
-    geo.write(tmp_path / "field.tif", image, modality="S2L1C")
-    (labels,) = predict.run(tmp_path / "run", {"S2L1C": tmp_path / "field.tif"}, tmp_path / "out")
-    task = finetune.load(tmp_path / "run")
-    expected = task.facts.class_names[int(task({"S2L1C": image[None]})[0].argmax())]
-    assert json.loads(labels.read_text()) == {"field": expected}
+    held_out = datasets.load("eurosat", tmp_path / "data", "val")
+    (labels,) = predict.run(tmp_path / "run", held_out.samples[0].inputs, tmp_path / "out")
+    expected = predict.label(finetune.load(tmp_path / "run"), held_out[0]["inputs"])
+    assert json.loads(labels.read_text()) == {held_out.names[0]: expected}
+
+
+def test_an_ltae_refuses_single_images(root):
+    """In training, and of `predict`, which reads series as the generic data set stores them."""
+    config = settings(root, model=dict(time="ltae"))
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
+    with pytest.raises(ValueError, match=r"has an L-TAE and reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
+        jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
+    with pytest.raises(ValueError, match="S1Hand.tif is one image, and the model takes series: give arrays"):
+        predict.open_scene(SimpleNamespace(facts=dataset.facts, crop=32, module=module), "scene", dataset.samples[0].inputs)
+
+
+OPTIONS = {
+    "regression": dict(images={"times": 2}, labels={"folder": "maps", "pattern": "*.tif"}, model=dict(decoder="linear", time="ltae")),
+    "scalar_regression": dict(labels={"table": "values.csv"}),
+    "multilabel": dict(labels={"table": "classes.csv"}, class_names=("smooth", "rough")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", OPTIONS)
+def test_other_tasks(tmp_path, task):
+    """Radar that is as bright as it is rough: of pixels from time series through an L-TAE, of images a value, and several labels."""
+    own, rng = OPTIONS[task], np.random.default_rng(0)
+    levels = {f"{split}{i}": rng.uniform(-1, 1) for split in ("train", "val") for i in range(16 if split == "train" else 8)}
+    for name, level in levels.items():
+        image = -12 + 6 * level + rng.normal(size=(32, 32, 4 if task == "regression" else 2))
+        geo.write(tmp_path / "data/images" / f"{name}.tif", image.astype(np.float32))
+        geo.write(tmp_path / "data/maps" / f"{name}.tif", np.full((32, 32), level, np.float32))
+    tables = {"values": "value", "classes": "smooth,rough"}
+    for table, heading in tables.items():
+        label = (lambda x: f"{x}") if table == "values" else (lambda x: f"{x < 0.3:d},{x > -0.3:d}")
+        rows = [f"{name},{label(level)}" for name, level in levels.items()]
+        (tmp_path / "data" / f"{table}.csv").write_text("\n".join([f"name,{heading}", *rows]))
+    for split in ("train", "val"):
+        (tmp_path / "data" / f"{split}.txt").write_text("\n".join(name for name in levels if name.startswith(split)))
+    images = {"S1GRD": {"folder": "images", "pattern": "*.tif", **own.get("images", {})}}
+    options = dict(images=images, labels=own["labels"], task=task, class_names=own.get("class_names", ()))
+    model = dict(decoder="identity") | own.get("model", {})
+    config = settings(tmp_path / "data", data=dict(dataset="generic"), model=model, train=dict(steps=60), run=dict(eval_every=60))
+    config.data.options = ConfigDict({**options, "splits": {s: f"{s}.txt" for s in ("train", "val")}})
+    found = finetune.train(config, tmp_path / "run")
+    assert found["val/F1"] > 0.85 if task == "multilabel" else found["val/rmse"] < 0.3
+
+    held_out, trained = finetune.open_split(config, "val"), finetune.load(tmp_path / "run")
+    (path,) = predict.run(tmp_path / "run", {"S1GRD": tmp_path / "data/images/val0.tif"}, tmp_path / "out")
+    expected = np.asarray(trained({"S1GRD": held_out[0]["inputs"]["S1GRD"][None]}))[0]
+    if task == "regression":
+        np.testing.assert_allclose(np.asarray(geo.read(path))[..., 0], expected, atol=1e-6)
+    elif task == "scalar_regression":
+        assert json.loads(path.read_text()) == {"val0": pytest.approx(float(expected))}
+    else:
+        assert json.loads(path.read_text()) == {"val0": [name for name, x in zip(own["class_names"], expected, strict=True) if x > 0]}
 
 
 @pytest.mark.parametrize(
@@ -270,8 +391,25 @@ def test_thinking_needs_all_bands(tmp_path):
         finetune.train(settings(tmp_path / "data", data=dict(dataset="burnscars"), model=model), tmp_path / "run")
 
 
-def test_configuration_files():
-    for name in ("sen1floods11", "eurosat"):
-        config = configuration.load(f"configs/finetune/{name}.py", ["--config.data.root=data"])
-        check(config)
-        assert configuration.command_of(config) == "finetune"
+@pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.py")), ids=lambda path: path.stem)
+def test_configuration_files(path, tmp_path):
+    """Those of the generic data set read what their headings say: here one sample a split, named as their patterns have it."""
+    config = configuration.load(str(path), [f"--config.data.root={tmp_path}", "--config.data.crop=16"])
+    check(config)
+    assert configuration.command_of(config) == "finetune"
+    if config.data.dataset != "generic":
+        return
+    options = config.data.options.to_dict()
+    for split in datasets.SPLITS:
+        for field in (*options["images"].values(), options["labels"]):
+            bands = field.get("bands", ("label",))
+            file = tmp_path / field["folder"][split] / field["pattern"].replace("*", f"{split}_1")
+            geo.write(file.with_suffix(".tif"), np.ones((16, 16, len(bands)), np.uint8))
+            file.with_suffix(".tif").rename(file)
+        if "splits" in options:
+            (tmp_path / options["splits"][split]).write_text(f"{split}_1\n")
+    for split in datasets.SPLITS:
+        dataset = finetune.open_split(config, split)
+        assert dataset.names == (f"{split}_1",) and dataset[0]["inputs"].keys() == options["images"].keys()
+    assert finetune.scale_of(config, dataset.facts).keys() == options["images"].keys()
+    assert finetune.backbone_options(config, dataset.facts)["modalities"]

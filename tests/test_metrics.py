@@ -145,4 +145,7 @@ def test_scores_of_classes_leave_out_what_is_nowhere():
     assert scores["F1"] == pytest.approx(np.mean([2 / 3, 2 / 4, 0]))
     assert scores["accuracy"] == pytest.approx(np.mean([1 / 2, 1 / 2, 0]))
     assert scores["pixel_accuracy"] == 0.5
+    assert metrics.class_scores(metrics.confusion_matrix(prediction, truth, 4), 2, absent=True)["mIoU"] == pytest.approx(
+        (1 / 2 + 1 / 3) / 3
+    )
     assert math.isnan(metrics.class_scores(np.zeros((3, 3), int))["mIoU"])

@@ -30,12 +30,12 @@ def settings(**changes):
     return config
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_equals_optax(params, clip):
-    tx = optimizer.adamw(settings(clip_norm=clip))
+@pytest.mark.parametrize(("clip", "norms"), [(0.0, False), (0.5, True)])
+def test_equals_optax(params, clip, norms):
+    tx = optimizer.adamw(settings(clip_norm=clip, decay_norms=norms))
     reference = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.05, mask=optimizer.decayed),
+        optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.05, mask=None if norms else optimizer.decayed),
     )
     ours, theirs = (params, tx.init(params)), (params, reference.init(params))
 
@@ -55,6 +55,7 @@ def test_equals_optax(params, clip):
 
 def test_decay_spares_norms_and_biases_only(params):
     assert optimizer.decayed(params) == {"norm1": {"scale": False}, "fc1": {"kernel": True, "bias": False}, "mod_emb/x": True}
+    assert all(jax.tree.leaves(optimizer.decayed(params, norms=True)))
 
 
 def test_decay_of_the_whole_model():

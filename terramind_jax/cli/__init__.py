@@ -256,12 +256,16 @@ def _add_scenes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_windows(parser: argparse.ArgumentParser) -> None:
+    _add_overlap(parser)
+    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
+
+
+def _add_overlap(parser: argparse.ArgumentParser) -> None:
     text = "pixels that windows share with their neighbours, a multiple of 16; default: half a window"
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help=text)
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="windows at once, on all devices of this machine; default: 8"
     )
-    parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -314,17 +318,21 @@ def _embed(parsed: argparse.Namespace) -> None:
 def _add_predict(commands) -> None:
     parser = add(commands, "predict", "apply a fine-tuned model to GeoTIFFs", _predict)
     parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")
-    parser.add_argument(
-        "--input", action="append", required=True, metavar="MODALITY=PATH", help="a GeoTIFF or a folder of them; repeat for more"
-    )
+    text = "a GeoTIFF or a folder of them, stored as the data set's own; repeat for more"
+    parser.add_argument("--input", action="append", required=True, metavar="MODALITY=PATH", help=text)
     text = "NAME.tif of each input, on its grid: classes, or values; labels of whole images go to labels.json; none that exists is replaced"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
+    _add_overlap(parser)
+    parser.epilog = (
+        "A scene of any size, from the crops of training on, is seen through windows of their size that overlap. Where no input has data, "
+        "maps have none. Ctrl-C or a kill leaves what is done in DIR/unfinished, from which the same command goes on."
+    )
 
 
 def _predict(parsed: argparse.Namespace) -> None:
     from terramind_jax.tasks import predict
 
-    predict.run(parsed.weights, read_inputs(parsed.input), parsed.out)
+    predict.run(parsed.weights, read_inputs(parsed.input), parsed.out, overlap=parsed.overlap, batch_size=parsed.batch_size)
 
 
 def _add_convert(commands) -> None:

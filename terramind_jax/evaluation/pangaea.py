@@ -2,8 +2,12 @@
 
 Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels; a
 validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image evenly, in the mean where they
-overlap; seed 234. Images come as `tasks.datasets.pangaea` has it. Known to differ: PANGAEA draws MADOS' crops around labelled pixels,
-trains PASTIS-R against masks of their own size, and draws limited labels by strata.
+overlap; seed 234; float32. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases decay,
+and a class that never occurs counts as 0. Known to differ: PANGAEA
+
+- draws MADOS' crops around labelled pixels, trains PASTIS-R against masks of their own size, and draws limited labels by strata;
+- validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
+- validates before the first epoch, too, and takes those parameters if none that were trained are better.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ def run(
         test = datasets.load("pangaea", data, split, of=dataset, limit=settings.limit)  # what is not there is told before training
     finetune.train(configuration(settings, weights, model, dataset, data), out / TRAINING)
     confusion = tested(finetune.load(out / TRAINING), test, settings.crop, whole=dataset in WHOLE)
-    found = metrics.class_scores(confusion, test.ignore_index)
+    found = metrics.class_scores(confusion, test.ignore_index, absent=True)
     _write(out, settings, f"{model}, {weights}", test, confusion, found)
     return found
 
@@ -84,11 +88,11 @@ def configuration(settings: Settings, weights: str | os.PathLike, model: str, da
     config = finetuning()
     of_time = {"time": "ltae"} if dataset == "pastis" else {}
     config.model.update(name=model, weights=os.fspath(weights), layers=LAYERS.get(zoo.get(model).size, ()), **of_time)
-    config.model.update(decoder="upernet", channels=(512,))
+    config.model.update(decoder="upernet_pangaea", channels=(512,), dtype="float32")
     config.data.update(dataset="pangaea", root=os.fspath(data), crop=settings.crop, d4=False, statistics="dataset", labels=settings.labels)
     options = {"of": dataset, "limit": settings.limit, "resize": settings.crop if dataset in WHOLE else None}
     config.data.options = ConfigDict({name: value for name, value in options.items() if value is not None})
-    config.optimizer.update(learning_rate=1e-4, schedule="steps", weight_decay=0.05)
+    config.optimizer.update(learning_rate=1e-4, schedule="steps", weight_decay=0.05, decay_norms=True)
     config.train.update(tune="frozen", loss=settings.loss, epochs=settings.epochs, batch_size=settings.batch_size)
     config.train.update(monitor="val/mIoU", seed=settings.seed)
     epoch = max(1, len(finetune.open_split(config, "train")) // settings.batch_size)

@@ -23,7 +23,7 @@ def finetuning() -> ConfigDict:
     config.model.merge_method = "mean"  # of their features: mean | max | concat
     config.model.layers = ()  # whose features are used, from 0; empty: 2,5,8,11, of 24 layers 5,11,17,23
     config.model.pyramid = True  # learned interpolation to four resolutions
-    config.model.decoder = "unet"  # unet | upernet | fcn | linear | identity, which is for labels of images
+    config.model.decoder = "unet"  # unet | upernet | upernet_pangaea | fcn | linear | identity, which is for labels of images
     config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
@@ -61,7 +61,8 @@ def finetuning() -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # of the backbone each layer's rate is so many times that of the layer above
     config.optimizer.betas = (0.9, 0.999)
     config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.01  # not on norms and biases
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.decay_norms = False  # on norms and biases, too, as PyTorch's AdamW has it
     config.optimizer.clip_norm = 0.0  # of the global gradient; 0: no clipping
     config.optimizer.spike_factor = 0.0  # a step whose gradient is so many times its running norm is skipped; 0: none is
 
@@ -126,7 +127,7 @@ def decoder_config(config: ConfigDict, facts: Facts, depth: int, dtype: str) -> 
         task,
         facts.num_classes or 1,
         layers=layers,
-        pyramid=model.pyramid and model.decoder in ("unet", "upernet"),
+        pyramid=model.pyramid and model.decoder in decoders.PYRAMIDAL,
         decoder=model.decoder,
         channels=tuple(model.channels),
         head_channels=tuple(model.head_channels),

@@ -84,7 +84,7 @@ def _linear(config: DecoderConfig) -> list[Rule]:
     return _layer("decoder/conv", "decoder.conv", "upscale")
 
 
-_DECODERS = {"unet": _unet, "upernet": _upernet, "fcn": _fcn, "linear": _linear, "identity": lambda config: []}
+_DECODERS = {"unet": _unet, "upernet": _upernet, "upernet_pangaea": _upernet, "fcn": _fcn, "linear": _linear, "identity": lambda config: []}
 
 
 def _head(config: DecoderConfig) -> list[Rule]:

@@ -24,16 +24,18 @@ from terramind_jax.model.layers import uniform
 from terramind_jax.tasks import layers
 
 Task = Literal["segmentation", "regression", "classification", "scalar_regression"]
-DECODERS = ("unet", "upernet", "fcn", "linear", "identity")
+DECODERS = ("unet", "upernet", "upernet_pangaea", "fcn", "linear", "identity")
+PYRAMIDAL = ("unet", "upernet", "upernet_pangaea")  # decoders that may stand on a pyramid
 PIXEL_TASKS, LABEL_TASKS = ("segmentation", "regression"), ("classification", "scalar_regression")
-CHANNELS = {"unet": (512, 256, 128, 64), "upernet": (512,), "fcn": (256,), "linear": (), "identity": ()}
+CHANNELS = {"unet": (512, 256, 128, 64), "upernet": (512,), "upernet_pangaea": (512,), "fcn": (256,), "linear": (), "identity": ()}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """What stands on a backbone, from the layers that it reads to the number of outputs.
 
-    Several labels at once are a ``classification``, too: what makes them so is the loss.
+    Several labels at once are a ``classification``, too: what makes them so is the loss. ``upernet_pangaea`` is an UPerNet as PANGAEA has
+    it: its pyramid keeps the features' width, corners are not aligned where images are enlarged, dropout takes whole channels.
     """
 
     task: Task
@@ -70,6 +72,10 @@ class DecoderConfig:
         return self.task in PIXEL_TASKS
 
     @property
+    def is_pangaea(self) -> bool:
+        return self.decoder == "upernet_pangaea"
+
+    @property
     def includes_head(self) -> bool:
         """Whether the decoder itself makes the outputs."""
         return self.decoder == "linear"
@@ -83,17 +89,19 @@ def to_image(tokens: jax.Array, grid: Sequence[int]) -> jax.Array:
 
 
 class Pyramid(nn.Module):
-    """Four images of one resolution -> four of 4, 2, 1 and 1/2 times that."""
+    """Four images of one resolution -> four of 4, 2, 1 and 1/2 times that, of a quarter, half, all and all of the width, or if told all."""
 
     dtype: str = "float32"
+    keeps_width: bool = False
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool = False) -> list[jax.Array]:
         first, second, third, fourth = features
-        x = layers.Upscale(first.shape[-1] // 2, dtype=self.dtype, name="fpn1_up1")(first)
+        half, quarter = (first.shape[-1] // (1 if self.keeps_width else n) for n in (2, 4))
+        x = layers.Upscale(half, dtype=self.dtype, name="fpn1_up1")(first)
         x = nn.gelu(layers.BatchNorm(name="fpn1_norm")(x, train), approximate=False)
-        x = layers.Upscale(first.shape[-1] // 4, dtype=self.dtype, name="fpn1_up2")(x)
-        y = layers.Upscale(second.shape[-1] // 2, dtype=self.dtype, name="fpn2_up")(second)
+        x = layers.Upscale(quarter, dtype=self.dtype, name="fpn1_up2")(x)
+        y = layers.Upscale(half, dtype=self.dtype, name="fpn2_up")(second)
         return [x, y, third.astype(self.dtype), nn.max_pool(fourth.astype(self.dtype), (2, 2), (2, 2))]
 
 
@@ -124,6 +132,7 @@ class UPerNet(nn.Module):
     channels: int = 512
     pool_scales: Sequence[int] = (1, 2, 3, 6)
     dtype: str = "float32"
+    align_corners: bool = True
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool = False) -> jax.Array:
@@ -131,7 +140,7 @@ class UPerNet(nn.Module):
             return layers.ConvNormReLU(self.channels, size, dtype=self.dtype, name=name)(x, train)
 
         def to(x: jax.Array, like: jax.Array) -> jax.Array:
-            return layers.resize(x, like.shape[1:3], align_corners=True)
+            return layers.resize(x, like.shape[1:3], align_corners=self.align_corners)
 
         *finer, top = (f.astype(self.dtype) for f in features)
         laterals = [conv(f"lateral_convs_{i}", x, 1) for i, x in enumerate(finer)]
@@ -186,8 +195,8 @@ def decoder(config: DecoderConfig, **options) -> nn.Module:
     match config.decoder:
         case "unet":
             return UNet(config.widths, config.dtype, **options)
-        case "upernet":
-            return UPerNet(config.widths[0], config.pool_scales, config.dtype, **options)
+        case "upernet" | "upernet_pangaea":
+            return UPerNet(config.widths[0], config.pool_scales, config.dtype, not config.is_pangaea, **options)
         case "fcn":
             return FCN(config.widths[0], config.num_convs, config.dtype, **options)
         case "linear":
@@ -199,7 +208,7 @@ def decoder(config: DecoderConfig, **options) -> nn.Module:
 
 
 class PixelHead(nn.Module):
-    """Segmentation: 3x3 convolutions with ReLU. Regression: with BatchNorm, too, and dropout takes whole channels. Then 1x1."""
+    """Segmentation: 3x3 convolutions with ReLU. Regression: with BatchNorm, too, and dropout of channels, as PANGAEA's has. Then 1x1."""
 
     config: DecoderConfig
 
@@ -211,7 +220,7 @@ class PixelHead(nn.Module):
                 x = layers.ConvNormReLU(width, dtype=c.dtype, name=f"layers_{i}")(x, train)
             else:
                 x = nn.relu(layers.Conv(width, dtype=c.dtype, name=f"layers_{i}")(x))
-        x = nn.Dropout(c.head_dropout, broadcast_dims=(1, 2) if is_regression else ())(x, deterministic=not train)
+        x = nn.Dropout(c.head_dropout, broadcast_dims=(1, 2) if is_regression or c.is_pangaea else ())(x, deterministic=not train)
         return layers.Conv(c.num_outputs, 1, dtype=c.dtype, name="out")(x).astype(jnp.float32)
 
 

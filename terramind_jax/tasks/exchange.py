@@ -28,11 +28,14 @@ from terramind_jax.tasks.datasets import Facts
 from terramind_jax.tasks.finetune import Task
 
 TASK = "model."  # what a task calls its model
-ENCODER = "encoder."  # what the model calls its backbone
+ENCODER = "encoder."  # what the model calls its backbone, and what reads time series with a backbone calls that
+PEFT = "base_model."  # what begins the names of a backbone with adapters
 
 
 def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
     """Writes the best parameters of a fine-tuning by the suffix of `target`: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
+
+    LoRA's products are added to the kernels, so that TerraTorch loads them without its ``peft_config``.
 
     Raises FileExistsError if `target` exists, ValueError for what TerraTorch cannot hold.
     """
@@ -51,11 +54,14 @@ def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
     """
     if task.module.time == "ltae":
         raise ValueError("TerraTorch has no L-TAE, so a model with model.time='ltae' cannot be exported.")
+    if task.module.config.is_pangaea:
+        raise ValueError("TerraTorch has no neck as PANGAEA's, so a model with model.decoder='upernet_pangaea' cannot be exported.")
     model = dataclasses.replace(task.extractor, variables={group: task.variables[group]["encoder"] for group in ("params", "buffers")})
     if task.thinker is not None:
         held = {modality: weights.tokenizer(modality, tokenizers, model.version, optional=True) for modality in model.tokenizers}
         model = dataclasses.replace(model, generator=(task.thinker.module, task.generator), tokenizers=held)
-    state = {ENCODER + name: x for name, x in weights.to_torch(model).items()}
+    prefix = ENCODER * (2 if task.facts.has_times else 1)
+    state = {prefix + name: x for name, x in weights.to_torch(model).items()}
     return state | rules.to_torch(_without_encoder(jax.device_get(task.variables)), convert.rules(task.module.config))
 
 
@@ -74,6 +80,10 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
     module = finetune.task_model(config, facts, extractor)
     encoder = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
     rest = {name: x for name, x in state.items() if not name.startswith(ENCODER)}
+    if any(name.startswith(PEFT) for name in encoder):
+        raise ValueError("The model holds adapters of PEFT; merge them in TerraTorch first, with model.encoder.merge_and_unload().")
+    if reads_series(state):
+        encoder = {name.removeprefix(ENCODER): x for name, x in encoder.items()}
     abstract = _without_encoder(meta.unbox(jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0))))
     found = rules.from_torch(rest, convert.rules(module.config), abstract)
     own = {name: x for name, x in encoder.items() if not name.startswith((sources.GENERATOR, sources.TOKENIZER))}
@@ -83,6 +93,12 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
         thinks = {name.removeprefix(sources.GENERATOR): x for name, x in encoder.items() if name.startswith(sources.GENERATOR)}
         found["generator"] = _network(thinks, extractor.generator[0])
     return found
+
+
+def reads_series(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether the backbone of a model, or of a task, stands in what reads time series with it."""
+    names = [name.removeprefix(TASK) for name in state]
+    return all(name.startswith(ENCODER * 2) for name in names if name.startswith(ENCODER))
 
 
 def _network(state: dict[str, np.ndarray], module: Any) -> dict[str, Any]:
@@ -105,7 +121,9 @@ def import_model(source: str | os.PathLike, workdir: str | os.PathLike, config: 
     config.data.crop = config.data.crop or IMAGE_SIZE
     facts = datasets.facts(config.data.dataset, **config.data.options.to_dict())
     facts = facts.only(config.model.modalities) if config.model.modalities else facts
-    found = from_torch(files.read(source), config, facts)
+    state = files.read(source)
+    facts = dataclasses.replace(facts, has_times=facts.has_times or reads_series(state))
+    found = from_torch(state, config, facts)
     generator = {"generator": found.pop("generator")} if "generator" in found else {}
     parted = networks.part(found, "full", bool(generator) and config.model.tim_chained)
     with files.replacing(workdir) as partial:

@@ -29,6 +29,7 @@ from terramind_jax.tasks import batches, datasets, feeding, losses, thinking, va
 from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Dataset, Facts
+from terramind_jax.tasks.datasets.files import Bands
 from terramind_jax.tasks.model import TaskModel
 from terramind_jax.tasks.thinking import Thinker
 from terramind_jax.train import loop, optimizer, state
@@ -326,7 +327,7 @@ def load(workdir: str | os.PathLike) -> Task:
         raise FileNotFoundError(f"{workdir} has no {TASK}, so it is not the work directory of a fine-tuning.")
     known = json.loads(path.read_text())
     declarations.declare(known["modalities"], TASK)
-    facts = _facts(known["facts"])
+    facts = facts_of(known)
     extractor = backbone(config, facts)
     module, thinker = task_model(config, facts, extractor), thinker_of(config, extractor)
     init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, thinker=thinker)
@@ -338,7 +339,9 @@ def load(workdir: str | os.PathLike) -> Task:
     return Task(module, variables, facts, scale, config.data.crop, extractor, thinker, trees["buffers"].get("generator"))
 
 
-def _facts(told: Mapping[str, Any]) -> Facts:
-    """From JSON, whose lists are tuples here."""
-    mappings = {name: {m: tuple(x) for m, x in value.items()} for name, value in told.items() if isinstance(value, dict)}
-    return Facts(**{**told, **mappings, "class_names": tuple(told["class_names"])})
+def facts_of(known: Mapping[str, Any]) -> Facts:
+    """What `write_task` has written, from JSON, whose lists are tuples here."""
+    told = known["facts"]
+    how = {m: Bands(**{name: tuple(x) if isinstance(x, list) else x for name, x in of.items()}) for m, of in told.get("files", {}).items()}
+    mappings = {name: {m: tuple(x) for m, x in told[name].items()} for name in ("bands", "mean", "std")}
+    return Facts(**{**told, **mappings, "files": how, "class_names": tuple(told["class_names"])})

@@ -36,7 +36,7 @@ class TaskModel(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoder = Backbone(self.backbone)
-        self.neck = decoders.Pyramid(c.dtype) if c.pyramid else None
+        self.neck = decoders.Pyramid(c.dtype, c.is_pangaea) if c.pyramid else None
         self.decoder, self.head = decoders.decoder(c), decoders.head(c)
         self.over_time = LTAE(dtype=c.dtype) if self.time == "ltae" else None
 
@@ -52,7 +52,9 @@ class TaskModel(nn.Module):
         """What the backbone makes of them: ``[B, N, D]`` of each of the layers that the decoder reads, for L-TAE ``[B, T, N, D]``."""
         ordered = collections.OrderedDict((stream, inputs[name]) for name, stream in self.streams if name in inputs)
         encode = lambda x: [every[i] for every in [self.encoder(x, train=train)] for i in self.config.layers]  # noqa: E731
-        if next(iter(ordered.values())).ndim == 4:
+        if (first := next(iter(ordered.values()))).ndim == 4:
+            if self.over_time is not None:
+                raise ValueError(f"The model has an L-TAE and reads time series, [B, T, H, W, C]; its input has the shape {first.shape}.")
             return encode(ordered)
         return temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
 

@@ -36,6 +36,7 @@ NECKS = ("SelectIndices", "ReshapeTokensToImage", "LearnedInterpolateToPyramidal
 DTYPES = {"16-mixed": "auto", "bf16-mixed": "auto", "32": "float32", "32-true": "float32"}
 METRICS = {"F1_Score": "F1", "Accuracy": "accuracy", "Pixel_Accuracy": "pixel_accuracy", "RMSE": "rmse", "MAE": "mae"}
 SPLITS = ("train", "val", "test")
+MONITORING, PLATEAU = ("ModelCheckpoint", "EarlyStopping"), "ReduceLROnPlateau"  # what a metric decides: most important first
 
 # Without influence on the result, or with that of what is done here anyway.
 SILENT = {
@@ -184,7 +185,8 @@ def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list
     count = own.pop("num_classes", None) or args.get("num_classes")
     args.pop("num_classes", None)
     ignore, replaced = model.pop("ignore_index", None), own.pop("no_label_replace", None)
-    labels = {"folder": {s: own[f] for s in SPLITS if (f := _label_root(own, s))}, "pattern": own.pop("label_grep", "*")}
+    found, pattern = {s: own[f] for s in SPLITS if (f := _label_root(own, s))}, own.pop("label_grep", "*")
+    labels = {"folder": found, "pattern": pattern} if task in ("segmentation", "regression") else {"table": found}
     if own.pop("reduce_zero_label", False):
         labels["zero_is_none"] = True
     options = dict(images=images, labels=labels, task=task, ignore_index=replaced if ignore is None else ignore)
@@ -240,22 +242,34 @@ def _trainer(config: ConfigDict, told: Fields, rest: list[str]) -> None:
         rest += ["trainer.precision=16-mixed: bfloat16 here, on accelerators"] if precision == "16-mixed" else []
     config.optimizer.clip_norm = float(node.pop("gradient_clip_val", None) or 0)
     callbacks = node.pop("callbacks", None)
+    monitors = {}
     for callback in callbacks if isinstance(callbacks, list) else []:
         name, own = _class(callback), callback.get("init_args") or {}
-        if name in ("EarlyStopping", "ModelCheckpoint") and own.get("monitor"):
-            _monitor(config, own["monitor"], rest)
+        if name in MONITORING:
+            monitors[name] = own.pop("monitor", None)
         if name == "EarlyStopping":
-            config.train.stop_after = int(own.get("patience", 3))
+            config.train.stop_after = int(own.pop("patience", 3))
+            own.pop("mode", None)
+            rest += _left(own, "trainer.callbacks.EarlyStopping")
         elif name not in SILENT_CALLBACKS:
             rest.append(f"trainer.callbacks={name}")
+    schedule = told.get("lr_scheduler") or {}
+    if str(schedule.get("class_path", "")).endswith(PLATEAU):
+        monitors[PLATEAU] = (schedule.get("init_args") or {}).pop("monitor", "val/loss")
+    _monitor(config, {who: monitors[who] for who in (*MONITORING, PLATEAU) if monitors.get(who)}, rest)
 
 
-def _monitor(config: ConfigDict, name: str, rest: list[str]) -> None:
-    group, _, metric = name.partition("/")
-    if group == "val" and METRICS.get(metric, metric) in ("loss", "mIoU", *METRICS.values()):
-        config.train.monitor = f"val/{METRICS.get(metric, metric)}"
-    else:
-        rest.append(f"monitor={name}")
+def _monitor(config: ConfigDict, monitors: Mapping[str, str], rest: list[str]) -> None:
+    """One metric decides here on the best parameters, the end and the rate: that of the first of them which names a known one."""
+    known = {}
+    for who, name in monitors.items():
+        group, _, metric = name.partition("/")
+        if group == "val" and METRICS.get(metric, metric) in ("loss", "mIoU", *METRICS.values()):
+            known[who] = f"val/{METRICS.get(metric, metric)}"
+        else:
+            rest.append(f"{who}.monitor={name}")
+    config.train.monitor = next(iter(known.values()), config.train.monitor)
+    rest += [f"{who}.monitor={name}: {config.train.monitor} here" for who, name in known.items() if name != config.train.monitor]
 
 
 def _optimizer(config: ConfigDict, told: Fields, rest: list[str]) -> None:
@@ -267,17 +281,16 @@ def _optimizer(config: ConfigDict, told: Fields, rest: list[str]) -> None:
         o[name] = float(value)
     if "betas" in own:
         o.betas = tuple(map(float, own.pop("betas")))
-    if o.weight_decay:
-        rest.append(f"optimizer.weight_decay={o.weight_decay} of norms and biases, which do not decay here")
+    o.decay_norms = True  # as PyTorch has it
     node = told.get("lr_scheduler") or {}
     kind, own = _class(node), node.get("init_args") or {}
-    o.schedule = {"ReduceLROnPlateau": "plateau", "CosineAnnealingLR": "cosine"}.get(kind, "constant")
+    o.schedule = {PLATEAU: "plateau", "CosineAnnealingLR": "cosine"}.get(kind, "constant")
     if o.schedule == "plateau":
         o.plateau_factor, o.plateau_patience = float(own.pop("factor", 0.1)), int(own.pop("patience", 10))
-        _monitor(config, own.pop("monitor", "val/loss"), rest)
     elif o.schedule == "cosine":
         o.min_learning_rate = float(own.pop("eta_min", 0.0))
-        own.pop("T_max", None)
+        if (epochs := own.pop("T_max", config.train.epochs)) != config.train.epochs:
+            rest.append(f"lr_scheduler.T_max={epochs}: the whole run, {config.train.epochs} epochs, here")
     elif kind:
         rest.append(f"lr_scheduler.class_path={kind}: constant here")
         node.pop("init_args", None)

@@ -31,12 +31,15 @@ class AdamWState(NamedTuple):
     nu: Params
 
 
-def decayed(params: Params) -> Params:
-    """Which leaves weight decay applies to: all but norms and biases; `mod_emb`, `mask_token` and token tables are decayed."""
+def decayed(params: Params, norms: bool = False) -> Params:
+    """Which leaves weight decay applies to: all but norms and biases; `mod_emb`, `mask_token` and token tables are decayed.
+
+    With `norms` all leaves.
+    """
 
     def rule(path: tuple, _: Any) -> bool:
         name = "." + ".".join(str(getattr(key, "key", key)) for key in path)
-        return not ("norm." in name or ".norm" in name or name.endswith("bias"))
+        return norms or not ("norm." in name or ".norm" in name or name.endswith("bias"))
 
     return jax.tree_util.tree_map_with_path(rule, params)
 
@@ -60,7 +63,7 @@ def adamw(config: ConfigDict, rates_of: Callable[[Params], Params] | None = None
     """AdamW with clipping; ``update(grads, state, params, learning_rate=…, grad_norm=…, ok=…)`` leaves all as it was unless `ok`.
 
     Args:
-      config: `betas`, `eps`, `weight_decay`, `clip_norm` (0: none), `rates` (see `factors`).
+      config: `betas`, `eps`, `weight_decay`, `decay_norms` (see `decayed`), `clip_norm` (0: none), `rates` (see `factors`).
       rates_of: instead of `rates`, from parameters to a factor of the learning rate a leaf, a number or what multiplies the leaf.
     """
     b1, b2 = config.betas
@@ -82,7 +85,8 @@ def adamw(config: ConfigDict, rates_of: Callable[[Params], Params] | None = None
             step = m * correct1 / (jnp.sqrt(v * correct2) + config.eps) + (config.weight_decay * p if decay else 0.0)
             return jnp.where(ok, -learning_rate * factor * step, 0.0), m, v
 
-        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decayed(params), rates_of(params))
+        decays = decayed(params, config.get("decay_norms", False))
+        out = jax.tree.map(leaf, grads, state.mu, state.nu, params, decays, rates_of(params))
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), out)
         return updates, AdamWState(count, mu, nu)
 

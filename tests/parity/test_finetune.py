@@ -38,7 +38,7 @@ def settings(root):
     config = finetuning()
     config.model.update(name="terramind_v1_tiny", weights="random", channels=CHANNELS, head_dropout=0.0)
     config.data.update(dataset="sen1floods11", root=str(root), crop=32)
-    config.optimizer.update(learning_rate=3e-4, schedule="constant", weight_decay=0.0)  # they decay norms and biases, too
+    config.optimizer.update(learning_rate=3e-4, schedule="constant", weight_decay=0.3, decay_norms=True)
     config.train.update(batch_size=4, steps=STEPS, loss="dice")
     config.run.update(log_every=1, eval_every=STEPS, checkpoint_every=STEPS, progress=False, tensorboard=False)
     return config
@@ -74,7 +74,7 @@ def test_thirty_steps(tmp_path):
     theirs = reference(dataset.facts.bands)
     peer.load_state(theirs, own(networks.join(parted["params"], parted["buffers"], parted["batch_stats"])))
     criterion = segmentation_tasks.init_loss("dice", ignore_index=-1)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.3)
     stream = batches.training(dataset, finetune.scale_of(config, dataset.facts), crop=32, batch_size=4, d4=True)
     expected = []
     for batch in (next(stream) for _ in range(STEPS)):
@@ -96,20 +96,37 @@ def test_thirty_steps(tmp_path):
         assert peer.relative_error(task(cut), peer.nhwc(theirs.eval()(scaled).output)) < 1e-4
 
 
-THINKING = """backbone: terramind_v1_tiny_tim
-      backbone_tim_modalities: [LULC]
-      backbone_tim_temps: 0.0"""
+BACKBONE, PYRAMID = "backbone: terramind_v1_tiny", "        - name: LearnedInterpolateToPyramidal\n"
+THINKING = f"{BACKBONE}_tim\n      backbone_tim_modalities: [LULC]\n      backbone_tim_temps: 0.0"
+SERIES = f"{BACKBONE}\n      backbone_use_temporal: true\n      backbone_temporal_pooling: max"
+CLASSES = "      num_classes: 2\n    loss: dice"
+CHANGES = {
+    "segmentation": {},
+    "thinking": {BACKBONE: THINKING},
+    "series": {BACKBONE: SERIES},
+    "regression": {
+        "SemanticSegmentationTask": "PixelwiseRegressionTask",
+        CLASSES: "    loss: mse",
+        "    class_names: [Others, Flood]\n": "",
+    },
+    "classification": {
+        **{"SemanticSegmentationTask": "ClassificationTask", "loss: dice": "loss: ce", PYRAMID: ""},
+        **{"UNetDecoder": "IdentityDecoder", "      decoder_channels: [16, 16, 8, 8]\n": "", "/label": ".csv"},
+    },
+}
 
 
-@pytest.mark.parametrize(
-    "backbone", ["backbone: terramind_v1_tiny", pytest.param(THINKING, marks=pytest.mark.slow)], ids=["backbone", "thinking"]
-)
-def test_tasks_come_and_go(tmp_path, backbone):
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case == "thinking" else case for case in CHANGES])
+def test_tasks_come_and_go(tmp_path, case):
     """A task's checkpoint, as Lightning writes it, becomes a work directory of equal outputs, and what that exports loads strictly."""
-    text = CONFIGURATION.read_text().replace("backbone: terramind_v1_tiny", backbone)
+    text = CONFIGURATION.read_text()
+    for old, new in CHANGES[case].items():
+        assert old in text
+        text = text.replace(old, new)
     (tmp_path / "floods.yaml").write_text(text)
-    options = yaml.safe_load(text)["model"]["init_args"]
-    task = tasks.SemanticSegmentationTask(**copy.deepcopy(options))
+    told = yaml.safe_load(text)["model"]
+    options, kind = told["init_args"], getattr(tasks, told["class_path"].rpartition(".")[2])
+    task = kind(**copy.deepcopy(options))
     peer.randomize(task.model, seed=2)
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(task)
@@ -118,14 +135,17 @@ def test_tasks_come_and_go(tmp_path, backbone):
     assert cli.main(["convert", f"{tmp_path}/best.ckpt", f"{tmp_path}/run", f"--config={tmp_path}/floods.yaml"]) == 0
     ours = finetune.load(tmp_path / "run")
     rng, side = np.random.default_rng(0), 64
-    images = {name: rng.normal(size=(2, side, side, len(ours.facts.bands[name]))).astype(np.float32) for name in ours.facts.bands}
+    shape = (2, 3, side, side) if case == "series" else (2, side, side)
+    images = {name: rng.normal(size=(*shape, len(bands))).astype(np.float32) for name, bands in ours.facts.bands.items()}
+    theirs = {name: torch.from_numpy(np.moveaxis(x, -1, 1).copy()) for name, x in images.items()}
     with torch.no_grad():
-        expected = peer.nhwc(task.model.eval()({name: peer.nchw(x) for name, x in images.items()}).output)
+        expected = task.model.eval()(theirs).output
+    expected = peer.nhwc(expected) if expected.ndim == 4 else peer.array(expected)
     physical = {name: x * std + mean for name, x in images.items() for mean, std in [ours.scale[name]]}
     assert peer.relative_error(ours(physical), expected) < 1e-3
 
     assert cli.main(["convert", f"{tmp_path}/run", f"{tmp_path}/again.ckpt"]) == 0
-    again = tasks.SemanticSegmentationTask.load_from_checkpoint(tmp_path / "again.ckpt", **options, map_location="cpu")
+    again = kind.load_from_checkpoint(tmp_path / "again.ckpt", **options, map_location="cpu")
     state = again.model.state_dict()
     for name, x in task.model.state_dict().items():
         if "tokenizer." not in name:  # which we do not hold

@@ -27,6 +27,7 @@ CONFIGS = {
     "unet": DecoderConfig("segmentation", 5, channels=(16, 16, 8, 8), head_channels=(12, 6)),
     "unet without pyramid": DecoderConfig("regression", 1, channels=(16, 16, 8, 8), pyramid=False),
     "upernet": DecoderConfig("regression", 2, decoder="upernet", channels=(16,), head_channels=(8, 6)),
+    "upernet of PANGAEA": DecoderConfig("regression", 2, pyramid=False, decoder="upernet_pangaea", channels=(16,)),
     "fcn": DecoderConfig("segmentation", 3, layers=(11,), pyramid=False, decoder="fcn", channels=(16,), num_convs=2),
     "linear": DecoderConfig("regression", 2, layers=(11,), pyramid=False, decoder="linear", upsampling=4),
     "labels": DecoderConfig("classification", 7, layers=(11,), pyramid=False, decoder="identity", head_channels=(12,)),
@@ -59,8 +60,8 @@ class Theirs(torch.nn.Module):
         match config.decoder:
             case "unet":
                 return unet_decoder.UNetDecoder(widths, list(config.widths))
-            case "upernet":
-                return upernet_decoder.UperNetDecoder(widths, config.pool_scales, config.widths[0])
+            case "upernet" | "upernet_pangaea":
+                return upernet_decoder.UperNetDecoder(widths, config.pool_scales, config.widths[0], align_corners=not config.is_pangaea)
             case "fcn":
                 return fcn_decoder.FCNDecoder(widths, config.widths[0], config.num_convs)
             case "linear":

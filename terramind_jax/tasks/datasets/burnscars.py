@@ -34,6 +34,7 @@ FACTS = Facts(
     ignore_index=-1,
     mean={"S2L2A": (333.49706741586264, 570.1185520536176, 588.9748132001316, 2323.245113436119, 1972.854853760658, 1194.4914225186566)},
     std={"S2L2A": (226.9135568823774, 268.07560223070237, 400.4109844362779, 779.1733242672691, 870.8738838140137, 724.1979477437814)},
+    files={"S2L2A": files.bands("S2L2A", BANDS, scale=SCALE, missing=MISSING)},
 )
 
 
@@ -59,9 +60,8 @@ def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
     paths = {name: [files.path_of(folder, pattern, name) for pattern in (IMAGE, MASK)] for name in names}
     files.check_present(((name, path) for name, both in paths.items() for path in both), where)
     samples = tuple(Sample(name, {"S2L2A": image}, mask) for name, (image, mask) in paths.items())
-    how = {"S2L2A": files.bands("S2L2A", BANDS, scale=SCALE, missing=MISSING)}
     read_target = functools.partial(generic.read_map, task=FACTS.task, ignore_index=FACTS.ignore_index)
-    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, how), read_target)
+    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, FACTS.files), read_target)
 
 
 def tenth(names: list[str], *, held_out: bool) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from terramind_jax.tasks.datasets.files import Bands
+
 # What a target is: int32 [H, W] class of a pixel; float32 [H, W] value of a pixel; int class of the image; float32 [K] of 0 and 1, classes
 # of the image; float value of the image.
 TASKS = ("segmentation", "regression", "classification", "multilabel", "scalar_regression")
@@ -30,6 +32,8 @@ class Facts:
     ignore_index: int | None = None  # of pixels that count neither in a loss nor in a metric
     mean: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     std: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    has_times: bool = False  # inputs are time series
+    files: Mapping[str, Bands] = dataclasses.field(default_factory=dict)  # how they are read, of modalities that have one file a sample
 
     @property
     def num_classes(self) -> int:
@@ -41,7 +45,7 @@ class Facts:
         if unknown or not modalities:
             what = f"{unknown[0]} is none" if unknown else "at least one is needed"
             raise ValueError(f"The inputs of {self.title} are {', '.join(self.bands)}; {what}.")
-        return dataclasses.replace(self, **{key: _those(getattr(self, key), modalities) for key in ("bands", "mean", "std")})
+        return dataclasses.replace(self, **{key: _those(getattr(self, key), modalities) for key in ("bands", "mean", "std", "files")})
 
 
 @dataclasses.dataclass(frozen=True)

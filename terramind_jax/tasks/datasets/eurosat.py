@@ -24,7 +24,13 @@ CLASSES = (
     *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
 )
 STORED = (*(b for b in modalities.S2L1C_BANDS if b != "NIR_NARROW"), "NIR_NARROW")
-FACTS = Facts(title="EuroSAT", task="classification", bands={"S2L1C": modalities.S2L1C_BANDS}, class_names=CLASSES)
+FACTS = Facts(
+    title="EuroSAT",
+    task="classification",
+    bands={"S2L1C": modalities.S2L1C_BANDS},
+    class_names=CLASSES,
+    files={"S2L1C": files.bands("S2L1C", STORED, modalities.S2L1C_BANDS)},
+)
 
 
 def check(root: str | os.PathLike) -> None:
@@ -44,8 +50,7 @@ def dataset(root: str | os.PathLike, split: str = "train", *, spatial: bool = Fa
     where = os.path.join(root, list_name)
     samples = tuple(_sample(os.path.join(root, _folder(root)), line, where) for line in files.split_names(where))
     files.check_present(((s.name, s.inputs["S2L1C"]) for s in samples), where)
-    how = {"S2L1C": files.bands("S2L1C", STORED, modalities.S2L1C_BANDS)}
-    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, how), generic.given)
+    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, FACTS.files), generic.given)
 
 
 def _folder(root: str | os.PathLike) -> str:

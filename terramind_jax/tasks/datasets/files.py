@@ -40,36 +40,42 @@ def bands(modality: str, names: Sequence[str], use: Sequence[str] | None = None,
 
 def read_image(path: str, how: Bands) -> np.ndarray:
     """A GeoTIFF, or a ``.npy`` of ``[C, H, W]`` or ``[T, C, H, W]``, as ``[H, W, C]`` float32; a time series as ``[T, H, W, C]``."""
+    return read_rows_of(path, how)[0]
+
+
+def read_rows_of(path: str, how: Bands, rows: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What `read_image` gives, and where no band has data at any time, ``[H, W]`` bool; of `rows`, first and end, if they are told."""
     if how.times > 1:
         stored = [f"{name} {t}" for t in range(how.times) for name in how.names]
         stored = [f"{name} {t}" for name in how.names for t in range(how.times)] if how.by_band else stored
-        flat = _replace(_read(path, stored, how.modality), how)
-        wanted = [[stored.index(f"{name} {t}") for name in how.use] for t in range(how.times)]
-        return np.stack([flat[..., indices] for indices in wanted])
-    if path.endswith(".npy"):
-        return _replace(_read(path, how.names, how.modality)[..., [how.names.index(name) for name in how.use]], how)
-    return _replace(geo.read_valid(path, how.names, how.modality, how.use), how)
+        flat = _read(path, stored, how.modality, rows=rows)
+        image = np.stack([flat[..., [stored.index(f"{name} {t}") for name in how.use]] for t in range(how.times)])
+    else:
+        image = _read(path, how.names, how.modality, how.use, rows)
+    return _replace(image, how)
 
 
-def _read(path: str, names: Sequence[str], what: str) -> np.ndarray:
+def _read(path: str, names: Sequence[str], what: str, use: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
     if not path.endswith(".npy"):
-        return geo.read_valid(path, names, what)
+        return geo.read_valid(path, names, what, use, rows)
     array = np.moveaxis(np.load(path), -3, -1)
     if array.shape[-1] != len(names):
         raise ValueError(f"{path} has {array.shape[-1]} bands, expected {len(names)} for {what} ({', '.join(names)}).")
-    return array
+    array = array if use is None else array[..., [names.index(name) for name in use]]
+    return array if rows is None else array[..., slice(*rows), :, :]
 
 
-def _replace(image: np.ndarray, how: Bands) -> np.ndarray:
+def _replace(image: np.ndarray, how: Bands) -> tuple[np.ndarray, np.ndarray]:
     image = np.ascontiguousarray(image, np.float32)
     missing = np.isnan(image)
     for value in how.missing:
         missing |= image == np.float32(value)
     image[missing] = how.replace
-    return image if how.scale == 1 else image * np.float32(how.scale)
+    nothing = missing.all(axis=(-1, *range(image.ndim - 3)))
+    return image if how.scale == 1 else image * np.float32(how.scale), nothing
 
 
-def read_mask(path: str, ignore_index: int | None, *, zero_is_none: bool = False) -> np.ndarray:
+def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = False) -> np.ndarray:
     """A map of one band as ``[H, W]`` float32, `ignore_index` where the file has no data.
 
     With `zero_is_none` stored classes count from 1, and 0 is none of them.

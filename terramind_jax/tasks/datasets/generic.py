@@ -11,9 +11,10 @@ The fields are those that TerraTorch's GenericMultiModalDataModule takes, one se
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def dataset(
     task: str = "segmentation",
     class_names: Sequence[str] = (),
     num_classes: int | None = None,
-    ignore_index: int | None = IGNORE,
+    ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
 ) -> Dataset:
     """A split of the data in `root`, to which folders and files are relative; see the module.
@@ -47,12 +48,13 @@ def dataset(
         Values are multiplied by ``scale``; ``replace`` (0), in the file's unit, stands where there is no data: NaN, the file's own
         nodata, or one of ``missing``. ``mean`` and ``std`` are the data's own, a value a used band. A file of ``times`` images becomes
         ``[T, H, W, C]``; ``by_band`` if it has all times of one band together. ``.npy`` files are ``[C, H, W]`` or ``[T, C, H, W]``.
-      labels: ``folder`` and ``pattern`` of the masks, or ``table``, a ``.csv`` with a heading whose first column are the samples' names and
-        whose others are the label: a class by number or name, a value, or 0 and 1 for every class. With ``zero_is_none`` stored classes
-        count from 1. Values of a regression are multiplied by ``scale``.
+      labels: ``folder`` and ``pattern`` of the masks, or ``table``, a ``.csv``, which may be told by split, with a heading whose first
+        column are the samples' names and whose others are the label: a class by number or name, a value, or 0 and 1 for every class. With
+        ``zero_is_none`` stored classes count from 1. Values of a regression are multiplied by ``scale``.
       splits: by split the file with its samples, ``.txt`` or ``.csv``; without, every file of the first modality's folder is a sample.
       class_names, num_classes: either will do.
-      ignore_index: of pixels without a label, in masks and in metrics.
+      ignore_index: of pixels without a label, in masks and in metrics; by default -1 among classes; among values there is none, but NaN and
+        the file's own nodata do not count.
 
     Raises:
       ValueError: unknown fields, bands or task, a split without samples; FileNotFoundError: a folder, split file or sample is not there.
@@ -60,21 +62,21 @@ def dataset(
     root = os.fspath(root)
     own = dict(images=images, labels=labels, task=task, class_names=class_names, num_classes=num_classes)
     known = facts(**own, ignore_index=ignore_index, title=title)
-    how = {m: _bands(m, fields) for m, fields in images.items()}
     found, where = _names(root, split, images, splits)
-    paths = {name: {m: files.path_of(_folder(root, f, split), f["pattern"], name) for m, f in images.items()} for name in found}
+    paths = {name: {m: files.path_of(_of_split(root, f["folder"], split), f["pattern"], name) for m, f in images.items()} for name in found}
     if "table" in labels:
-        targets = _table(os.path.join(root, labels["table"]), task, known.class_names)
-        _check_rows(targets, found, where, labels["table"])
+        table = _of_split(root, labels["table"], split)
+        targets = _table(table, task, known.class_names)
+        _check_rows(targets, found, where, os.path.relpath(table, root))
         read_target = given
     else:
-        targets = {name: files.path_of(_folder(root, labels, split), labels["pattern"], name) for name in found}
+        targets = {name: files.path_of(_of_split(root, labels["folder"], split), labels["pattern"], name) for name in found}
         files.check_present(targets.items(), where)
         options = dict(zero_is_none=labels.get("zero_is_none", False), scale=labels.get("scale", 1.0))
-        read_target = functools.partial(read_map, task=task, ignore_index=ignore_index, **options)
+        read_target = functools.partial(read_map, task=task, ignore_index=known.ignore_index, **options)
     files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
     samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
-    return Dataset(known, split, samples, functools.partial(read_images, how), read_target)
+    return Dataset(known, split, samples, functools.partial(read_images, known.files), read_target)
 
 
 def facts(
@@ -85,14 +87,18 @@ def facts(
     task: str = "segmentation",
     class_names: Sequence[str] = (),
     num_classes: int | None = None,
-    ignore_index: int | None = IGNORE,
+    ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
 ) -> Facts:
     """What the fields of `dataset` say, without any file."""
     _check_fields(images, labels, task)
     names = _class_names(class_names, num_classes, task)
     statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
-    return Facts(title, task, {m: _bands(m, fields).use for m, fields in images.items()}, names, ignore_index, **statistics)
+    how = {m: _bands(m, fields) for m, fields in images.items()}
+    if ignore_index == "auto":
+        ignore_index = None if "regression" in task else IGNORE
+    has_times = any(of.times > 1 for of in how.values())
+    return Facts(title, task, {m: of.use for m, of in how.items()}, names, ignore_index, has_times=has_times, files=how, **statistics)
 
 
 # ---- reading ----
@@ -104,11 +110,12 @@ def read_images(how: Mapping[str, files.Bands], sample: Sample) -> dict[str, np.
 
 
 def read_map(sample: Sample, *, task: str, ignore_index: int | None, zero_is_none: bool = False, scale: float = 1.0) -> np.ndarray:
-    """The target of a sample that has a mask."""
-    mask = files.read_mask(sample.target, ignore_index, zero_is_none=zero_is_none)
+    """The target of a sample that has a mask; a value that is not known is NaN if it has no `ignore_index`."""
+    nothing = math.nan if ignore_index is None and task == "regression" else ignore_index
+    mask = files.read_mask(sample.target, nothing, zero_is_none=zero_is_none)
     if task == "segmentation":
         return mask.astype(np.int32)
-    return mask if scale == 1 else np.where(mask == ignore_index, mask, mask * np.float32(scale))
+    return mask if scale == 1 else np.where(mask == nothing, mask, mask * np.float32(scale))
 
 
 def given(sample: Sample) -> Any:
@@ -153,20 +160,20 @@ def _bands(modality: str, fields: Mapping[str, Any]) -> files.Bands:
     return how
 
 
-def _folder(root: str, fields: Mapping[str, Any], split: str) -> str:
-    folder = fields["folder"]
-    if isinstance(folder, str):
-        return os.path.join(root, folder)
-    if split not in folder:
-        raise ValueError(f"No folder is given for the split {split}; those of {', '.join(folder)} are.")
-    return os.path.join(root, folder[split])
+def _of_split(root: str, path: str | Mapping[str, str], split: str) -> str:
+    """A folder or table, which may be told by split."""
+    if isinstance(path, str):
+        return os.path.join(root, path)
+    if split not in path:
+        raise ValueError(f"No folder or table is given for the split {split}; those of {', '.join(path)} are.")
+    return os.path.join(root, path[split])
 
 
 def _names(root: str, split: str, images: Mapping[str, Mapping], splits: Mapping[str, str] | None) -> tuple[list[str], str]:
     """The samples of a split, and what names them."""
     patterns = [fields["pattern"] for fields in images.values()]
     if splits is None:
-        folder = _folder(root, next(iter(images.values())), split)
+        folder = _of_split(root, next(iter(images.values()))["folder"], split)
         return files.names_in(folder, patterns[0]), folder
     if split not in splits:
         raise ValueError(f"There is no split {split!r}; known are {', '.join(splits)}.")

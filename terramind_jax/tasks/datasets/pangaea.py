@@ -43,7 +43,7 @@ def dataset(root: str | os.PathLike, split: str = "train", *, of: str = "", limi
 
 def routed(facts: Facts) -> Facts:
     """Facts with the modalities that the images enter as, all of their bands, and statistics that leave absent bands zero."""
-    changed: dict[str, dict] = {"bands": {}, "mean": {}, "std": {}}
+    changed: dict[str, dict] = {"bands": {}, "mean": {}, "std": {}, "files": {}}
     for name, bands in facts.bands.items():
         enters = ENTERS_AS[name]
         changed["bands"][enters] = modalities.get(enters).bands

@@ -44,6 +44,7 @@ FACTS = Facts(
         *("Leguminous fodder", "Soybeans", "Orchard", "Mixed cereal", "Sorghum", "Void label"),
     ),
     ignore_index=19,
+    has_times=True,
     mean={
         "S2L2A": (1161.6764, 1371.4307, 1423.4067, 1759.7251, 2714.5259, 3055.8376, 3197.8960, 3313.3577, 2415.9675, 1626.8431),
         "S1GRD": (-10.9433, -17.3600),

@@ -23,11 +23,13 @@ SPLITS = {"train": "train", "val": "valid", "test": "test", "bolivia": "bolivia"
 IMAGES = {"S2L1C": "S2Hand", "S1GRD": "S1Hand"}  # what the files are called
 PUBLISHED = "data/flood_events/HandLabeled"
 
+BANDS = {"S2L1C": modalities.S2L1C_BANDS, "S1GRD": ("VV", "VH")}
+
 # Mean and standard deviation: PANGAEA, configs/dataset/sen1floods11.yaml.
 FACTS = Facts(
     title="Sen1Floods11",
     task="segmentation",
-    bands={"S2L1C": modalities.S2L1C_BANDS, "S1GRD": ("VV", "VH")},
+    bands=BANDS,
     class_names=("land", "water"),
     ignore_index=-1,
     mean={
@@ -44,6 +46,7 @@ FACTS = Facts(
         ),
         "S1GRD": (4.255339, 5.290568),
     },
+    files={m: files.bands(m, names) for m, names in BANDS.items()},
 )
 
 
@@ -66,9 +69,8 @@ def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
     names = [row[0].removesuffix("_S1Hand.tif").removesuffix("_S2Hand.tif") for row in rows]
     samples = tuple(_sample(root, folders, name) for name in names)
     files.check_present(((s.name, p) for s in samples for p in (*s.inputs.values(), s.target)), path)
-    how = {m: files.bands(m, names) for m, names in FACTS.bands.items()}
     read_target = functools.partial(generic.read_map, task=FACTS.task, ignore_index=FACTS.ignore_index)
-    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, how), read_target)
+    return Dataset(FACTS, split, samples, functools.partial(generic.read_images, FACTS.files), read_target)
 
 
 def _layout(root: str) -> tuple[dict[str, str], str]:
