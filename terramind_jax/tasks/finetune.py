@@ -216,7 +216,7 @@ def backbone_options(config: ConfigDict, facts: Facts) -> dict[str, Any]:
     same = {name: m[name] for name in ("merge_method", "drop_path_rate", "modality_drop_rate", "remat", "unroll")}
     own = thinking_options(config, bands) if zoo.get(m.name).kind == "tim" else {"bands": bands}
     own |= dict(sizes=m.sizes.to_dict(), codebooks=m.codebooks.to_dict(), img_size=m.image_size)
-    return dict(modalities=names, dtype=state.compute_dtype(m.dtype), **own, **same)
+    return dict(modalities=names, dtype=sharding.compute_dtype(m.dtype), **own, **same)
 
 
 def thinking_options(config: ConfigDict, bands: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -383,7 +383,7 @@ def check_attention(config: ConfigDict, platform: str) -> None:
     head = config.model.dim // config.model.num_heads
     if platform != "gpu":
         need = f"an NVIDIA GPU, not a {platform}"
-    elif (dtype := state.compute_dtype(config.model.dtype, platform)) == "float32":
+    elif (dtype := sharding.compute_dtype(config.model.dtype, platform)) == "float32":
         need = f"model.dtype bfloat16, not {dtype}"
     elif head > 128 or head % 8:
         need = f"heads whose channels, model.dim over model.num_heads, are a multiple of 8 up to 128, not {head}"
@@ -431,7 +431,7 @@ def transformer_config(config: ConfigDict, platform: str | None = None) -> netwo
     """The module's configuration; dtype ``auto`` is bfloat16 on accelerators and float32 on a CPU; `platform` is by default JAX's."""
     encoder, decoder = streams(config)
     fields = {name: value for name, value in config.model.items() if name != "codebooks"}
-    fields["dtype"] = state.compute_dtype(config.model.dtype, platform)
+    fields["dtype"] = sharding.compute_dtype(config.model.dtype, platform)
     return networks.TransformerConfig(encoder=encoder, decoder=decoder, **fields)
 
 

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from terramind_jax import sharding
 from terramind_jax.checkpoint import Checkpoints
-from terramind_jax.sharding import compute_dtype as compute_dtype
 from terramind_jax.train import optimizer
 from terramind_jax.train.logging import count
 

@@ -210,7 +210,7 @@ def tokenizer_config(config: ConfigDict) -> networks.TokenizerConfig:
         known = ", ".join(m.name for m in modalities.MODALITIES.values() if m.levels)
         raise ValueError(f"{modality.name} has no tokenizer, as it has no levels; tokenizers exist for {known}.")
     return networks.TokenizerConfig(
-        channels=modality.channels, **{**config.model.to_dict(), "dtype": state.compute_dtype(config.model.dtype)}
+        channels=modality.channels, **{**config.model.to_dict(), "dtype": sharding.compute_dtype(config.model.dtype)}
     )
 
 
