@@ -16,6 +16,7 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import records, scan, storage, tars, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
+from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX
 from terramind_jax.data.stats import Moments, Statistics, in_processes, pieces
 from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote
@@ -116,16 +117,16 @@ def _report(root: str | os.PathLike, split: str, path: str, found: Table) -> Ind
 def _twice(root: str | os.PathLike, split: str, folder: str, found: Table) -> Iterator[str]:
     """Keys that a folder holds again: those of its tars that do not lie where the index says. Only tars with such samples are read."""
     store, keys = storage.store(root), found.arrays["keys"]
+    suffix = TOKEN_SUFFIX if folder.endswith("_tokens") else SAMPLE_SUFFIX
     shard, offset, size = (found.arrays[f"{folder}/{f}"] for f in ("shard", "offset", "size"))
     kept = np.bincount(shard[size > 0], minlength=len(found.meta["shards"][folder]))
     for number, (name, length, _, count) in enumerate(found.meta["shards"][folder]):
         path = storage.join(root, split, folder, name)
-        for member, start, _ in (
-            tars.scan(path, functools.partial(store.read, path, block=16 << 20), length) if kept[number] < count else ()
-        ):
-            key = next((os.path.basename(member)[: -len(s)] for s in (scan.SAMPLE_SUFFIX, scan.TOKEN_SUFFIX) if member.endswith(s)), None)
-            row = -1 if key is None else int(scan.places_in(np.array([key.encode()]), keys)[0])
-            if row >= 0 and (shard[row], offset[row]) != (number, start):
+        read = functools.partial(store.read, path, block=16 << 20)
+        for member, start, _ in tars.scan(path, read, length) if kept[number] < count else ():
+            key = os.path.basename(member).removesuffix(suffix)
+            row = int(scan.places_in(np.array([key.encode()]), keys)[0])
+            if member.endswith(suffix) and (shard[row], offset[row]) != (number, start):
                 yield key
 
 
