@@ -265,7 +265,7 @@ def command(config: Path, workdir: Path) -> list[str]:
     return [sys.executable, "-m", "terramind_jax", "pretrain", f"--config={config}", f"--workdir={workdir}"]
 
 
-@pytest.mark.parametrize(("devices", "workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("devices", "workers"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 2)])
 def test_fewer_devices_and_more_workers_give_the_same_losses(root, finished, tmp_path, devices, workers):
     path = tiny_run.write_config(tmp_path / "config.py", tiny_run.pretraining(root))
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(REPOSITORY)}
