@@ -16,7 +16,6 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import records, scan, storage, tars, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
-from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX
 from terramind_jax.data.stats import Moments, Statistics, in_processes, pieces
 from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote
@@ -116,8 +115,7 @@ def _report(root: str | os.PathLike, split: str, path: str, found: Table) -> Ind
 
 def _twice(root: str | os.PathLike, split: str, folder: str, found: Table) -> Iterator[str]:
     """Keys that a folder holds again: those of its tars that do not lie where the index says. Only tars with such samples are read."""
-    store, keys = storage.store(root), found.arrays["keys"]
-    suffix = TOKEN_SUFFIX if folder.endswith("_tokens") else SAMPLE_SUFFIX
+    store, keys, suffix = storage.store(root), found.arrays["keys"], scan.suffix_of(folder)
     shard, offset, size = (found.arrays[f"{folder}/{f}"] for f in ("shard", "offset", "size"))
     kept = np.bincount(shard[size > 0], minlength=len(found.meta["shards"][folder]))
     for number, (name, length, _, count) in enumerate(found.meta["shards"][folder]):

@@ -18,7 +18,7 @@ from terramind_jax import declarations
 from terramind_jax import modalities as registry
 from terramind_jax.data import clouds, layout, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.shards import SAMPLE_SUFFIX, TOKEN_SUFFIX, read_attributes, read_sample
+from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _Column:
     """One folder's samples laid along the keys of an index file; size 0 where a key is missing."""
 
     def __init__(self, parent: str, name: str, found: Table, rows: np.ndarray | None):
-        self.folder, self.rows = storage.join(parent, name), rows
+        self.folder, self.suffix, self.rows = storage.join(parent, name), scan.suffix_of(name), rows
         self.shards = [s[0] for s in found.meta["shards"][name]]
         self.shard, self.offset, self.size, self.start, self.length, self.layout = (found.arrays[f"{name}/{f}"] for f in scan.FIELDS)
         self.block = 0  # bytes that are read at once of a remote store, 0: a sample's own
@@ -152,10 +152,10 @@ class Index:
         What of a remote store is then cheaper to read in blocks is read so, see `storage.block_size`.
         """
         self._nearby = window, readers
-        room = storage.KEPT
-        columns = (*self._pixels.values(), *self._tokens.values())
-        for column in sorted(columns, key=_Column.mean_size):
-            block = storage.block_size(column.mean_size(), window, readers)
+        columns, room = (*self._pixels.values(), *self._tokens.values()), storage.KEPT
+        # Without a window nothing is asked of millions of sizes: every worker comes by here.
+        blocks = [(storage.block_size(column.mean_size(), window, readers) if window else 0, column) for column in columns]
+        for block, column in sorted(blocks, key=lambda found: found[0]):
             room -= storage.BLOCKS_IN_USE * block
             column.block = block if room >= 0 else 0
 
@@ -358,7 +358,7 @@ class Index:
         if len(payload) != before + size:
             there = max(len(payload) - before, 0)
             raise DataError(f"{self._where(columns, i, modality)} ends early: {there} of {size} bytes; index it again.")
-        name = self.keys.raw(i) + (TOKEN_SUFFIX if columns is self._tokens else SAMPLE_SUFFIX).encode()
+        name = self.keys.raw(i) + column.suffix.encode()
         if before and not tars.is_header_of(payload[: tars.BLOCK], name):
             raise DataError(f"{self._where(columns, i, modality)} is not where it was when the shard was indexed; index it again.")
         return payload[before:]

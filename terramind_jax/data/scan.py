@@ -234,8 +234,12 @@ def build(store: LocalStore | RemoteStore, root: str, split: str, shards: Listin
 
 def _scan(store: LocalStore | RemoteStore, path: str, size: int, column: str, remote: bool, places: bool) -> Part:
     read = functools.partial(store.read, path)
-    suffix = TOKEN_SUFFIX if column.endswith(_TOKENS) else SAMPLE_SUFFIX
-    return scan_shard(path, _Ahead(read) if remote else read, size, suffix, whole=remote, places=places)
+    return scan_shard(path, _Ahead(read) if remote else read, size, suffix_of(column), whole=remote, places=places)
+
+
+def suffix_of(column: str) -> str:
+    """What a folder's samples are called after their keys."""
+    return TOKEN_SUFFIX if column.endswith(_TOKENS) else SAMPLE_SUFFIX
 
 
 def _smallest(shards: Listing) -> str:

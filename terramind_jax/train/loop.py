@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -158,7 +159,7 @@ def run(
 
 def check_agreement(config: ConfigDict, index: Index, validation: Index | None) -> None:
     """A ValueError unless all processes of a run have one configuration and one list of samples: else they would wait for each other."""
-    contents = {"configuration": _shared(config), "training index": _content(index), "validation index": _content(validation)}
+    contents = {"configuration": _shared(config), "training index": _digest(index), "validation index": _digest(validation)}
     processes.check_agreement(contents)
 
 
@@ -176,7 +177,7 @@ def bind_data(index: Index, workdir: str | os.PathLike, *, write: bool = True) -
     `write` is False on all processes but the first.
     """
     path = files.folder(workdir) / DATA
-    own = {"samples": len(index), "digest": hashlib.sha256(_content(index)).hexdigest()}
+    own = {"samples": len(index), "digest": _digest(index).hex()}
     if path.exists() and (old := json.loads(path.read_text())) != own:
         raise ValueError(
             f"{workdir} is trained on {old['samples']} samples, and config.data.root has {own['samples']} with other keys or modalities; "
@@ -186,12 +187,13 @@ def bind_data(index: Index, workdir: str | os.PathLike, *, write: bool = True) -
         files.write_text(path, json.dumps(own))
 
 
-def _content(index: Index | None) -> bytes:
-    """What decides the order of samples and what is known of each."""
+@functools.lru_cache(maxsize=2)  # millions of keys, which are asked for by the hosts' agreement and by the work directory
+def _digest(index: Index | None) -> bytes:
+    """Changes with what decides the order of samples and with what is known of each."""
     if index is None:
         return b""
     keys = hashlib.sha256(np.ascontiguousarray(index.keys.raw(slice(None)))).digest()
-    return keys + np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()
+    return hashlib.sha256(keys + np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()).digest()
 
 
 def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:
