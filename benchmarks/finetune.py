@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -66,7 +67,8 @@ def ours(tune: str, size: str, side: int, batch: int, dtype: str) -> tuple[Calla
 
 
 def peers(tune: str, size: str, side: int, batch: int, dtype: str) -> tuple[Callable[[], object], int]:
-    """The same of TerraTorch's model, with PyTorch's AdamW."""
+    """The same of TerraTorch's model, with PyTorch's AdamW; on a GPU TF32 is allowed, as XLA does."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # its inputs come from this package, which must leave the GPU alone
     sys.path.insert(0, str(PARITY))
     import peer
     import torch
@@ -77,6 +79,8 @@ def peers(tune: str, size: str, side: int, batch: int, dtype: str) -> tuple[Call
     layers = [(last + 1) * (i + 1) // 4 - 1 for i in range(4)]
     necks = [{"name": "SelectIndices", "indices": layers}, {"name": "ReshapeTokensToImage", "remove_cls_token": False}]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     model = (
         EncoderDecoderFactory()
         .build_model(

@@ -1,19 +1,21 @@
 """Times what users of the released models do, and TerraTorch beside it.
 
-    python benchmarks/inference.py                          # base features, S2L2A tokenizer, S2L2A to four modalities; float32
+    python benchmarks/inference.py                          # base features, S2L2A tokenizer, S2L2A to four modalities
     python benchmarks/inference.py --peer --rounds 3 --out benchmarks/results/inference.md
-    python benchmarks/inference.py --batches 1,8,32 --repeats 1 --out benchmarks/results/inference.md
+    python benchmarks/inference.py --batches 1,8,32 --peer --repeats 1 --out benchmarks/results/inference.md
     python benchmarks/inference.py --samplers DIR --out benchmarks/results/inference.md    # trains small tokenizers in DIR
 
 Each of these is a section of the file, which replaces that section alone. Every case runs in a process of its own, ours and the reference's
-one after the other; compile time is apart. Weights are random, but for the samplers: they do not change the work. `--peer` needs the
-`parity` extra, or the environment that `make test-parity` uses.
+one after the other; compile time is apart. Weights are random, but for the samplers: they do not change the work. On a GPU ours is in
+bfloat16, as it is there by itself (`--dtype`), and the reference as its users run it, eager in float32 (`--peer_dtype`). `--peer` needs
+the `parity` extra, or the environment that `make test-parity` uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -28,6 +30,7 @@ PARITY = Path(__file__).parent.parent / "tests" / "parity"
 TARGETS = ["S1GRD", "LULC", "DEM", "NDVI"]
 THOUGHTS = ["LULC", "NDVI"]
 STEPS = 10  # of a diffusion decoder
+DTYPES = ("auto", "float32", "bfloat16")
 
 CASES = {
     "features, batch 1": ("features", 1),
@@ -45,69 +48,101 @@ def images(batch: int, size: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(batch, size, size, c)).astype(np.float32) for name, c in (("S2L2A", 12), ("S1GRD", 2))}
 
 
-def ours(work: str, batch: int, size: int) -> Callable[[], object]:
+def ours(work: str, batch: int, size: int, dtype: str) -> Callable[[], object]:
+    """One call, which returns once all is computed."""
+    import jax
+
+    run = called(work, batch, size, dtype)
+    return lambda: jax.block_until_ready(run())
+
+
+def called(work: str, batch: int, size: int, dtype: str) -> Callable[[], object]:
     import terramind_jax as tm
 
     x = images(batch, size)
     if work == "features":
-        model = tm.load("terramind_v1_base", "random", modalities=list(x))
+        model = tm.load("terramind_v1_base", "random", dtype=dtype, modalities=list(x))
         return lambda: model(x)
     if work == "generate":
-        model = tm.load("terramind_v1_base_generate", "random", modalities=["S2L2A"], output_modalities=TARGETS)
+        model = tm.load("terramind_v1_base_generate", "random", dtype=dtype, modalities=["S2L2A"], output_modalities=TARGETS)
         return lambda: model.generate({"S2L2A": x["S2L2A"]}, timesteps=STEPS)
     if work == "think":
-        model = tm.load("terramind_v1_base_tim", "random", modalities=["S2L2A"], tim_modalities=THOUGHTS)
+        model = tm.load("terramind_v1_base_tim", "random", dtype=dtype, modalities=["S2L2A"], tim_modalities=THOUGHTS)
         return lambda: model({"S2L2A": x["S2L2A"]})
-    model = tm.load("terramind_v1_tokenizer_s2l2a", "random")
+    model = tm.load("terramind_v1_tokenizer_s2l2a", "random", dtype=dtype)
     tokens = np.random.default_rng(1).integers(0, model.module.config.codebook_size, (batch, size // 16, size // 16))
     return (lambda: model.encode(x["S2L2A"])) if work == "encode" else (lambda: model.decode(tokens, timesteps=STEPS))
 
 
-def peers(work: str, batch: int, size: int) -> Callable[[], object]:
+def peers(work: str, batch: int, size: int, dtype: str) -> Callable[[], object]:
+    """The same of TerraTorch."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # its inputs come from this package, which must leave the GPU alone
     sys.path.insert(0, str(PARITY))
-    import peer
     import torch
 
     torch.set_grad_enabled(False)
-    x = {name: peer.nchw(value) for name, value in images(batch, size).items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = peers_called(work, batch, size, device)
+
+    def finished() -> object:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return finished
+
+
+def peers_called(work: str, batch: int, size: int, device: str) -> Callable[[], object]:
+    import peer
+    import torch
+
+    x = {name: peer.nchw(value).to(device) for name, value in images(batch, size).items()}
     if work == "features":
-        model = peer.build("terramind_v1_base", backbone=True, modalities=list(x))
+        model = peer.build("terramind_v1_base", backbone=True, modalities=list(x)).to(device)
         return lambda: model(dict(x))
     if work == "generate":
-        model = peer.build("terramind_v1_base_generate", modalities=["S2L2A"], output_modalities=TARGETS, timesteps=STEPS)
+        model = peer.build("terramind_v1_base_generate", modalities=["S2L2A"], output_modalities=TARGETS, timesteps=STEPS).to(device)
         return lambda: model({"S2L2A": x["S2L2A"]})
     if work == "think":
-        model = peer.build("terramind_v1_base_tim", modalities=["S2L2A"], tim_modalities=THOUGHTS)
+        model = peer.build("terramind_v1_base_tim", modalities=["S2L2A"], tim_modalities=THOUGHTS).to(device)
         return lambda: model({"S2L2A": x["S2L2A"]})
-    model = peer.build("terramind_v1_tokenizer_s2l2a")
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 15360, (batch, size // 16, size // 16)))
+    model = peer.build("terramind_v1_tokenizer_s2l2a").to(device)
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 15360, (batch, size // 16, size // 16))).to(device)
     return (lambda: model.tokenize(x["S2L2A"])) if work == "encode" else (lambda: model.decode_tokens(tokens, timesteps=STEPS))
 
 
-def measure(side: str, case: str, size: int, repeats: int) -> dict[str, float]:
+def measure(side: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of the first call and the median of those after it."""
     work, batch = CASES.get(case) or (case.split()[0], int(case.split()[1]))
-    run = {"ours": ours, "peer": peers}[side](work, batch, size)
+    prepare, dtype = (ours, arguments.dtype) if side == "ours" else (peers, arguments.peer_dtype)
+    run = prepare(work, batch, arguments.size, dtype)
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(arguments.repeats + 1):
         begin = time.perf_counter()
-        out = run()
-        if side == "ours":
-            import jax
-
-            jax.block_until_ready(out)
+        run()
         times.append(time.perf_counter() - begin)
     return {"first": times[0], "seconds": statistics.median(times[1:])}
 
 
 def child(side: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    return process.measure(__file__, "--side", side, "--case", case, f"--size={arguments.size}", f"--repeats={arguments.repeats}")
+    flags = [f"--{name}={getattr(arguments, name)}" for name in ("size", "repeats", "dtype", "peer_dtype")]
+    return process.measure(__file__, "--side", side, "--case", case, *flags)
+
+
+def beside(mine: float, theirs: float | None) -> str:
+    """The reference's seconds and how many times as fast ours is."""
+    return f"{theirs:.3g} | {theirs / mine:.2f}" if theirs else "- | -"
+
+
+def on(arguments: argparse.Namespace) -> str:
+    return f"{process.where()}, dtype {arguments.dtype}, the reference's {arguments.peer_dtype}, {arguments.size} px"
 
 
 def report(arguments: argparse.Namespace) -> str:
     lines = [
-        f"Inference on {process.where()}, float32, {arguments.size} px; "
-        f"medians of {arguments.rounds} x {arguments.repeats} calls, one process after the other.",
+        f"Inference on {on(arguments)}; medians of {arguments.rounds} x {arguments.repeats} calls, one process after the other.",
         "",
         "| case | s | first call s | reference s | speed relative to the reference |",
         "|---|---|---|---|---|",
@@ -118,22 +153,23 @@ def report(arguments: argparse.Namespace) -> str:
         ]
         mine, first = (statistics.median(a[key] for a, _ in rounds) for key in ("seconds", "first"))
         theirs = statistics.median(b["seconds"] for _, b in rounds) if arguments.peer else None
-        beside = f"{theirs:.2f} | {theirs / mine:.2f}" if theirs else "- | -"
-        lines.append(f"| {case} | {mine:.2f} | {first:.1f} | {beside} |")
+        lines.append(f"| {case} | {mine:.3g} | {first:.1f} | {beside(mine, theirs)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
 
 def batches(arguments: argparse.Namespace) -> str:
     """Generation of all targets at several batch sizes."""
-    what = f"S2L2A to {', '.join(TARGETS)}, {STEPS} steps, base, on {process.where()}, float32, {arguments.size} px"
-    lines = [f"{what}; medians of {arguments.repeats} calls.", "", "| batch | s | s a tile | first call s |", "|---|---|---|---|"]
+    what = f"S2L2A to {', '.join(TARGETS)}, {STEPS} steps, base, on {on(arguments)}"
+    columns = ["batch", "s", "s a tile", "first call s", "reference s", "speed relative to the reference"]
+    lines = [f"{what}; medians of {arguments.repeats} calls.", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for batch in map(int, arguments.batches.split(",")):
         try:
             one = child("ours", f"generate {batch}", arguments)
-            lines.append(f"| {batch} | {one['seconds']:.1f} | {one['seconds'] / batch:.2f} | {one['first']:.1f} |")
+            mine, theirs = one["seconds"], child("peer", f"generate {batch}", arguments)["seconds"] if arguments.peer else None
+            lines.append(f"| {batch} | {mine:.3g} | {mine / batch:.3g} | {one['first']:.1f} | {beside(mine, theirs)} |")
         except MemoryError:
-            lines.append(f"| {batch} | out of memory | | |")
+            lines.append(f"| {batch} | out of memory | | | | |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -152,6 +188,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a process")
     parser.add_argument("--rounds", type=int, default=1, help="rounds, each ours then the reference")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="ours; auto is bfloat16 on an accelerator, float32 on a CPU")
+    parser.add_argument("--peer_dtype", default="float32", choices=DTYPES[1:], help="the reference's, by autocast")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--batches", metavar="N,N", help="instead: generation at these batch sizes")
     parser.add_argument("--samplers", type=Path, metavar="DIR", help="instead: steps and error of samplers")
@@ -160,7 +198,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments.case, arguments.size, arguments.repeats)))
+        print(json.dumps(measure(arguments.side, arguments.case, arguments)))
         return
     if arguments.samplers:
         import samplers

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,16 @@ def measure(script: str, *flags: str, timeout: float | None = None) -> dict[str,
 
 
 def where() -> str:
-    """What a table was measured on: cores, processor and version of JAX."""
-    return f"{os.cpu_count()} cores of {_processor()}, JAX {importlib.metadata.version('jax')}"
+    """What a table was measured on: the NVIDIA GPU if there is one, else cores and processor, and the version of JAX."""
+    return f"{_gpu() or f'{os.cpu_count()} cores of {_processor()}'}, JAX {importlib.metadata.version('jax')}"
+
+
+def _gpu() -> str:
+    """Name of the first GPU, from the driver: JAX would take its memory."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi"):
+        return ""
+    found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return found.stdout.splitlines()[0].strip() if found.returncode == 0 and found.stdout.strip() else ""
 
 
 def _processor() -> str:
