@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tiny_run
 from terramind_jax import cli, generate_scenes, geo, metrics
 from terramind_jax.data import clouds
 from terramind_jax.data.shards import ShardWriter, write_sample
-from terramind_jax.evaluation import generation, geolocate, scores
+from terramind_jax.evaluation import generation, geolocate, reference, scores
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import windows
 from terramind_jax.tasks import datasets
@@ -106,6 +107,23 @@ def test_scenes_of_a_folder(weights, tmp_path):
     assert found.errors.bias == pytest.approx((made[20:] - ndvi[20:]).mean(), rel=1e-4)
     assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
     assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(name=None), "say with --model"),
+        (dict(inputs=["DEM", "coords"]), "compare the reference without coords"),
+        (dict(options={"steps": 4}), "--steps=1"),
+        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch's generation has no sampler"),
+        ({}, r"needs TerraTorch \(pip install 'terramind_jax\[parity\]'\)"),
+    ],
+)
+def test_what_is_not_compared_with_the_reference(changes, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "terratorch", None)
+    given = dict(name="terramind_v1_tiny", inputs=["DEM"], to=["LULC"], options={"temperature": 0.0, "steps": 1}) | changes
+    with pytest.raises((ValueError, ImportError), match=message):
+        reference.check(**given)
 
 
 def test_seams_lie_where_windows_begin_and_end():
