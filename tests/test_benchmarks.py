@@ -82,6 +82,20 @@ def test_a_section_replaces_itself_alone(scripts, tmp_path):
     assert path.read_text() == "# Inference\n\n## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
 
 
+# ---- missing bands ----
+
+
+def test_errors_of_missing_bands(scripts):
+    image = np.zeros((2, 3, 12), np.float32)
+    image[..., 0], image[..., 8] = 3, 1  # what nothing tells of B01, and B8A, which stands for B09
+    found = {
+        how: scripts("missing_bands").errors("S2L2A", [image, 0 * image], ["COASTAL_AEROSOL", "WATER_VAPOR"], how)
+        for how in ("neighbours", "zeros")
+    }
+    assert found["neighbours"] == pytest.approx({"COASTAL_AEROSOL": 4.5**0.5, "WATER_VAPOR": 0.5**0.5})
+    assert found["zeros"] == pytest.approx({"COASTAL_AEROSOL": 4.5**0.5, "WATER_VAPOR": 0})
+
+
 # ---- one training step, beside the reference's ----
 
 NANO = {"model.dim": 64, "model.num_heads": 1, "model.encoder_depth": 1, "model.decoder_depth": 1}
