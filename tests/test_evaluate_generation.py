@@ -45,17 +45,17 @@ def rows(out):
 
 def test_shards(weights, trained, tmp_path, capsys):
     root, out = tiny_run.write_shards(tmp_path / "shards", tokens=False), tmp_path / "out"
-    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", f"--out={out}"]
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM,coords", "--to=LULC", f"--out={out}"]
     assert cli.main([*command, "--batch_size=2", "--temperature=0"]) == 0
     assert {path.name for path in out.iterdir()} == {"report.md", "scores.csv", "samples.png"}
     each = [row for row in rows(out) if row["sample"] != "all"]
     index = generation.open_index(root, "val")
-    network = generate_scenes.load_network(weights, None, ["DEM"], ["LULC"])
+    network = generate_scenes.load_network(weights, None, ["DEM", "coords"], ["LULC"])
     assert [row["sample"] for row in each] == list(index.keys)
     total, made = 0, {}
     for pair in ((4, 3), (2, 1), (0, 0)):  # other batches than the command's
-        images = np.stack([generation.center(index, i, "DEM", SIDE) for i in pair])
-        made |= zip(pair, generation.alone(network, {"DEM": images}, "LULC", temperature=0.0), strict=True)
+        inputs = {name: np.stack([generation.center(index, i, name, SIDE) for i in pair]) for name in ("DEM", "coords")}
+        made |= zip(pair, generation.alone(network, inputs, "LULC", temperature=0.0), strict=True)
     for i, row in enumerate(each):
         confusion = metrics.confusion_matrix(made[i], generation.center(index, i, "LULC", SIDE), 10)
         assert float(row["accuracy"]) == metrics.accuracy(confusion) and float(row["mIoU"]) == metrics.mean_iou(confusion)

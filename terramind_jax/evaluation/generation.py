@@ -135,7 +135,8 @@ def run(
                     total[by][name].add(*given)
                     each.append({"sample": sample.name, **_labels(name, by, job), **scores.summary(scores_of(name).add(*given))})
             if len(shown) < pictures and len(sample.made) == len(to):
-                shown.append(plot.Scene(sample.name, sample.inputs, sample.made, sample.truth))
+                seen = {name: x for name, x in sample.inputs.items() if modalities.get(name).is_image}
+                shown.append(plot.Scene(sample.name, seen, sample.made, sample.truth))
         if not each:
             raise FileNotFoundError(
                 f"{data} has no sample with {', '.join(inputs)} and one of {', '.join(to)}{' and a cloud mask' * clear}."
