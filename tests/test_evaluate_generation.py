@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -92,8 +93,8 @@ def test_clear_pixels_of_shards(weights, tmp_path, capsys):
     assert "clear needs the cloud masks of shards" in capsys.readouterr().err
 
 
-def test_scenes_of_a_folder(weights, tmp_path):
-    """A scene larger than a window has seams, and pixels without truth do not count."""
+def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
+    """A scene larger than a window has seams and no reference, and pixels without truth do not count."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     ndvi = rng.uniform(-0.2, 0.9, (80, 48, 1)).astype(np.float32)
     ndvi[:20] = np.nan
@@ -107,6 +108,10 @@ def test_scenes_of_a_folder(weights, tmp_path):
     assert found.errors.bias == pytest.approx((made[20:] - ndvi[20:]).mean(), rel=1e-4)
     assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
     assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
+    monkeypatch.setattr(reference, "check", lambda *given: None)
+    monkeypatch.setattr(reference, "load", lambda *given: types.SimpleNamespace(name="TerraTorch"))
+    with pytest.raises(ValueError, match="a has 80 x 48 pixels; the reference is compared on scenes of one window, 32 x 32"):
+        generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "b", reference=True)
 
 
 @pytest.mark.parametrize(
