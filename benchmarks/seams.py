@@ -68,7 +68,17 @@ def main() -> None:
         arguments.results.write_text(f"# Seams, speed and memory of large scenes\n\n{HOW}\n" + "\n".join(text) + "\n")
 
 
-HOW = "`python benchmarks/seams.py --out=DIR --results=benchmarks/results/seams.md`; its first lines say what is compared.\n"
+HOW = """`python benchmarks/seams.py --out=DIR --results=benchmarks/results/seams.md`; its first lines say what is compared.
+
+A jump is the mean absolute difference across a line of pixels, in the unit of the modality; of LULC the share of pixels that differ.
+"At borders of windows" are the lines where a window begins or ends. "At others of tokens" are all other lines between tokens of 16 x 16
+pixels: a decoded image has edges there, too, so windows leave no seam where the ratio of the two is 1.
+
+TerraTorch's ratios are lower as its windows begin and end elsewhere in the image, not because they fit each other better. It cuts 8 pixels
+off each window, so that those lines run through the middle of tokens, where images are smooth, and are compared with edges of tokens; and
+its ramps give a window hardly any weight where it begins or ends. What overlaps is a mean of draws that know nothing of each other, and is
+blurred: that does not show as a jump.
+"""
 
 
 # ---- what generates ----

@@ -195,7 +195,7 @@ def contact_sheet(path: str | os.PathLike | None, scenes: Sequence[Scene], *, ti
 
 
 def images(
-    shown: Mapping[str, np.ndarray], *, columns: int = 5, shared: bool = True, path: str | os.PathLike | None = None, dpi: int = 150
+    shown: Mapping[str, np.ndarray | None], *, columns: int = 5, shared: bool = True, path: str | os.PathLike | None = None, dpi: int = 150
 ) -> Figure:
     """Draws images ``[H, W, C]`` side by side, in rows of so many `columns`; `path` as of `contact_sheet`.
 
@@ -203,23 +203,28 @@ def images(
       shown: by what stands above them, which begins with the modality or a view of it: "DEM", "S2L2A IRRG", "LULC of seed 3".
       shared: whether the images of one modality share their colour limits, which come from the first, of elevation from all: for images of
         one place.
+
+    None leaves a place empty, whatever its name.
     """
-    if not shown or columns < 1:
-        raise ValueError(f"There are {len(shown)} images for {columns} columns; expected one of each at least.")
+    drawn = {name: image for name, image in shown.items() if image is not None}
+    if not drawn or columns < 1:
+        raise ValueError(f"There are {len(drawn)} images for {columns} columns; expected one of each at least.")
     rows, columns = math.ceil(len(shown) / columns), min(columns, len(shown))
     width = LEFT + columns * (TILE + GAP) + RIGHT - GAP
-    present = sorted({pair for name in shown for pair in _classes([Scene("", shown, {})], name)})
+    present = sorted({pair for name in drawn for pair in _classes([Scene("", drawn, {})], name)})
     in_a_row = max(1, int((width - LEFT) / LEGEND))
     legend = 0.14 + 0.2 * math.ceil(len(present) / in_a_row) if present else 0.0
     row_height = HEAD + TILE + 0.16
-    views = {name: (_modality(name), name.endswith(f" {IRRG}"), name.endswith(f" {FALSE_COLOUR}")) for name in shown}
+    views = {name: (_modality(name), name.endswith(f" {IRRG}"), name.endswith(f" {FALSE_COLOUR}")) for name in drawn}
     sheet = Sheet(width, rows * row_height + legend + 0.05)
-    for i, (name, image) in enumerate(shown.items()):
+    for i, name in enumerate(shown):
+        if name not in drawn:
+            continue
         x, y = LEFT + i % columns * (TILE + GAP), i // columns * row_height + HEAD
-        alike = [other for other in shown if views[other] == views[name]] if shared else [name]
-        within = _common(_modality(name), [limits(other, shown[other]) for other in alike])
+        alike = [other for other in drawn if views[other] == views[name]] if shared else [name]
+        within = _common(_modality(name), [limits(other, drawn[other]) for other in alike])
         sheet.text(x + TILE / 2, y - 0.13, name, size=9.5 if len(name) < 22 else 7.5, weight="bold")
-        sheet.image(x, y, render(name, image, within))
+        sheet.image(x, y, render(name, drawn[name], within))
         _scale(sheet, x, y + TILE, name, within)
     if present:
         _legend(sheet, rows * row_height + legend / 2 - 0.02, present, in_a_row)

@@ -4,10 +4,16 @@ import importlib.util
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import random_networks
+import tiny_run
+
+from terramind_jax import geo, modalities
+from terramind_jax.modalities import STREAMS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -80,6 +86,54 @@ def test_a_section_replaces_itself_alone(scripts, tmp_path):
     for title, body in (("Speed", "old\n\n| a |\n"), ("Samplers", "one"), ("Speed", "new\n\n| b |\n")):
         write(path, title, body)
     assert path.read_text() == "# Inference\n\n## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
+
+
+# ---- missing bands ----
+
+
+def test_errors_of_missing_bands(scripts):
+    image = np.zeros((2, 3, 12), np.float32)
+    image[..., 0], image[..., 8] = 3, 1  # what nothing tells of B01, and B8A, which stands for B09
+    found = {
+        how: scripts("missing_bands").errors("S2L2A", [image, 0 * image], ["COASTAL_AEROSOL", "WATER_VAPOR"], how)
+        for how in ("neighbours", "zeros")
+    }
+    assert found["neighbours"] == pytest.approx({"COASTAL_AEROSOL": 4.5**0.5, "WATER_VAPOR": 0.5**0.5})
+    assert found["zeros"] == pytest.approx({"COASTAL_AEROSOL": 4.5**0.5, "WATER_VAPOR": 0})
+
+
+# ---- any to any ----
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_a_row_for_each_input_and_a_column_for_each_output(scripts, tmp_path, monkeypatch):
+    """Of shards, and of the same tile as GeoTIFFs; from LULC, the only output, nothing is made."""
+    script, side, drawn = scripts("any_to_any"), tiny_run.SIZE, []
+    encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "untok_sen1grd@224", "tok_lulc@224"))
+    module, variables = random_networks.build(encoder, encoder[2:], side)
+    tokenizers = random_networks.build_tokenizers("LULC", image_size=side)
+    run = random_networks.as_workdir(monkeypatch, tmp_path / "run", (module, variables), tokenizers)
+    root = tiny_run.write_shards(tmp_path / "shards", tokens=False)
+    config = types.SimpleNamespace(data=types.SimpleNamespace(root=root))
+    monkeypatch.setattr(script.pretrain, "load", lambda workdir: (module, variables, config))
+    monkeypatch.setattr(script.plot, "images", lambda shown, **options: drawn.append((shown, options)))
+    script.main([str(run), "--tile=s002"])
+    index = script.open_index(root, "val")
+    tile = {m: script.generation.center(index, 2, m, side) for m in ("DEM", "LULC")}
+    place = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), side, side)
+    for name, image in tile.items():
+        (tmp_path / "tiles" / name).mkdir(parents=True)
+        image = image.reshape(side, side, 1).astype(modalities.get(name).dtype)
+        geo.write(tmp_path / "tiles" / name / "a.tif", image, like=place, modality=name)
+    script.main([str(run), f"--data={tmp_path / 'tiles'}", f"--out={tmp_path / 'b.png'}"])
+    for shown, options in drawn:
+        assert list(shown) == ["corner", "LULC", "DEM (input)", "LULC from DEM"] and options["columns"] == 2 and shown["corner"] is None
+        np.testing.assert_array_equal(shown["LULC"], tile["LULC"])
+        np.testing.assert_array_equal(shown["DEM (input)"], tile["DEM"])
+        assert shown["LULC from DEM"].shape == (side, side, 10)
+    np.testing.assert_array_equal(drawn[0][0]["LULC from DEM"], drawn[1][0]["LULC from DEM"])
+    with pytest.raises(SystemExit, match="no held-out sample nowhere"):
+        script.main([str(run), "--tile=nowhere"])
 
 
 # ---- one training step, beside the reference's ----

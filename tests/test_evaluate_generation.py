@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import tiny_run
 from terramind_jax import cli, generate_scenes, geo, metrics
 from terramind_jax.data import clouds
 from terramind_jax.data.shards import ShardWriter, write_sample
-from terramind_jax.evaluation import generation, geolocate, scores
+from terramind_jax.evaluation import generation, geolocate, reference, scores
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import windows
 from terramind_jax.tasks import datasets
@@ -44,17 +46,17 @@ def rows(out):
 
 def test_shards(weights, trained, tmp_path, capsys):
     root, out = tiny_run.write_shards(tmp_path / "shards", tokens=False), tmp_path / "out"
-    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", f"--out={out}"]
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM,coords", "--to=LULC", f"--out={out}"]
     assert cli.main([*command, "--batch_size=2", "--temperature=0"]) == 0
     assert {path.name for path in out.iterdir()} == {"report.md", "scores.csv", "samples.png"}
     each = [row for row in rows(out) if row["sample"] != "all"]
     index = generation.open_index(root, "val")
-    network = generate_scenes.load_network(weights, None, ["DEM"], ["LULC"])
+    network = generate_scenes.load_network(weights, None, ["DEM", "coords"], ["LULC"])
     assert [row["sample"] for row in each] == list(index.keys)
     total, made = 0, {}
     for pair in ((4, 3), (2, 1), (0, 0)):  # other batches than the command's
-        images = np.stack([generation.center(index, i, "DEM", SIDE) for i in pair])
-        made |= zip(pair, generation.alone(network, {"DEM": images}, "LULC", temperature=0.0), strict=True)
+        inputs = {name: np.stack([generation.center(index, i, name, SIDE) for i in pair]) for name in ("DEM", "coords")}
+        made |= zip(pair, generation.alone(network, inputs, "LULC", temperature=0.0), strict=True)
     for i, row in enumerate(each):
         confusion = metrics.confusion_matrix(made[i], generation.center(index, i, "LULC", SIDE), 10)
         assert float(row["accuracy"]) == metrics.accuracy(confusion) and float(row["mIoU"]) == metrics.mean_iou(confusion)
@@ -91,8 +93,8 @@ def test_clear_pixels_of_shards(weights, tmp_path, capsys):
     assert "clear needs the cloud masks of shards" in capsys.readouterr().err
 
 
-def test_scenes_of_a_folder(weights, tmp_path):
-    """A scene larger than a window has seams, and pixels without truth do not count."""
+def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
+    """A scene larger than a window has seams and no reference, and pixels without truth do not count."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     ndvi = rng.uniform(-0.2, 0.9, (80, 48, 1)).astype(np.float32)
     ndvi[:20] = np.nan
@@ -106,6 +108,27 @@ def test_scenes_of_a_folder(weights, tmp_path):
     assert found.errors.bias == pytest.approx((made[20:] - ndvi[20:]).mean(), rel=1e-4)
     assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
     assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
+    monkeypatch.setattr(reference, "check", lambda *given: None)
+    monkeypatch.setattr(reference, "load", lambda *given: types.SimpleNamespace(name="TerraTorch"))
+    with pytest.raises(ValueError, match="a has 80 x 48 pixels; the reference is compared on scenes of one window, 32 x 32"):
+        generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "b", reference=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(name=None), "say with --model"),
+        (dict(inputs=["DEM", "coords"]), "compare the reference without coords"),
+        (dict(options={"steps": 4}), "--steps=1"),
+        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch's generation has no sampler"),
+        ({}, r"needs TerraTorch \(pip install 'terramind_jax\[parity\]'\)"),
+    ],
+)
+def test_what_is_not_compared_with_the_reference(changes, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "terratorch", None)
+    given = dict(name="terramind_v1_tiny", inputs=["DEM"], to=["LULC"], options={"temperature": 0.0, "steps": 1}) | changes
+    with pytest.raises((ValueError, ImportError), match=message):
+        reference.check(**given)
 
 
 def test_seams_lie_where_windows_begin_and_end():

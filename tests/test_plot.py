@@ -138,7 +138,14 @@ def test_images_side_by_side(tmp_path):
     assert (pictures(plot.images(shown, shared=False))[3] != drawn[3]).any()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*modalities.LULC_CLASSES}
     with pytest.raises(ValueError, match="0 images for 5 columns"):
-        plot.images({})
+        plot.images({"corner": None})
+
+
+def test_places_of_images_stay_empty():
+    """The last image is where it would be if there were one before it."""
+    full, gap = (plot.images({"LULC": image("LULC"), "DEM": second, "NDVI": image("NDVI")}) for second in (image("DEM"), None))
+    assert len(pictures(gap)) == 2 and "DEM" not in {text.get_text() for text in gap.texts}
+    assert gap.axes[1].get_position().bounds == full.axes[3].get_position().bounds
 
 
 def test_loss_curves_from_files_and_work_directories(tmp_path):

@@ -1,7 +1,8 @@
 """``evaluate generation``: what a model generates beside the truth, on a split of shards or a folder of GeoTIFFs.
 
 Each target is generated alone, so that a wrong one misleads no other. Of shards the centre crops are generated; scenes of a folder have
-any size, and windows of them are joined as the command ``generate`` does it, whose seams are measured then.
+any size, and windows of them are joined as the command ``generate`` does it, whose seams are measured then. The reference may generate
+the same beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from terramind_jax import generate, generate_scenes, geo, modalities, plot, sour
 from terramind_jax.data import views
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import Index, open_index
+from terramind_jax.evaluation import reference as references
 from terramind_jax.evaluation import results, scores
 from terramind_jax.evaluation.scores import Lines, Scores, scores_of
 from terramind_jax.scenes import reading, windows
@@ -29,6 +31,7 @@ from terramind_jax.scenes.generating import NO_CLASS
 from terramind_jax.scenes.reading import PATCH, Scene
 
 GENERATED = "generated"  # folder of the GeoTIFFs
+OURS = "terramind_jax"  # beside the reference
 TOLD = {  # of numbers that some modalities have
     "spectral angle": "The spectral angle is a mean over pixels, in degrees.",
     "seam": "Seam: how much rougher borders of windows are than other lines between patches; 1 is no seam.",
@@ -46,6 +49,12 @@ class Job:
     seed: int
     batch_size: int
     options: Mapping[str, Any]
+    reference: references.Reference | None = None
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """Who generates, ours first."""
+        return (OURS, self.reference.name) if self.reference else (OURS,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +82,7 @@ def run(
     lulc_codes: str | None = None,
     limit: int | None = None,
     clear: bool = False,
+    reference: bool = False,
     pictures: int = 4,
     batch_size: int = generate_scenes.BATCH_SIZE,
     seed: int = 0,
@@ -86,11 +96,16 @@ def run(
       split: of shards.
       limit: the first so many samples that have all inputs and a target; None: all.
       clear: of shards, compare only pixels that the cloud mask calls clear; samples without a mask are left out.
+      reference: whether TerraTorch generates the same, with the same weights and settings, but its own random draws; needs `model`. Of a
+        folder all scenes must be as large as one window then.
       pictures: samples in the picture.
       **options: of the generation, such as timesteps, steps and temperature.
 
+    Returns:
+      What the model's own outputs score; the reference's scores are in the files.
+
     Raises:
-      FileExistsError: `out` exists. FileNotFoundError: no model, or no samples.
+      FileExistsError: `out` exists. FileNotFoundError: no model, or no samples. ImportError: no TerraTorch.
       ValueError: modalities that the model or the data lack, or that are no images.
     """
     results.check_free(Path(out))
@@ -103,29 +118,48 @@ def run(
         [of(name).modality for name in names] for of, names in ((modalities.input_stream, inputs), (modalities.output_stream, to))
     )
     check_images(to)
+    if reference:
+        references.check(model, inputs, to, options)
     index = None if rasters else open_index(data, split)
     network = generate_scenes.load_network(weights, model, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers)
-    job = Job(network, weights, inputs, to, seed, batch_size, options)
+    theirs = references.load(model, network, inputs, to, seed, **options) if reference else None
+    job = Job(network, weights, inputs, to, seed, batch_size, options, theirs)
     with results.folder(out) as partial:
         samples = _of_shards(job, index, limit, clear) if index is not None else _of_folder(job, Path(data), partial, lulc_codes, limit)
-        total, each, shown = {name: scores_of(name) for name in to}, [], []
+        total, each, shown = {by: {name: scores_of(name) for name in to} for by in job.makers}, [], []
         for sample in samples:
-            for name, made in sample.made.items():
-                given = made, sample.truth[name], sample.valid.get(name), sample.lines
-                total[name].add(*given)
-                each.append({"sample": sample.name, "modality": name, **scores.summary(scores_of(name).add(*given))})
+            for by, images in _of_makers(job, sample).items():
+                for name, made in images.items():
+                    given = made, sample.truth[name], sample.valid.get(name), sample.lines
+                    total[by][name].add(*given)
+                    each.append({"sample": sample.name, **_labels(name, by, job), **scores.summary(scores_of(name).add(*given))})
             if len(shown) < pictures and len(sample.made) == len(to):
-                shown.append(plot.Scene(sample.name, sample.inputs, sample.made, sample.truth))
+                seen = {name: x for name, x in sample.inputs.items() if modalities.get(name).is_image}
+                shown.append(plot.Scene(sample.name, seen, sample.made, sample.truth))
         if not each:
             raise FileNotFoundError(
                 f"{data} has no sample with {', '.join(inputs)} and one of {', '.join(to)}{' and a cloud mask' * clear}."
             )
         if shown:
             plot.contact_sheet(partial / "samples.png", shown, title=f"Generated from {', '.join(inputs)}")
-        results.write_csv(partial / "scores.csv", [*each, *_rows(total)])
-        print("\n" + _report(partial / "report.md", job, total, len({row["sample"] for row in each}), model or str(weights), clear))
-    return total
+        found = {(name, by): of[name] for name in to for by, of in total.items() if not of[name].is_empty}
+        results.write_csv(partial / "scores.csv", [*each, *_rows(found, job)])
+        print("\n" + _report(partial / "report.md", job, found, len({row["sample"] for row in each}), model or str(weights), clear))
+    return total[OURS]
+
+
+def _of_makers(job: Job, sample: Sample) -> dict[str, Mapping[str, np.ndarray]]:
+    """What each maker generated of a sample's targets."""
+    if job.reference is None:
+        return {OURS: sample.made}
+    made = job.reference(sample.inputs, list(sample.made))
+    return {OURS: sample.made, job.reference.name: {name: classes(x) if is_class_map(name) else x for name, x in made.items()}}
+
+
+def _labels(name: str, by: str, job: Job) -> dict[str, str]:
+    """The columns that say what was generated, and by whom where there are two."""
+    return {"modality": name} | ({"by": by} if job.reference else {})
 
 
 def is_folder(data: str | os.PathLike, names: Sequence[str]) -> bool:
@@ -230,14 +264,20 @@ def _of_folder(job: Job, data: Path, out: Path, lulc_codes: str | None, limit: i
     found = reading.find(folders)
     truth = {name: reading.find({name: data / name}) for name in job.to if (data / name).is_dir()}
     chosen = [scene for scene in found if any(scene in of for of in truth.values())][:limit]
+    side, opened = job.network.module.config.image_size, []
+    for scene in chosen:
+        paths = {name: found[scene][name] for name in images} | {name: of[scene][name] for name, of in truth.items() if scene in of}
+        opened.append(reading.open_scene(scene, paths, lulc_codes))
+        place = opened[-1].place
+        if job.reference and (place.height, place.width) != (side, side):
+            size = f"{place.height} x {place.width}"
+            raise ValueError(f"{scene} has {size} pixels; the reference is compared on scenes of one window, {side} x {side}.")
     for name, of in truth.items():
         if only := [scene for scene in chosen if scene in of]:
             same = dict(weights=job.weights, network=job.network, seed=job.seed, batch_size=job.batch_size, **job.options)
             generate_scenes.run(inputs=folders, to=[name], out=out / GENERATED, lulc_codes=lulc_codes, quicklook=False, only=only, **same)
-    for scene in chosen:
-        paths = {name: of[scene][name] for name, of in truth.items() if scene in of}
-        opened = reading.open_scene(scene, {name: found[scene][name] for name in images} | paths, lulc_codes)
-        yield _compared(opened, images, list(paths), out / GENERATED, job.network.module.config.image_size)
+    for scene in opened:
+        yield _compared(scene, images, [name for name, of in truth.items() if scene.name in of], out / GENERATED, side)
 
 
 def _compared(scene: Scene, inputs: Sequence[str], to: Sequence[str], folder: Path, side: int) -> Sample:
@@ -277,32 +317,35 @@ def seams(cut: windows.Cut, height: int, width: int) -> tuple[Lines, Lines] | No
 # ---- what is written ----
 
 
-def _rows(total: Mapping[str, Scores]) -> list[results.Row]:
-    """All samples together: one row a modality, then its bands or classes."""
+def _rows(found: Mapping[tuple[str, str], Scores], job: Job) -> list[results.Row]:
+    """All samples together: one row a modality and maker, then its bands or classes."""
     rows = []
-    for name, of in total.items():
-        if not of.is_empty:
-            rows.append({"sample": "all", "modality": name, **scores.summary(of)})
-            rows += [{"sample": "all", "modality": name, "part": part, **numbers} for part, numbers in scores.parts(of).items()]
+    for (name, by), of in found.items():
+        labels = {"sample": "all", **_labels(name, by, job)}
+        rows.append({**labels, **scores.summary(of)})
+        rows += [{**labels, "part": part, **numbers} for part, numbers in scores.parts(of).items()]
     return rows
 
 
-def _report(path: Path, job: Job, total: Mapping[str, Scores], count: int, model: str, clear: bool) -> str:
-    total, source = {name: of for name, of in total.items() if not of.is_empty}, " + ".join(job.inputs)
+def _report(path: Path, job: Job, found: Mapping[tuple[str, str], Scores], count: int, model: str, clear: bool) -> str:
+    source, images = " + ".join(job.inputs), {name: of for (name, by), of in found.items() if by == OURS and of.bands}
     settings = ", ".join(f"{name} {value}" for name, value in {"seed": job.seed, **job.options}.items())
-    ranges = ", ".join(f"{name} {next(iter(of.bands.values())).data_range:g}" for name, of in total.items() if of.bands)
-    units = ", ".join(f"{name} {modalities.get(name).unit}" for name, of in total.items() if of.bands)
+    ranges = ", ".join(f"{name} {next(iter(of.bands.values())).data_range:g}" for name, of in images.items())
+    units = ", ".join(f"{name} {modalities.get(name).unit}" for name in images)
     parts = {
-        kind: [{"modality": name, kind: part, **x} for name, of in total.items() if of.part == kind for part, x in scores.parts(of).items()]
+        kind: [
+            {**_labels(*key, job), kind: part, **x} for key, of in found.items() if of.part == kind for part, x in scores.parts(of).items()
+        ]
         for kind in ("band", "class")
     }
-    told = [text for name, text in TOLD.items() if not all(math.isnan(scores.summary(of)[name]) for of in total.values())]
-    own = [{"model": model, "input": source, "output": name, **scores.of_errors(of.errors)} for name, of in total.items() if of.bands]
+    told = [text for name, text in TOLD.items() if not all(math.isnan(scores.summary(of)[name]) for of in found.values())]
+    own = [{"model": model, "input": source, "output": name, **scores.of_errors(of.errors)} for name, of in images.items()]
     return results.write_report(
         path,
         "Generation",
         f"{model} generated each target alone from {source} of {count} samples ({settings}).",
-        results.table([{"modality": name, **scores.summary(of)} for name, of in total.items()]),
+        f"{job.reference.name} did so, too, with the same weights and settings and random draws of its own." if job.reference else "",
+        results.table([{**_labels(*key, job), **scores.summary(of)} for key, of in found.items()]),
         f"MAE, RMSE and bias (generated minus truth) are in the unit: {units}. PSNR and SSIM take as full scale: {ranges}."
         if units
         else "",
