@@ -26,7 +26,7 @@ def nano(monkeypatch):
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name in ("sen1floods11", "burnscars", "pastis"):
+    for name in ("sen1floods11", "burnscars", "mados", "pastis"):
         sample(name, folder / name, count=4, size=48 if name == "pastis" else SIZE)
     return folder
 
@@ -67,6 +67,9 @@ def test_settings_are_the_published_ones(roots):
     assert (o.learning_rate, tuple(o.betas), o.weight_decay, o.schedule) == (1e-4, (0.9, 0.999), 0.05, "steps")
     assert (t.epochs, t.batch_size, t.seed, t.tune, t.monitor) == (80, 8, 234, "frozen", "val/mIoU")
     assert config.run.eval_every == 5 and not config.data.d4 and config.data.statistics == "dataset" and config.data.strata == 3
+    assert not config.data.focus
+    config = pangaea.configuration(pangaea.Settings(crop=64), "random", "terramind_v1_base", "mados", roots / "mados")
+    assert config.data.focus
     config = pangaea.configuration(pangaea.Settings(crop=64), "random", "terramind_v1_base", "pastis", roots / "pastis")
     assert config.model.time == "ltae" and config.data.options.resize == 64 and not config.model.layers
 

@@ -1,12 +1,12 @@
 """``evaluate pangaea``: a frozen encoder with an UPerNet on one of PANGAEA's data sets, as that benchmark's numbers of TerraMind are made.
 
-Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels; a
-validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image evenly, in the mean where they
-overlap; seed 234; float32. A share of the labels is that of every stratum of three bins (`datasets.strata`), under random numbers of our
-own. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases decay,
-and a class that never occurs counts as 0. Known to differ: PANGAEA
+Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels, of
+MADOS around labelled pixels; a validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image
+evenly, in the mean where they overlap; seed 234; float32. A share of the labels is that of every stratum of three bins (`datasets.strata`),
+under random numbers of our own. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases
+decay, and a class that never occurs counts as 0. Known to differ: PANGAEA
 
-- draws MADOS' crops around labelled pixels, and trains PASTIS-R against masks of their own size;
+- trains PASTIS-R against masks of their own size, and lets MADOS' crops lie a pixel beyond the label or the image's edge;
 - takes some strata for one, as it cuts their names to the length of the first one's;
 - validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
 - validates before the first epoch, too, and takes those parameters if none that were trained are better.
@@ -34,6 +34,7 @@ from terramind_jax.tasks.finetune import Task
 
 EPOCHS, EVAL_EPOCHS, BATCH_SIZE, SEED, CROP, STRATA = 80, 5, 8, 234, 224, 3
 LAYERS = {"large": (7, 11, 15, 23)}  # of other sizes every fourth
+FOCUSED = ("mados",)  # crops lie around labelled pixels
 WHOLE = ("pastis",)  # smaller than a crop: enlarged to it, and seen whole
 REPORT, TRAINING = "report.md", "training"
 WINDOWS = 8  # at once in the test
@@ -92,7 +93,7 @@ def configuration(settings: Settings, weights: str | os.PathLike, model: str, da
     config.model.update(name=model, weights=os.fspath(weights), layers=LAYERS.get(zoo.get(model).size, ()), **of_time)
     config.model.update(decoder="upernet_pangaea", channels=(512,), dtype="float32")
     config.data.update(dataset="pangaea", root=os.fspath(data), crop=settings.crop, d4=False, statistics="dataset")
-    config.data.update(labels=settings.labels, strata=STRATA)
+    config.data.update(labels=settings.labels, strata=STRATA, focus=dataset in FOCUSED)
     options = {"of": dataset, "limit": settings.limit, "resize": settings.crop if dataset in WHOLE else None}
     config.data.options = ConfigDict({name: value for name, value in options.items() if value is not None})
     config.optimizer.update(learning_rate=1e-4, schedule="steps", weight_decay=0.05, decay_norms=True)

@@ -47,6 +47,7 @@ def finetuning() -> ConfigDict:
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
     config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
+    config.data.focus = False  # random crops lie around a labelled pixel, for masks with few
     config.data.d4 = True  # turn and flip training samples in the eight ways that a square has
     config.data.statistics = "pretrained"  # inputs are standardised with those of the pretraining, or those of the data set
     config.data.labels = 1.0  # share of the training samples that is used, drawn under the seed

@@ -113,10 +113,9 @@ def _with_inputs(batch: Batch, more: Mapping[str, Any]) -> Batch:
 def random_crops(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, consumed: int) -> Iterator[Batch]:
     """This process's share of the training batches from a position on."""
     host, hosts = sharding.host_share(mesh)
-    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, seed=config.train.seed, d4=config.data.d4)
-    return batches.training(
-        dataset, scale, consumed=consumed, host=host, hosts=hosts, workers=config.run.workers, threads=config.run.threads, **options
-    )
+    drawn = dict(crop=config.data.crop, seed=config.train.seed, d4=config.data.d4, focus=config.data.focus)
+    options = dict(batch_size=config.train.batch_size, workers=config.run.workers, threads=config.run.threads, **drawn)
+    return batches.training(dataset, scale, consumed=consumed, host=host, hosts=hosts, **options)
 
 
 def covering(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, way: int = 0) -> Iterator[Batch]:
