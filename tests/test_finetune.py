@@ -145,6 +145,10 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     finetune.train(config, tmp_path / "run")
     assert seen["ids"] == 8 * 16 + 8 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     task = finetune.load(tmp_path / "run")
+    splits, mesh = (finetune.open_split(config, split) for split in ("train", "val")), sharding.make_mesh(**config.mesh)
+    held = jax.device_put({"generator": task.generator}, sharding.replicated(mesh))
+    feeding.open_feed(config, *splits, task.scale, mesh, feeding.Frozen(task.module, task.thinker, held), 8 * 16)
+    assert seen["ids"] == 8 * 16 + 8 + 8  # with so few epochs a turned sample hardly repeats
     jax.tree.map(np.testing.assert_array_equal, dict(task.generator), dict(given.generator[1]))
     tim.check_shared({group: task.variables[group]["encoder"] for group in ("params", "buffers")}, task.generator)
     path = datasets.load("sen1floods11", root, "val").samples[0].inputs["S1GRD"]

@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     measure_fn = jax.jit(measured, out_shardings=replicated)
 
     # ---- Batches, with what frozen networks make of them ----
-    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held))
+    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held), total)
 
     # ---- Validation, on which the learning rate, the end and the best parameters depend ----
     history = validation.Progress(config, workdir, int(train_state.step))
