@@ -9,10 +9,11 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import cli
+from terramind_jax import cli, geo
 from terramind_jax.evaluation import pangaea, results
 from terramind_jax.tasks import datasets, decoders, finetune
 from terramind_jax.tasks.datasets import pangaea as routed
+from terramind_jax.tasks.datasets import spacenet7
 from terramind_jax.tasks.samples import sample
 
 SIZE = 96
@@ -56,6 +57,29 @@ def test_small_images_are_enlarged(roots):
     assert np.bincount(a["target"].ravel()).argmax() == np.bincount(b["target"].ravel()).argmax()
     ramp = np.arange(4.0)[:, None, None] * np.ones((1, 4, 1))
     np.testing.assert_allclose(routed.resized(ramp, 8)[:, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+
+
+def test_tiles_of_spacenet(tmp_path, monkeypatch):
+    """Of months without clouds that are labelled; a mosaic a row short is brought to its size."""
+    monkeypatch.setattr(spacenet7, "AREAS", {"train": "1_1_1 2_2_2", "val": "3_3_3", "test": "4_4_4"})
+    monkeypatch.setattr(spacenet7, "SIDE", 64)
+    monkeypatch.setattr(spacenet7, "TILE", 16)
+    image = np.random.default_rng(0).integers(0, 255, (63, 64, 4)).astype(np.uint8)
+    months = [{"year": 2018, "month": m, "mask": m == 2, "label": m != 3} for m in (1, 2, 3)]
+    areas = [f"L15-{i}_{i}_{i}_13" for i in (1, 2)]
+    for area in areas:
+        name, folder = f"global_monthly_2018_01_mosaic_{area}", tmp_path / "train" / area
+        geo.write(folder / "images_masked" / f"{name}.tif", image)
+        geo.write(folder / "labels_raster" / f"{name}_Buildings.tif", np.where(image[..., 0] > 99, 255, 0).astype(np.uint8))
+    (tmp_path / "metadata_train.json").write_text(json.dumps(dict.fromkeys(areas, months)))
+    dataset = datasets.load("pangaea", tmp_path, "train", of="spacenet7")
+    assert len(dataset) == 2 * 16 and len(set(dataset.names)) == 32
+    first, last = dataset[0], dataset[15]
+    np.testing.assert_array_equal(first["inputs"]["S2L2A"][..., [3, 2, 1]], image[:16, :16, :3])
+    np.testing.assert_array_equal(last["inputs"]["S2L2A"][..., [3, 2, 1]], image[-16:, -16:, :3])
+    np.testing.assert_array_equal(last["target"], image[-16:, -16:, 0] > 99)
+    with pytest.raises(FileNotFoundError, match="SpaceNet-7 is not complete in .*: train/L15-3_3_3_13 is not there; get it from"):
+        datasets.load("pangaea", tmp_path, "val", of="spacenet7")
 
 
 def test_settings_are_the_published_ones(roots):

@@ -7,6 +7,7 @@ under random numbers of our own. Images come as `tasks.datasets.pangaea` has it,
 decay, and a class that never occurs counts as 0. Known to differ: PANGAEA
 
 - trains PASTIS-R against masks of their own size, and lets MADOS' crops lie a pixel beyond the label or the image's edge;
+- gives the two classes of SpaceNet-7 one logit, and in its example dice as the loss (`loss`);
 - takes some strata for one, as it cuts their names to the length of the first one's;
 - validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
 - validates before the first epoch, too, and takes those parameters if none that were trained are better.
@@ -66,7 +67,7 @@ def run(
 
     Args:
       weights, model: what `weights.load` takes, `model` being a feature extractor such as terramind_v1_base.
-      dataset, data: sen1floods11, burnscars, mados or pastis, and its folder.
+      dataset, data: sen1floods11, burnscars, mados, pastis or spacenet7, and its folder.
 
     Returns:
       Means over classes on the test split, see `metrics.class_scores`.
