@@ -82,6 +82,29 @@ def test_tiles_of_spacenet(tmp_path, monkeypatch):
         datasets.load("pangaea", tmp_path, "val", of="spacenet7")
 
 
+def test_the_latest_images_of_crop_types(tmp_path):
+    """Six, the last one first; a shorter series ends with zeros, a damaged file is left out, and only four crops count."""
+    root, truth = tmp_path / "southsudan", np.arange(64 * 64).reshape(64, 64) % 7
+    for folder in ("npy", "truth"):
+        (root / folder).mkdir(parents=True)
+    series = {m: np.random.default_rng(0).uniform(1, 9, (bands, 64, 64, 8)).astype(np.float32) for m, bands in (("s2", 10), ("s1", 3))}
+    for i, times in ((1, 8), (2, 4), (3, 8)):
+        np.savez(root / "npy" / f"southsudan_{i:06d}.npz", s2=series["s2"], s1=series["s1"][..., :times])
+        np.savez(root / "truth" / f"southsudan_{i:06d}.npz", truth=truth)
+    (root / "npy" / "southsudan_000003.npz").write_bytes(b"no zip")
+    (root / "list_eval_partition.csv").write_text("id,partition\n1,0\n2,0\n3,0\n1,1\n")
+    dataset = datasets.load("pangaea", tmp_path, "train", of="croptypemapping")
+    assert dataset.names == ("southsudan_000001", "southsudan_000002")
+    whole, short = dataset[0]["inputs"], dataset[1]["inputs"]["S1GRD"]
+    assert whole["S2L2A"].shape == (6, 64, 64, 12) and not whole["S2L2A"][..., [0, 9]].any()
+    np.testing.assert_array_equal(whole["S2L2A"][2, ..., 1:9], np.moveaxis(series["s2"][:8, ..., 5], 0, -1))
+    np.testing.assert_array_equal(short[:4], series["s1"][:2, ..., 3::-1].transpose(3, 1, 2, 0))
+    assert short.shape == (6, 64, 64, 2) and not short[4:].any()
+    np.testing.assert_array_equal(dataset[0]["target"], np.where((truth > 0) & (truth < 5), truth - 1, -1))
+    config = pangaea.configuration(pangaea.Settings(), "random", "terramind_v1_base", "croptypemapping", tmp_path)
+    assert config.model.time == "ltae" and config.data.options.resize == 224
+
+
 def test_settings_are_the_published_ones(roots):
     config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_large", "sen1floods11", roots / "sen1floods11")
     m = config.model

@@ -6,7 +6,8 @@ evenly, in the mean where they overlap; seed 234; float32. A share of the labels
 under random numbers of our own. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases
 decay, and a class that never occurs counts as 0. Known to differ: PANGAEA
 
-- trains PASTIS-R against masks of their own size, and lets MADOS' crops lie a pixel beyond the label or the image's edge;
+- trains PASTIS-R and CropTypeMapping-SS against masks of their own size;
+- lets MADOS' crops lie a pixel beyond the label or the image's edge;
 - gives the two classes of SpaceNet-7 one logit, and in its example dice as the loss (`loss`);
 - takes some strata for one, as it cuts their names to the length of the first one's;
 - validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
@@ -36,7 +37,7 @@ from terramind_jax.tasks.finetune import Task
 EPOCHS, EVAL_EPOCHS, BATCH_SIZE, SEED, CROP, STRATA = 80, 5, 8, 234, 224, 3
 LAYERS = {"large": (7, 11, 15, 23)}  # of other sizes every fourth
 FOCUSED = ("mados",)  # crops lie around labelled pixels
-WHOLE = ("pastis",)  # smaller than a crop: enlarged to it, and seen whole
+WHOLE = ("pastis", "croptypemapping")  # smaller than a crop: enlarged to it, and seen whole
 REPORT, TRAINING = "report.md", "training"
 WINDOWS = 8  # at once in the test
 
@@ -67,7 +68,7 @@ def run(
 
     Args:
       weights, model: what `weights.load` takes, `model` being a feature extractor such as terramind_v1_base.
-      dataset, data: sen1floods11, burnscars, mados, pastis or spacenet7, and its folder.
+      dataset, data: one of `tasks.datasets.pangaea.KNOWN`, such as mados, and its folder.
 
     Returns:
       Means over classes on the test split, see `metrics.class_scores`.
@@ -90,7 +91,7 @@ def run(
 def configuration(settings: Settings, weights: str | os.PathLike, model: str, dataset: str, data: str | os.PathLike) -> ConfigDict:
     """PANGAEA's settings as a configuration of `finetune`."""
     config = finetuning()
-    of_time = {"time": "ltae"} if dataset == "pastis" else {}
+    of_time = {"time": "ltae"} if pangaea.KNOWN[dataset].FACTS.has_times else {}
     config.model.update(name=model, weights=os.fspath(weights), layers=LAYERS.get(zoo.get(model).size, ()), **of_time)
     config.model.update(decoder="upernet_pangaea", channels=(512,), dtype="float32")
     config.data.update(dataset="pangaea", root=os.fspath(data), crop=settings.crop, d4=False, statistics="dataset")
