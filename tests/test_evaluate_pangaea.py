@@ -105,6 +105,24 @@ def test_the_latest_images_of_crop_types(tmp_path):
     assert config.model.time == "ltae" and config.data.options.resize == 224
 
 
+def test_months_of_dynamicearthnet(tmp_path):
+    """Their first six days; folders are named otherwise in the splits, and labels by another suffix."""
+    days, mask = np.random.default_rng(0).integers(0, 3000, (7, 4, 32, 32)).astype(np.int16), np.arange(1024).reshape(32, 32) % 6
+    folders = [tmp_path / name for name in ("dynnet_training_splits", "planet/10N", "labels/10N")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for day, image in enumerate(days, 1):
+        np.save(folders[1] / f"2018-01-{day:02d}.npy", image)
+    np.save(folders[2] / "2018-01.npy", mask)
+    (folders[0] / "train.txt").write_text("/reprocess-cropped/UTM-24000/10N /labels/10N/2018-01.tif 2018-01\n")
+    dataset = datasets.load("pangaea", tmp_path, "train", of="dynamicearthnet")
+    assert dataset.names == ("planet/10N/2018-01",)
+    image = dataset[0]["inputs"]["S2L2A"]
+    np.testing.assert_array_equal(image[..., 1:5], np.moveaxis(days[:6], 1, -1))
+    assert not image[..., [0, *range(5, 12)]].any()
+    np.testing.assert_array_equal(dataset[0]["target"], mask)
+
+
 def test_settings_are_the_published_ones(roots):
     config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_large", "sen1floods11", roots / "sen1floods11")
     m = config.model

@@ -58,7 +58,10 @@ def add_commands(commands) -> None:
     parser.add_argument("--model", default="terramind_v1_base", metavar="NAME", help="default: terramind_v1_base")
     parser.add_argument("--weights", required=True, metavar="W", help="hub, random, or a file, directory or work directory of that model")
     parser.add_argument(
-        "--dataset", required=True, metavar="NAME", help="sen1floods11, burnscars, mados, pastis, croptypemapping or spacenet7"
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet or spacenet7",
     )
     parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample NAME`")
     parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; DIR/training, where a stopped one goes on")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from terramind_jax import modalities
-from terramind_jax.tasks.datasets import burnscars, croptypemapping, mados, pastis, sen1floods11, spacenet7
+from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, mados, pastis, sen1floods11, spacenet7
 from terramind_jax.tasks.datasets.dataset import Dataset, Facts, Sample
 
 KNOWN = {
@@ -24,6 +24,7 @@ KNOWN = {
     "mados": mados,
     "pastis": pastis,
     "croptypemapping": croptypemapping,
+    "dynamicearthnet": dynamicearthnet,
     "spacenet7": spacenet7,
 }
 ENTERS_AS = {"S2L1C": "S2L2A", "S2L2A": "S2L2A", "S1GRD": "S1GRD"}
