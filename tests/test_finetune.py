@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from terramind_jax.scenes import windows, writing
 from terramind_jax.tasks import datasets, feeding, finetune, predict, thinking, validation
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import check, decoder_config, finetuning
+from terramind_jax.tasks.datasets import Facts
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
@@ -143,6 +145,10 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     finetune.train(config, tmp_path / "run")
     assert seen["ids"] == 8 * 16 + 8 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     task = finetune.load(tmp_path / "run")
+    splits, mesh = (finetune.open_split(config, split) for split in ("train", "val")), sharding.make_mesh(**config.mesh)
+    held = jax.device_put({"generator": task.generator}, sharding.replicated(mesh))
+    feeding.open_feed(config, *splits, task.scale, mesh, feeding.Frozen(task.module, task.thinker, held), 8 * 16)
+    assert seen["ids"] == 8 * 16 + 8 + 8  # with so few epochs a turned sample hardly repeats
     jax.tree.map(np.testing.assert_array_equal, dict(task.generator), dict(given.generator[1]))
     tim.check_shared({group: task.variables[group]["encoder"] for group in ("params", "buffers")}, task.generator)
     path = datasets.load("sen1floods11", root, "val").samples[0].inputs["S1GRD"]
@@ -317,6 +323,31 @@ def test_an_ltae_refuses_single_images(root):
         predict.open_scene(SimpleNamespace(facts=dataset.facts, crop=32, module=module), "scene", dataset.samples[0].inputs)
 
 
+def test_a_share_of_the_labels_is_drawn_of_every_stratum(tmp_path):
+    """Alike are samples whose classes have the same thirds of what is labelled, a third itself being of the first."""
+    of_class = [(16, 0, 0)] * 10 + [(12, 4, 0)] * 5 + [(12, 0, 4)] * 5 + [(10, 3, 2), (8, 4, 4)] * 3 + [(0, 0, 16), (0, 0, 0)]
+    for i, counts in enumerate(of_class):
+        row = np.repeat(np.int16([0, 1, 2, -1]), [*counts, 16 - sum(counts)])
+        geo.write(tmp_path / "images" / f"{i:02d}.tif", np.ones((16, 16, 2), np.float32))
+        geo.write(tmp_path / "masks" / f"{i:02d}.tif", np.tile(row, (16, 1)))
+    fields = dict(images={"S1GRD": {"folder": "images", "pattern": "*.tif"}}, labels={"folder": "masks", "pattern": "*.tif"}, num_classes=3)
+    config = settings(tmp_path, model=dict(modalities=()), data=dict(dataset="generic", crop=16, labels=0.5, strata=3))
+    config.data.options = ConfigDict(fields)
+
+    def drawn(seed: int, **data) -> np.ndarray:
+        config.train.seed = seed
+        config.data.update(data)
+        return np.array([int(name) for name in finetune.open_split(config, "train").names])
+
+    half = drawn(0)
+    assert [np.isin(range(*of), half).sum() for of in ((0, 10), (10, 15), (15, 20), (20, 26), (26, 27), (27, 28))] == [5, 2, 2, 3, 1, 1]
+    assert np.isin(drawn(0, labels=0.1), half).all() and len(drawn(0)) == 6
+    assert not np.array_equal(drawn(1, labels=0.5), half)
+    assert len(drawn(0, labels=0.1, strata=0)) == 3
+    with pytest.raises(ValueError, match="has no strata, as a regression"):
+        datasets.strata(dataclasses.replace(finetune.open_split(config, "train"), facts=Facts("heights", "regression", {}, ())), 3)
+
+
 OPTIONS = {
     "regression": dict(images={"times": 2}, labels={"folder": "maps", "pattern": "*.tif"}, model=dict(decoder="linear", time="ltae")),
     "scalar_regression": dict(labels={"table": "values.csv"}),
@@ -367,6 +398,7 @@ def test_other_tasks(tmp_path, task):
         (dict(data=dict(crop=40)), "data.crop=40; expected a multiple of 16"),
         (dict(data=dict(crop=64)), "are 48x48 pixels; data.crop=64 can be at most 48"),
         (dict(data=dict(labels=0.0)), "data.labels=0.0; expected a number above 0"),
+        (dict(data=dict(strata=-1)), "data.strata=-1; expected a number of bins"),
         (dict(train=dict(tune="half")), "train.tune='half'; expected one of full, frozen, lora"),
         (dict(train=dict(loss="mse")), "train.loss='mse'; a segmentation has one of ce, dice, focal"),
         (dict(train=dict(class_weights=(1.0, 2.0, 3.0))), "train.class_weights are 3 numbers for the loss ce"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -59,6 +60,25 @@ def test_targets_are_cut_and_turned_with_their_images():
             np.testing.assert_array_equal(batch["valid"], column >= 2)
             np.testing.assert_array_equal(batch["target"], np.where(batch["valid"], value % 3, 0))
             assert not times or batch["days"].tolist() == [[3, 9]] * 4
+
+
+def read_few_labels(sample):
+    """Labels in opposite corners of sample 0, one of them in sample 1, none in sample 2."""
+    target = np.full(SIZE, -1)
+    target[[0, -1], [0, -1]] = [(1, 2), (2, -1), (-1, -1)][sample.inputs]
+    return target
+
+
+def test_crops_around_few_labels():
+    """Each holds one where there is any, every label has its turn, and without any the crop may lie anywhere."""
+    few = dataclasses.replace(dataset(samples=3), read_target=read_few_labels)
+    labels, corners = {0: [], 1: [], 2: []}, set()
+    for batch in first(20, batches.training(few, SCALE, crop=CROP, batch_size=3, focus=True)):
+        for image, target, valid, view in zip(batch["inputs"]["S1GRD"], batch["target"], batch["valid"], batch["view"], strict=True):
+            labels[view].append(target[valid].tolist())
+            corners |= {tuple(image[0, 0])} if view == 2 else set()
+    assert sorted(set(map(tuple, labels[0]))) == [(1,), (2,)] and labels[1] == [[2]] * 20 and labels[2] == [[]] * 20
+    assert len(corners) > 15
 
 
 def test_the_eight_ways_differ_and_keep_their_pixels():

@@ -59,7 +59,12 @@ def add_commands(commands) -> None:
     parser = add(protocols, "pangaea", "train an UPerNet on a frozen encoder as PANGAEA does, and test it", _pangaea)
     parser.add_argument("--model", default="terramind_v1_base", metavar="NAME", help="default: terramind_v1_base")
     parser.add_argument("--weights", required=True, metavar="W", help="hub, random, or a file, directory or work directory of that model")
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="sen1floods11, burnscars, mados or pastis")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet or spacenet7",
+    )
     parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample NAME`")
     parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; DIR/training, where a stopped one goes on")
     parser.add_argument("--labels", type=float, default=1.0, metavar="SHARE", help="of the training samples; PANGAEA's are 1, 0.5 and 0.1")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 # What a draw is for; part of its key, so draws for different purposes never share numbers.
-_PURPOSES = {"order": 1, "crop": 2, "mask": 3}
+_PURPOSES = {"order": 1, "crop": 2, "mask": 3, "labels": 4}
 
 
 class Place(NamedTuple):
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 def generator(purpose: str, seed: int, epoch: int = 0, sample: int = 0, view: int = 0) -> np.random.Generator:
-    """The counter-based generator of one draw; `purpose` is "order", "crop" or "mask".
+    """The counter-based generator of one draw; `purpose` is "order", "crop", "mask" or "labels".
 
     The key is (seed, purpose); sample, epoch and view fill the three high words of Philox's 256-bit counter and the draw itself advances
     the low one, so no two draws overlap.

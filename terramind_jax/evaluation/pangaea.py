@@ -1,11 +1,15 @@
 """``evaluate pangaea``: a frozen encoder with an UPerNet on one of PANGAEA's data sets, as that benchmark's numbers of TerraMind are made.
 
-Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels; a
-validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image evenly, in the mean where they
-overlap; seed 234; float32. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases decay,
-and a class that never occurs counts as 0. Known to differ: PANGAEA
+Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels, of
+MADOS around labelled pixels; a validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image
+evenly, in the mean where they overlap; seed 234; float32. A share of the labels is that of every stratum of three bins (`datasets.strata`),
+under random numbers of our own. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases
+decay, and a class that never occurs counts as 0. Known to differ: PANGAEA
 
-- draws MADOS' crops around labelled pixels, trains PASTIS-R against masks of their own size, and draws limited labels by strata;
+- trains PASTIS-R and CropTypeMapping-SS against masks of their own size;
+- lets MADOS' crops lie a pixel beyond the label or the image's edge;
+- gives the two classes of SpaceNet-7 one logit, and in its example dice as the loss (`loss`);
+- takes some strata for one, as it cuts their names to the length of the first one's;
 - validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
 - validates before the first epoch, too, and takes those parameters if none that were trained are better.
 """
@@ -30,9 +34,10 @@ from terramind_jax.tasks.config import finetuning
 from terramind_jax.tasks.datasets import Dataset, pangaea
 from terramind_jax.tasks.finetune import Task
 
-EPOCHS, EVAL_EPOCHS, BATCH_SIZE, SEED, CROP = 80, 5, 8, 234, 224
+EPOCHS, EVAL_EPOCHS, BATCH_SIZE, SEED, CROP, STRATA = 80, 5, 8, 234, 224, 3
 LAYERS = {"large": (7, 11, 15, 23)}  # of other sizes every fourth
-WHOLE = ("pastis",)  # smaller than a crop: enlarged to it, and seen whole
+FOCUSED = ("mados",)  # crops lie around labelled pixels
+WHOLE = ("pastis", "croptypemapping")  # smaller than a crop: enlarged to it, and seen whole
 REPORT, TRAINING = "report.md", "training"
 WINDOWS = 8  # at once in the test
 
@@ -63,7 +68,7 @@ def run(
 
     Args:
       weights, model: what `weights.load` takes, `model` being a feature extractor such as terramind_v1_base.
-      dataset, data: sen1floods11, burnscars, mados or pastis, and its folder.
+      dataset, data: one of `tasks.datasets.pangaea.KNOWN`, such as mados, and its folder.
 
     Returns:
       Means over classes on the test split, see `metrics.class_scores`.
@@ -86,10 +91,11 @@ def run(
 def configuration(settings: Settings, weights: str | os.PathLike, model: str, dataset: str, data: str | os.PathLike) -> ConfigDict:
     """PANGAEA's settings as a configuration of `finetune`."""
     config = finetuning()
-    of_time = {"time": "ltae"} if dataset == "pastis" else {}
+    of_time = {"time": "ltae"} if pangaea.KNOWN[dataset].FACTS.has_times else {}
     config.model.update(name=model, weights=os.fspath(weights), layers=LAYERS.get(zoo.get(model).size, ()), **of_time)
     config.model.update(decoder="upernet_pangaea", channels=(512,), dtype="float32")
-    config.data.update(dataset="pangaea", root=os.fspath(data), crop=settings.crop, d4=False, statistics="dataset", labels=settings.labels)
+    config.data.update(dataset="pangaea", root=os.fspath(data), crop=settings.crop, d4=False, statistics="dataset")
+    config.data.update(labels=settings.labels, strata=STRATA, focus=dataset in FOCUSED)
     options = {"of": dataset, "limit": settings.limit, "resize": settings.crop if dataset in WHOLE else None}
     config.data.options = ConfigDict({name: value for name, value in options.items() if value is not None})
     config.optimizer.update(learning_rate=1e-4, schedule="steps", weight_decay=0.05, decay_norms=True)

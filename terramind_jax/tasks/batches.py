@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain.python as grain
@@ -30,6 +30,7 @@ def training(
     batch_size: int,
     seed: int = 0,
     d4: bool = False,
+    focus: bool = False,
     consumed: int = 0,
     host: int = 0,
     hosts: int = 1,
@@ -44,8 +45,9 @@ def training(
     Args:
       scale: mean and standard deviation, ``[C]``, by modality.
       crop: S; an image that is smaller is a ValueError.
+      focus: draw a labelled pixel of a mask first, and the crop among those that hold it; where nothing is labelled, among all.
     """
-    read = functools.partial(_random_crop, dataset, scale, crop, seed, d4)
+    read = functools.partial(_random_crop, dataset, scale, crop, seed, d4, focus)
     return iterate(grain.MapDataset.range(consumed, ENDLESS)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
 
 
@@ -80,16 +82,26 @@ def count(dataset: Dataset, crop: int, batch_size: int) -> int:
 # ---- one sample ----
 
 
-def _random_crop(dataset: Dataset, scale: Mapping, crop: int, seed: int, d4: bool, position: int) -> Batch:
+def _random_crop(dataset: Dataset, scale: Mapping, crop: int, seed: int, d4: bool, focus: bool, position: int) -> Batch:
     place = order.place(position, len(dataset), seed)
     sample = dataset[place.rank]
     rng = order.generator("crop", seed, place.epoch, place.rank)
-    height, width = next(iter(sample["inputs"].values())).shape[-3:-1]
-    check_crop(dataset, crop, (height, width))
-    top, left = (int(rng.integers(side - crop + 1)) for side in (height, width))
+    size = next(iter(sample["inputs"].values())).shape[-3:-1]
+    check_crop(dataset, crop, size)
+    labelled = np.argwhere(_known(dataset, sample["target"])) if focus and np.ndim(sample["target"]) == 2 else ()
+    top, left = _corner(rng, size, crop, labelled)
     found = cut(dataset, sample, scale, slice(top, top + crop), slice(left, left + crop))
     way = int(rng.integers(WAYS)) if d4 else 0
     return {**turned(found, way), "view": np.int32(way * len(dataset) + place.rank)}
+
+
+def _corner(rng: np.random.Generator, size: Sequence[int], crop: int, labelled: Sequence[Sequence[int]]) -> list[int]:
+    """Where a crop begins that holds one of the `labelled` pixels, drawn first, if there are any."""
+    spans = [(0, side - crop) for side in size]
+    if len(labelled):
+        pixel = labelled[rng.integers(len(labelled))]
+        spans = [(max(0, at - crop + 1), min(at, last)) for at, (_, last) in zip(pixel, spans, strict=True)]
+    return [int(rng.integers(first, last + 1)) for first, last in spans]
 
 
 def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list[Window], way: int, position: int) -> Batch:
@@ -109,10 +121,14 @@ def cut(dataset: Dataset, sample: Mapping[str, Any], scale: Mapping, rows: slice
     inputs = {m: (x[..., rows, columns, :] - scale[m][0]) / scale[m][1] for m, x in sample["inputs"].items()}
     target = np.asarray(sample["target"], np.float32 if isinstance(sample["target"], float) else None)
     target = target[rows, columns] if dataset.facts.task in ("segmentation", "regression") else target
-    valid = ~np.isnan(target) & (True if dataset.ignore_index is None else target != dataset.ignore_index)
+    valid = _known(dataset, target)
     dates = next(iter(sample["dates"].values()), None) if "dates" in sample else None
     target = np.where(valid, target, 0).astype(np.int32 if target.dtype.kind in "iu" else np.float32)
     return {"inputs": inputs, "target": target, "valid": np.asarray(valid), **({} if dates is None else {"days": dates})}
+
+
+def _known(dataset: Dataset, target: np.ndarray) -> np.ndarray:
+    return ~np.isnan(target) & (True if dataset.ignore_index is None else target != dataset.ignore_index)
 
 
 def turned(batch: Batch, way: int) -> Batch:

@@ -47,9 +47,11 @@ def finetuning() -> ConfigDict:
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
     config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
+    config.data.focus = False  # random crops lie around a labelled pixel, for masks with few
     config.data.d4 = True  # turn and flip training samples in the eight ways that a square has
     config.data.statistics = "pretrained"  # inputs are standardised with those of the pretraining, or those of the data set
     config.data.labels = 1.0  # share of the training samples that is used, drawn under the seed
+    config.data.strata = 0  # bins of a class's share of an image: the share is drawn of samples alike in all classes; 0: of all samples
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-5
@@ -94,6 +96,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError("config.data.root is empty; set it to the data set's folder with --config.data.root=DIR.")
     if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
+    if config.data.strata < 0:
+        raise ValueError(f"data.strata={config.data.strata}; expected a number of bins, or 0 for none.")
     for field, value in (("data.labels", config.data.labels), ("optimizer.layer_decay", config.optimizer.layer_decay)):
         if not 0 < value <= 1:
             raise ValueError(f"{field}={value}; expected a number above 0 and at most 1.")

@@ -1,8 +1,8 @@
 """The batches of a fine-tuning on its mesh, with what frozen networks make of them: once a sample where nothing else changes it.
 
 A frozen backbone's features are kept (`caching`) if every sample is always seen in one way: images are of the crop's size, and none is
-turned. What a thinker makes is kept for each of the ways in which a whole image can be turned, and always for validation. Random crops of
-larger images hardly ever repeat: they are thought about, and seen, in every step.
+turned. What a thinker makes is kept for each of the ways in which a whole image can be turned, if a run has more epochs than those, and
+always for validation. Random crops of larger images hardly ever repeat: they are thought about, and seen, in every step.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ def _features(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array], *, 
     return module.apply(variables, inputs, method="features")
 
 
-def open_feed(config: ConfigDict, dataset: Dataset, held_out: Dataset, scale: Scale, mesh: jax.sharding.Mesh, frozen: Frozen) -> Feed:
-    """The batches of a run; what can be kept is made here."""
+def open_feed(
+    config: ConfigDict, dataset: Dataset, held_out: Dataset, scale: Scale, mesh: jax.sharding.Mesh, frozen: Frozen, total: int
+) -> Feed:
+    """The batches of a run over `total` samples; what can be kept is made here."""
     to_mesh = partial(map, partial(sharding.to_global, mesh=mesh))
     crops, windows = partial(random_crops, config, dataset, scale, mesh), partial(covering, config, scale=scale, mesh=mesh)
     size, (host, hosts) = config.train.batch_size, sharding.host_share(mesh)
@@ -83,10 +85,11 @@ def open_feed(config: ConfigDict, dataset: Dataset, held_out: Dataset, scale: Sc
         return feed
     of_windows = keep(held_out, frozen.ids)
     feed = dataclasses.replace(feed, covering=lambda: to_mesh(with_ids(windows(held_out), of_windows)))
-    if not has_whole_images(config, dataset):
+    ways = batches.WAYS if config.data.d4 else 1
+    if not has_whole_images(config, dataset) or total <= ways * len(dataset):
         return feed
-    ways = [keep(dataset, frozen.ids, way) for way in range(batches.WAYS if config.data.d4 else 1)]
-    of_images = jax.tree.map(lambda *each: np.concatenate([x[: len(dataset)] for x in each]), *ways)
+    of_ways = [keep(dataset, frozen.ids, way) for way in range(ways)]
+    of_images = jax.tree.map(lambda *each: np.concatenate([x[: len(dataset)] for x in each]), *of_ways)
     return dataclasses.replace(feed, training=lambda consumed: to_mesh(with_ids(crops(consumed), of_images)))
 
 
@@ -113,10 +116,9 @@ def _with_inputs(batch: Batch, more: Mapping[str, Any]) -> Batch:
 def random_crops(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, consumed: int) -> Iterator[Batch]:
     """This process's share of the training batches from a position on."""
     host, hosts = sharding.host_share(mesh)
-    options = dict(crop=config.data.crop, batch_size=config.train.batch_size, seed=config.train.seed, d4=config.data.d4)
-    return batches.training(
-        dataset, scale, consumed=consumed, host=host, hosts=hosts, workers=config.run.workers, threads=config.run.threads, **options
-    )
+    drawn = dict(crop=config.data.crop, seed=config.train.seed, d4=config.data.d4, focus=config.data.focus)
+    options = dict(batch_size=config.train.batch_size, workers=config.run.workers, threads=config.run.threads, **drawn)
+    return batches.training(dataset, scale, consumed=consumed, host=host, hosts=hosts, **options)
 
 
 def covering(config: ConfigDict, dataset: Dataset, scale: Scale, mesh: jax.sharding.Mesh, way: int = 0) -> Iterator[Batch]:

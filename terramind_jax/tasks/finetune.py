@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     measure_fn = jax.jit(measured, out_shardings=replicated)
 
     # ---- Batches, with what frozen networks make of them ----
-    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held))
+    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held), total)
 
     # ---- Validation, on which the learning rate, the end and the best parameters depend ----
     history = validation.Progress(config, workdir, int(train_state.step))
@@ -184,8 +184,16 @@ def open_split(config: ConfigDict, split: str) -> Dataset:
     batches.check_crop(dataset, data.crop, next(iter(dataset[0]["inputs"].values())).shape[-3:-1])
     if split != "train" or data.labels == 1:
         return dataset
-    count = max(1, round(data.labels * len(dataset)))
-    return dataset.select(np.sort(order.permutation(len(dataset), config.train.seed, 0)[:count]))
+    return dataset.select(np.sort(_drawn(dataset, data.labels, data.strata, config.train.seed)))
+
+
+def _drawn(dataset: Dataset, share: float, bins: int, seed: int) -> np.ndarray:
+    """Numbers of a share of the samples, at least one; with `bins`, of those of every stratum. A larger share holds the smaller."""
+    if not bins:
+        return order.permutation(len(dataset), seed, 0)[: max(1, round(share * len(dataset)))]
+    rng, of = order.generator("labels", seed), datasets.strata(dataset, bins)
+    members = [rng.permutation(np.flatnonzero(of == stratum)) for stratum in range(of.max() + 1)]
+    return np.concatenate([each[: max(1, int(share * len(each)))] for each in members])
 
 
 def scale_of(config: ConfigDict, facts: Facts) -> Scale:

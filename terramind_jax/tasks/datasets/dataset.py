@@ -153,17 +153,32 @@ def class_counts(dataset: Dataset) -> np.ndarray:
 
     Warns of classes that never occur: nothing can be learned of them, and metrics leave them out.
     """
-    counts = np.zeros(dataset.num_classes, np.int64)
-    for i in range(len(dataset)):
-        target = np.asarray(dataset.target(i))
-        if dataset.facts.task == "multilabel":
-            counts += target.astype(np.int64)
-        else:
-            counts += np.bincount(target[target != dataset.ignore_index].astype(np.int64).ravel(), minlength=len(counts))
+    counts = sum(_counts(dataset, i) for i in range(len(dataset)))
     absent = [name for k, name in enumerate(dataset.class_names) if not counts[k] and k != dataset.ignore_index]
     if absent:
         warnings.warn(f"No sample of the {dataset.split} split of {dataset.facts.title} holds: {', '.join(absent)}.", stacklevel=2)
     return counts
+
+
+def strata(dataset: Dataset, bins: int) -> np.ndarray:
+    """The stratum of every sample, ``[N]`` integers from 0, as PANGAEA draws limited labels; reads every target.
+
+    Samples of one stratum have the same classes, each with a share in the same of the `bins` ]0, 1/bins], ... ]1 - 1/bins, 1]. Pixels
+    without a label do not count. Raises ValueError for a task without classes, or with several an image.
+    """
+    if dataset.facts.task not in ("segmentation", "classification"):
+        raise ValueError(f"{dataset.facts.title} has no strata, as a {dataset.facts.task}; only segmentation and classification have them.")
+    counts = np.stack([_counts(dataset, i) for i in range(len(dataset))])
+    shares = -(-bins * counts // np.maximum(1, counts.sum(1, keepdims=True)))  # 0: absent
+    return np.unique(shares, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _counts(dataset: Dataset, i: int) -> np.ndarray:
+    """Pixels of each class in sample `i`, or whether its image has the class, ``[num_classes]`` int64."""
+    target = np.asarray(dataset.target(i))
+    if dataset.facts.task == "multilabel":
+        return target.astype(np.int64)
+    return np.bincount(target[target != dataset.ignore_index].astype(np.int64).ravel(), minlength=dataset.num_classes)
 
 
 def statistics(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:

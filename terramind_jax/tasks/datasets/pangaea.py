@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 
 from terramind_jax import modalities
-from terramind_jax.tasks.datasets import burnscars, mados, pastis, sen1floods11
+from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, mados, pastis, sen1floods11, spacenet7
 from terramind_jax.tasks.datasets.dataset import Dataset, Facts, Sample
 
-KNOWN = {"sen1floods11": sen1floods11, "burnscars": burnscars, "mados": mados, "pastis": pastis}
+KNOWN = {
+    "sen1floods11": sen1floods11,
+    "burnscars": burnscars,
+    "mados": mados,
+    "pastis": pastis,
+    "croptypemapping": croptypemapping,
+    "dynamicearthnet": dynamicearthnet,
+    "spacenet7": spacenet7,
+}
 ENTERS_AS = {"S2L1C": "S2L2A", "S2L2A": "S2L2A", "S1GRD": "S1GRD"}
 STANDS_FOR = {"WATER_VAPOR": "CIRRUS"}  # what the data set's band is called that lies at a band of the model
 ABSENT = -1
