@@ -122,8 +122,9 @@ def test_what_a_store_refuses_for_good_is_not_tried_again(served, local):
     with pytest.raises(DataError, match="may not be read with the credentials at hand"):
         index.read(0, "LULC")
     assert next(faults.requests) - before == 2
-    with pytest.raises(PermissionError, match="may not be read"):
-        scan.open_table(address, "train", rebuild=True)
+    for rebuild in (True, False):  # nor is it taken for a store without an index
+        with pytest.raises(PermissionError, match="may not be read"):
+            scan.open_table(address, "train", rebuild=rebuild)
 
 
 def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
@@ -148,13 +149,17 @@ def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
             read(3, "LULC")
 
 
-def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch):
+def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch, capsys):
     address, faults = served
     scan.open_table(address, "train", rebuild=True)
     index, faults.errors = open_index(address, "train"), 1.0
     monkeypatch.setattr(storage, "ATTEMPTS", 3)
     with pytest.raises(DataError, match="cannot be read .*3 attempts failed"):
         index.read(0, "LULC")
+    capsys.readouterr()
+    for command in ("index", "check"):  # not "there is no index"
+        assert cli.main(["data", command, address]) == 2
+        assert "cannot be read: 3 attempts failed, the last with ClientResponseError: 503" in capsys.readouterr().err
 
 
 def test_an_interrupted_scan_goes_on(local, monkeypatch):

@@ -203,18 +203,21 @@ def block_size(sample: float, window: int, readers: int) -> int:
 
 
 def with_retries(call: Callable[[], Any], path: str) -> Any:
-    """Calls again, with growing pauses, what fails for a reason that may pass; OSError, in one sentence, when all attempts have failed."""
+    """Calls again, with growing pauses, what fails for a reason that may pass; a ConnectionError of one sentence if all attempts do."""
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except Exception as error:
+        except Exception as raised:
+            # Asked what a web server knows of a file, fsspec takes every failure for "there is none", and tells the true one as the cause.
+            error = raised.__cause__ or raised if path.startswith("http") else raised
             status = getattr(error, "status", None) or getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status == 404:
                 raise FileNotFoundError(f"There is no {path}.") from error
             if isinstance(error, PermissionError) or status in (401, 403):
                 raise PermissionError(f"{path} may not be read with the credentials at hand ({_first_line(error)}).") from error
             if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError):
-                raise OSError(f"{path} cannot be read: {attempt + 1} attempts failed, the last with {_first_line(error)}.") from error
+                tried = f"{attempt + 1} attempts failed, the last with {_first_line(error)}"
+                raise ConnectionError(f"{path} cannot be read: {tried}.") from error
         time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
 
 
