@@ -57,7 +57,7 @@ def test_a_remote_store_is_indexed_once_and_read_by_ranges(served, local, capsys
     assert f"train: {N} locations" in capsys.readouterr().out
     before = next(faults.requests)
     index = open_index(address, "train")
-    assert next(faults.requests) - before <= 3, "opening lists no shards"
+    assert next(faults.requests) - before <= 4, "opening lists no shards"
     same_as_local(index, local)
     same_as_local(pickle.loads(pickle.dumps(index)), local)
     index.read_nearby(64)
@@ -147,6 +147,21 @@ def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
     for read in (index.read, index.read_all, index.tokens):
         with pytest.raises(DataError, match="sample 'k03' is not where it was when the shard was indexed; index it again"):
             read(3, "LULC")
+
+
+def test_an_index_of_other_shards_is_refused(served, local):
+    """One shard that it describes is enough: the samples of the others are then bad ones."""
+    address, _ = served
+    scan.open_table(address, "train", rebuild=True)
+    for number in (2, 1, 0):
+        for modality, bands in (("S2L2A", 12), ("LULC", 1)):
+            with ShardWriter(local, "train", modality, "x", number) as shard:
+                shard.add(f"other{number}", write_sample({"bands": np.ones((1, bands, 32, 32), np.uint8)}))
+        if number:
+            assert len(open_index(address, "train")) == N
+    sentence = f"The index of {address}/train is that of other shards, or all of them have changed since: no sample is where it says; make"
+    with pytest.raises(ValueError, match=sentence):
+        open_index(address, "train")
 
 
 def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch, capsys):

@@ -129,7 +129,10 @@ class RemoteStore:
     def _fetch(self, path: str, offset: int, size: int) -> bytes:
         if not size:
             return b""
-        data = self._call(path, "cat_file", path, start=offset, end=offset + size)
+        try:
+            data = self._call(path, "cat_file", path, start=offset, end=offset + size)
+        except EOFError:
+            return b""
         return data[offset : offset + size] if len(data) > size else data  # a server that ignores ranges sends everything
 
     def list(self, folder: str) -> list[Object] | None:
@@ -203,16 +206,22 @@ def block_size(sample: float, window: int, readers: int) -> int:
 
 
 def with_retries(call: Callable[[], Any], path: str) -> Any:
-    """Calls again, with growing pauses, what fails for a reason that may pass; a ConnectionError of one sentence if all attempts do."""
+    """Calls again, with growing pauses, what fails for a reason that may pass; a ConnectionError of one sentence if all attempts do.
+
+    What will not pass is said at once: a FileNotFoundError, a PermissionError, or an EOFError for a range that begins behind the end.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except Exception as raised:
-            # Asked what a web server knows of a file, fsspec takes every failure for "there is none", and tells the true one as the cause.
-            error = raised.__cause__ or raised if path.startswith("http") else raised
+            # Of a web server fsspec says that a file is not there whatever the answer was, which is then the cause.
+            hidden = raised.__cause__ if isinstance(raised, FileNotFoundError) and path.startswith("http") else None
+            error = hidden or raised
             status = getattr(error, "status", None) or getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status == 404:
                 raise FileNotFoundError(f"There is no {path}.") from error
+            if status == 416:
+                raise EOFError(f"{path} ends before the range that was asked for.") from error
             if isinstance(error, PermissionError) or status in (401, 403):
                 raise PermissionError(f"{path} may not be read with the credentials at hand ({_first_line(error)}).") from error
             if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError):
