@@ -245,6 +245,15 @@ def test_a_preparation_that_was_killed_makes_what_is_missing_and_ends_with_the_s
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_the_fields_of_a_record_are_in_order_in_every_process(root):
+    source, indexes = terramesh._find(str(root), str(root))
+    form = terramesh._form(indexes)
+    written = terramesh._serializer(form)(terramesh.record(source, "train", form, 2))
+    names = ["coordinates", "crs", "key", *(f"{group}/{m}" for group in ("available", "attributes", "time") for m in form["pixels"])]
+    places = [written.index(b"\n" + bytes([len(name)]) + name.encode()) for name in sorted(names)]
+    assert places == sorted(places)
+
+
 def test_files_of_other_shards_are_not_taken_up(root, tmp_path, monkeypatch):
     """Nor are they told by their number alone."""
     terramesh.prepare(root, tmp_path / "whole")

@@ -147,9 +147,10 @@ def write_part(source: Source, split: str, form: Mapping[str, Any], start: int, 
 
 
 def _serializer(form: Mapping[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+    """Equal records become equal bytes, which protobuf only promises where it is asked to: else each process orders fields as it likes."""
     described = features(form["tokens"], form["pixels"])
     serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
-    return lambda made: serializer.serialize_example(described.encode_example(made))
+    return lambda made: serializer.get_tf_example(described.encode_example(made)).SerializeToString(deterministic=True)
 
 
 def _ends(source: Source, split: str, form: Mapping[str, Any], count: int) -> list[int]:
