@@ -4,6 +4,7 @@ import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import object_store
 import pytest
@@ -89,6 +90,22 @@ def test_blocks_pay_only_where_a_process_reads_enough_of_them():
     assert storage.block_size(450_000, 256, 64) == 0  # of 256 samples a process reads four
     assert storage.block_size(4_000, 256, 8) > 0 == storage.block_size(4_000, 256, 64)
     assert storage.block_size(450_000, 4, 1) == 0
+
+
+def test_a_store_that_is_no_web_server_and_can_be_written_to(local, monkeypatch):
+    """Its index lies there, for whoever has it not in a cache of his own."""
+    kept = fsspec.filesystem("memory")
+    kept.put(str(local), "/terramesh", recursive=True)
+    assert cli.main(["data", "index", "memory://terramesh"]) == 0
+    same_as_local(open_index("memory://terramesh", "train"), local)
+    monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(local.parent / "another"))
+    same_as_local(pickle.loads(pickle.dumps(open_index("memory://terramesh", "train"))), local)
+    kept.rm("/terramesh/train/LULC", recursive=True)
+    with pytest.raises(
+        DataError, match="x_shard_000000.tar: sample 'k00' cannot be read .There is no memory://terramesh/train/LULC/x_shard"
+    ):
+        open_index("memory://terramesh", "train").read(0, "LULC")
+    kept.rm("/terramesh", recursive=True)
 
 
 def test_an_index_beside_the_shards_is_taken(served, local):
