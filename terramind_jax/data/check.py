@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -166,11 +167,12 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
     A problem is what is corrupt, NaN, outside its valid range or constant, tokens of another shape or vocabulary, a shard that only some
     modalities have, samples that only the published list of all has (`metadata`, where all `modalities` are checked), and statistics that
     no data of a modality have (`FAR`, `WIDE`, `NARROW`; small sets differ from the released ones as they like). Samples that lack a
-    modality are noted, and in how many of S2L1C the reflectance is stored with an offset of 1000.
+    modality are noted, tiles of several sizes, and in how many of S2L1C the reflectance is stored with an offset of 1000.
     """
     samples = open_index(root, split, modalities)
     result = Check(split, len(samples), {m: ModalityCheck() for m in samples.modalities})
     total, shifted, plain = {}, 0, 0
+    sizes = {m: collections.Counter() for m in samples.modalities}
     for part in in_processes(_check, samples, _jobs(root, split, samples), workers):
         row = result.modalities[part.modality]
         for field in dataclasses.fields(row):
@@ -179,6 +181,7 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
         count, moments = total.get(part.modality, (0, Moments.of_none(part.modality)))
         total[part.modality] = count + part.sound, moments.merged(part.moments)
         shifted, plain = shifted + part.shifted, plain + part.plain
+        sizes[part.modality].update(part.sizes)
     for row in result.modalities.values():
         row.missing = len(samples) - row.present
     result.statistics = {m: Statistics.of(m, *found) for m, found in total.items() if found[0]}
@@ -189,6 +192,7 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
         for m, rows in lacks.items()
         if len(rows) and result.modalities[m].present
     ]
+    result.notes += [f"{m} has tiles of several sizes: {_sizes(found)}." for m, found in sizes.items() if len(found) > 1]
     if shifted + plain:
         result.notes.append(_offsets(shifted, plain, result.modalities["S2L1C"].present))
     if not records.is_prepared(root, split):
@@ -201,7 +205,8 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
 
 @dataclasses.dataclass
 class _Part:
-    """What was found in some samples of one modality: `moments` of those that are `sound`; how many S2L1C have an offset, and have none."""
+    """What was found in some samples of one modality: `moments` of those that are `sound`; how many S2L1C have an offset, and have none;
+    how many have each height and width."""
 
     modality: str
     counts: ModalityCheck
@@ -210,6 +215,7 @@ class _Part:
     sound: int = 0
     shifted: int = 0
     plain: int = 0
+    sizes: collections.Counter[tuple[int, int]] = dataclasses.field(default_factory=collections.Counter)
 
 
 def _jobs(root: str | os.PathLike, split: str, samples: Index) -> list[tuple[str, np.ndarray, Stream | None, int]]:
@@ -248,6 +254,7 @@ def _check_pixels(samples: Index, i: int, part: _Part) -> None:
         row.corrupt += 1
         part.problems.append(str(error))
         return
+    part.sizes[pixels.shape[:2]] += 1
     missing = int(np.isnan(pixels).sum()) if pixels.dtype.kind == "f" else 0
     low, high = registry.get(modality).valid
     outside = int(np.count_nonzero((pixels < low) | (pixels > high)))
@@ -307,6 +314,10 @@ def _implausible(modality: str, s: Statistics) -> str:
 def _distances(s: Statistics) -> tuple[np.ndarray, np.ndarray]:
     """By band: how many released standard deviations the mean is off, and the standard deviation over the released one."""
     return np.abs(s.mean - s.released_mean) / s.released_std, s.std / s.released_std
+
+
+def _sizes(found: collections.Counter[tuple[int, int]]) -> str:
+    return ", ".join(f"{count} of {height} x {width} pixels" for (height, width), count in found.most_common(NAMED))
 
 
 def _offsets(shifted: int, plain: int, samples: int) -> str:
