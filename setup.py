@@ -9,6 +9,7 @@ TEST = [
     "aiohttp>=3.9",
     "flatbuffers>=24",
     "hypothesis>=6.100",
+    "pyarrow>=15",
     "pytest>=8",
     "pytest-xdist>=3",
     "pyyaml>=6",

@@ -399,6 +399,9 @@ def check(config: ConfigDict, command: str) -> None:
             continue  # of another kind there
         if field in values and values[field] not in known:
             raise ValueError(f"{field}={values[field]!r}; expected one of {', '.join(known)}.")
+    for field in ("data.inputs", "data.targets"):
+        if twice := [name for name in values.get(field, ()) if values[field].count(name) > 1]:
+            raise ValueError(f"{field} names {twice[0]} twice; name each modality once.")
     for name, weight in config.data.get("subset_weights", {}).items():
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(f"data.subset_weights.{name}={weight!r}; expected a number above 0, or no entry at all.")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from terramind_jax import files, sources
 from terramind_jax import modalities as registry
-from terramind_jax.data import scan
+from terramind_jax.data import records, scan
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
@@ -57,8 +57,8 @@ def tokenize(
     `out` is where the token shards go, by default beside the pixels; always a local folder. `splits` are by default those of train and
     val that exist, `modalities` those with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this
     host, which does every shard whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files.
-    Samples that cannot be read are left out. Raises FileNotFoundError for missing tokenizers or shards, ValueError where tokens of another
-    tokenizer or image size lie already.
+    Samples that cannot be read are left out. Raises FileNotFoundError for missing tokenizers, shards or index, ValueError for prepared data
+    and where tokens of another tokenizer or image size lie already.
     """
     if not 0 <= host < hosts:
         raise ValueError(f"host is {host} of {hosts}; hosts are numbered from 0 to one less than there are.")
@@ -66,11 +66,21 @@ def tokenize(
     if files.is_remote(out):
         raise ValueError(f"Tokens cannot be written to {out}; give a local folder with --out and copy it there.")
     splits = [s for s in ("train", "val") if scan.is_there(data, s)] if splits is None else splits
+    if not splits and files.is_remote(data):
+        raise FileNotFoundError(f"There is no index of train or val in {data}; make it once with: terramind-jax data index {data}")
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
+    if any(records.is_prepared(data, split) for split in splits):
+        raise ValueError(f"{data} is prepared data; tokenize the shards that it was made from, and prepare it again with the tokens.")
     scan.declare(data)
-    for modality in _with_tokenizer(weights, modalities):
-        there = [split for split in splits if modalities is not None or scan.is_there(data, split, modality)]
+    known = _with_tokenizer(weights, modalities)
+    found = {m: [split for split in splits if modalities is not None or scan.is_there(data, split, m)] for m in known}
+    if not any(found.values()):
+        raise FileNotFoundError(
+            f"{data} has no shards of {', '.join(known)}, which {weights} has tokenizers of; expected them in folders like "
+            f"{data}/{splits[0]}/{known[0]}."
+        )
+    for modality, there in found.items():
         if not there:
             continue
         module, variables = load(modality, weights)

@@ -108,6 +108,15 @@ def test_statistics_that_cannot_be(tmp_path, modality, values, problem):
     assert report.ok == (not problem) and problem in "".join(report.problems)
 
 
+def test_tiles_of_several_sizes_are_told(tmp_path):
+    """Each can be read, but those smaller than a crop are bad samples of a training."""
+    write(tmp_path, "DEM", "abc", 1, bands=np.ones((1, 1, 4, 6), np.int16))
+    assert check.check(tmp_path, "train", workers=1).notes == []
+    write(tmp_path, "DEM", "d", 2, bands=np.ones((1, 1, 4, 4), np.int16))
+    report = check.check(tmp_path, "train", workers=1)
+    assert report.ok and report.notes == ["DEM has tiles of several sizes: 3 of 4 x 6 pixels, 1 of 4 x 4 pixels."]
+
+
 def test_the_index_names_keys_that_are_lacking_or_there_twice(tmp_path):
     write(tmp_path, "S1RTC", "abcdefgh", 1)
     write(tmp_path, "S1GRD", "ij", 2)

@@ -132,6 +132,8 @@ def test_documented_workers_find_later_views_in_memory(name):
         ("model.num_heads", 5, "model.dim=192 must be a multiple of 4, for the positions, and of model.num_heads=5."),
         ("model.dim", 66, "model.dim=66 must be a multiple of 4"),
         ("train.loss", "sum", "train.loss='sum'; expected one of mod, token."),
+        ("data.inputs", "DEM,LULC,DEM", "data.inputs names DEM twice; name each modality once."),
+        ("data.targets", "DEM,DEM", "data.targets names DEM twice; name each modality once."),
         ("data.subset_weights.majortom", 0, "data.subset_weights.majortom=0; expected a number above 0"),
         ("data.subset_weights", {"majortom": "a"}, "data.subset_weights.majortom='a'; expected a number above 0"),
         (

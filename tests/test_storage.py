@@ -4,6 +4,7 @@ import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import object_store
 import pytest
@@ -57,7 +58,7 @@ def test_a_remote_store_is_indexed_once_and_read_by_ranges(served, local, capsys
     assert f"train: {N} locations" in capsys.readouterr().out
     before = next(faults.requests)
     index = open_index(address, "train")
-    assert next(faults.requests) - before <= 3, "opening lists no shards"
+    assert next(faults.requests) - before <= 4, "opening lists no shards"
     same_as_local(index, local)
     same_as_local(pickle.loads(pickle.dumps(index)), local)
     index.read_nearby(64)
@@ -91,6 +92,22 @@ def test_blocks_pay_only_where_a_process_reads_enough_of_them():
     assert storage.block_size(450_000, 4, 1) == 0
 
 
+def test_a_store_that_is_no_web_server_and_can_be_written_to(local, monkeypatch):
+    """Its index lies there, for whoever has it not in a cache of his own."""
+    kept = fsspec.filesystem("memory")
+    kept.put(str(local), "/terramesh", recursive=True)
+    assert cli.main(["data", "index", "memory://terramesh"]) == 0
+    same_as_local(open_index("memory://terramesh", "train"), local)
+    monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(local.parent / "another"))
+    same_as_local(pickle.loads(pickle.dumps(open_index("memory://terramesh", "train"))), local)
+    kept.rm("/terramesh/train/LULC", recursive=True)
+    with pytest.raises(
+        DataError, match="x_shard_000000.tar: sample 'k00' cannot be read .There is no memory://terramesh/train/LULC/x_shard"
+    ):
+        open_index("memory://terramesh", "train").read(0, "LULC")
+    kept.rm("/terramesh", recursive=True)
+
+
 def test_an_index_beside_the_shards_is_taken(served, local):
     address, _ = served
     scan.open_table(local, "train")
@@ -122,8 +139,9 @@ def test_what_a_store_refuses_for_good_is_not_tried_again(served, local):
     with pytest.raises(DataError, match="may not be read with the credentials at hand"):
         index.read(0, "LULC")
     assert next(faults.requests) - before == 2
-    with pytest.raises(PermissionError, match="may not be read"):
-        scan.open_table(address, "train", rebuild=True)
+    for rebuild in (True, False):  # nor is it taken for a store without an index
+        with pytest.raises(PermissionError, match="may not be read"):
+            scan.open_table(address, "train", rebuild=rebuild)
 
 
 def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
@@ -148,13 +166,32 @@ def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
             read(3, "LULC")
 
 
-def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch):
+def test_an_index_of_other_shards_is_refused(served, local):
+    """One shard that it describes is enough: the samples of the others are then bad ones."""
+    address, _ = served
+    scan.open_table(address, "train", rebuild=True)
+    for number in (2, 1, 0):
+        for modality, bands in (("S2L2A", 12), ("LULC", 1)):
+            with ShardWriter(local, "train", modality, "x", number) as shard:
+                shard.add(f"other{number}", write_sample({"bands": np.ones((1, bands, 32, 32), np.uint8)}))
+        if number:
+            assert len(open_index(address, "train")) == N
+    sentence = f"The index of {address}/train is that of other shards, or all of them have changed since: no sample is where it says; make"
+    with pytest.raises(ValueError, match=sentence):
+        open_index(address, "train")
+
+
+def test_a_store_that_is_down_is_a_data_error_in_the_end(served, local, monkeypatch, capsys):
     address, faults = served
     scan.open_table(address, "train", rebuild=True)
     index, faults.errors = open_index(address, "train"), 1.0
     monkeypatch.setattr(storage, "ATTEMPTS", 3)
     with pytest.raises(DataError, match="cannot be read .*3 attempts failed"):
         index.read(0, "LULC")
+    capsys.readouterr()
+    for command in ("index", "check"):  # not "there is no index"
+        assert cli.main(["data", command, address]) == 2
+        assert "cannot be read: 3 attempts failed, the last with ClientResponseError: 503" in capsys.readouterr().err
 
 
 def test_an_interrupted_scan_goes_on(local, monkeypatch):

@@ -1,6 +1,5 @@
 """Prepared data: the TFDS data set holds what the shards hold, trains the same, and appears whole or not at all."""
 
-import functools
 import json
 import os
 import pickle
@@ -178,7 +177,7 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
     monkeypatch.setattr(terramesh, "_write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         terramesh.prepare(root, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out.parts"]
 
 
 def test_a_damaged_record_is_a_bad_sample(root, tmp_path):
@@ -198,16 +197,80 @@ def test_without_beam_it_says_what_to_install(root, tmp_path, monkeypatch, capsy
     assert "pip install 'terramind-jax[beam]'" in capsys.readouterr().err
 
 
+def in_files(monkeypatch, number):
+    """As many files a split, which is what more bytes would make of it."""
+    monkeypatch.setattr(terramesh, "_ends", lambda source, split, form, count: np.linspace(0, count, number + 1).astype(int).tolist())
+
+
 @pytest.mark.parametrize("beam", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_records_keep_their_order_over_many_files_and_with_beam(root, prepared, tmp_path, monkeypatch, beam):
     if beam:
         pytest.importorskip("apache_beam", reason="the extra beam is not installed")
-    monkeypatch.setattr(tfds.download, "DownloadConfig", functools.partial(tfds.download.DownloadConfig, num_shards=3))
+    in_files(monkeypatch, 3)
     options = ["--beam=runner=DirectRunner"] if beam else []
     assert cli.main(["data", "prepare", str(root), f"--out={tmp_path / 'out'}", *options]) == 0
     assert len(list((tmp_path / "out" / "terramesh" / "1.0.0").glob("terramesh-train.array_record-*-of-00003"))) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     for split in ("train", "val"):
         assert_same_samples(open_index(root, split), open_index(tmp_path / "out", split), bad=[BAD] if split == "train" else [])
         one, other = (tfds.data_source("terramesh", split=split, data_dir=folder) for folder in (prepared, tmp_path / "out"))
         for a, b in zip(one, other, strict=True):
             np.testing.assert_equal(a, b)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_preparation_that_was_killed_makes_what_is_missing_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
+    in_files(monkeypatch, 3)
+    terramesh.prepare(root, tmp_path / "whole")
+    made, record, kills = [], terramesh.record, [10]
+
+    def killed(source, split, form, i):
+        if len(made) in kills:
+            raise KeyboardInterrupt
+        made.append((split, i))
+        return record(source, split, form, i)
+
+    monkeypatch.setattr(terramesh, "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        terramesh.prepare(root, tmp_path / "out")
+    there = contents(tmp_path / "out.parts")
+    assert len([name for name in there if ".tmp" not in name]) == 3 and not (tmp_path / "out").exists()
+    kills.clear()
+    terramesh.prepare(root, tmp_path / "out")
+    assert sorted(made[10:]) == [("train", i) for i in range(8, 12)] + [("val", i) for i in range(5)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_fields_of_a_record_are_in_order_in_every_process(root):
+    source, indexes = terramesh._find(str(root), str(root))
+    form = terramesh._form(indexes)
+    written = terramesh._serializer(form)(terramesh.record(source, "train", form, 2))
+    names = ["coordinates", "crs", "key", *(f"{group}/{m}" for group in ("available", "attributes", "time") for m in form["pixels"])]
+    places = [written.index(b"\n" + bytes([len(name)]) + name.encode()) for name in sorted(names)]
+    assert places == sorted(places)
+
+
+def test_files_of_other_shards_are_not_taken_up(root, tmp_path, monkeypatch):
+    """Nor are they told by their number alone."""
+    terramesh.prepare(root, tmp_path / "whole")
+    parts = tmp_path / "out.parts"
+    parts.mkdir()
+    (parts / terramesh.INFO).write_text("{}")
+    for name in ("train", "val"):
+        (parts / f"terramesh-{name}.array_record-00000-of-00001").write_bytes(b"of other shards")
+    terramesh.prepare(root, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_files_have_room_for_the_largest_records(root, monkeypatch):
+    source, indexes = terramesh._find(str(root), str(root))
+    form = terramesh._form(indexes)
+    monkeypatch.setattr(terramesh, "_PROBED", 12)
+    one = max(len(terramesh._serializer(form)(terramesh.record(source, "train", form, i))) for i in range(12))
+    for size, expected in ((one - 1, [*range(13)]), (6 * one, [0, 6, 12]), (6 * one - 1, [0, 4, 8, 12]), (99 * one, [0, 12])):
+        monkeypatch.setattr(terramesh, "_PART", size)
+        assert terramesh._ends(source, "train", form, 12) == expected

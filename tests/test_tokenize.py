@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 
 from terramind_jax import modalities, tokenize, tokenizer
-from terramind_jax.data import crops
+from terramind_jax.data import crops, records
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
 
@@ -175,6 +175,12 @@ def test_what_is_missing_is_said(root, weights, tmp_path):
         run(tmp_path / "nowhere", weights)
     with pytest.raises(FileNotFoundError, match="No samples in"):
         run(root, weights, splits=["test"], modalities=["DEM"])
+    (weights / "DEM").rename(tmp_path / "DEM")
+    with pytest.raises(FileNotFoundError, match="has no shards of LULC, which .*tokenizers has tokenizers of; expected .*data/train/LULC"):
+        run(root, weights)
+    (root / "train" / records.NAME).touch()
+    with pytest.raises(ValueError, match="data is prepared data; tokenize the shards that it was made from"):
+        run(root, weights)
 
 
 def test_a_shard_of_another_name_is_refused(root, weights, quick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data import records, scan, storage, tars, views
-from terramind_jax.data.errors import DataError
+from terramind_jax.data import metadata, records, scan, storage, tars, views
+from terramind_jax.data.errors import NAMED, DataError, some
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.stats import Moments, Statistics, in_processes, pieces
 from terramind_jax.data.table import Table
@@ -22,7 +23,6 @@ from terramind_jax.files import is_remote
 from terramind_jax.modalities import Stream
 
 _SHOWN = 20  # damaged samples that are told word for word; the rest are counted
-_NAMED = 5  # keys that are named of those that lack a modality, or are there twice
 _OTHER = {"S1GRD": "S1RTC", "S1RTC": "S1GRD"}  # products of Sentinel-1: TerraMesh has one of them a location
 # Samples of TerraMesh, and its shards by subset, which carry one number each in all modalities.
 PUBLISHED = {"train": (9_089_536, {"majortom": 793, "ssl4eos12": 96}), "val": (89_088, {"majortom": 8, "ssl4eos12": 1})}
@@ -68,10 +68,6 @@ def lacking(names: Sequence[str], available: np.ndarray, subset: np.ndarray) -> 
     return found
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*map(repr, names[:_NAMED]), *["..."] * (len(names) > _NAMED)])
-
-
 # ---- the index --------------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +75,7 @@ def _some(names: Sequence[str]) -> str:
 class IndexReport:
     """What an index says of its shards. By folder, such as ``S2L2A`` or ``S2L2A_tokens``: samples `present`, locations that are `missing`
     there, samples `repeated` under a key that was there before, and the first keys that are `lacking` (`check.lacking`) or `twice` there;
-    `faults` are the damaged tars, one sentence each."""
+    `faults` are the damaged tars, one sentence each, and `listed` says how the published list of samples compares (`metadata`)."""
 
     path: str
     samples: int
@@ -89,6 +85,7 @@ class IndexReport:
     lacking: dict[str, list[str]]
     twice: dict[str, list[str]]
     faults: list[str]
+    listed: list[str]
 
 
 def index(root: str | os.PathLike, split: str | None = None) -> dict[str, IndexReport]:
@@ -107,9 +104,10 @@ def _report(root: str | os.PathLike, split: str, path: str, found: Table) -> Ind
         present=present,
         missing={c: len(keys) - count for c, count in present.items()},
         repeated=repeated,
-        lacking={c: [k.decode() for k in keys[rows[: _NAMED + 1]].tolist()] for c, rows in lacks.items() if len(rows)},
-        twice={c: list(itertools.islice(_twice(root, split, c, found), _NAMED + 1)) for c, count in repeated.items() if count},
+        lacking={c: [k.decode() for k in keys[rows[: NAMED + 1]].tolist()] for c, rows in lacks.items() if len(rows)},
+        twice={c: list(itertools.islice(_twice(root, split, c, found), NAMED + 1)) for c, count in repeated.items() if count},
         faults=[f for faults in found.meta["faults"].values() for f in faults.values()],
+        listed=list(itertools.chain(*metadata.compare(root, split, keys))),
     )
 
 
@@ -167,12 +165,14 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
     """Reads every sample of a split, its tokens too, by `workers` processes (default: all cores).
 
     A problem is what is corrupt, NaN, outside its valid range or constant, tokens of another shape or vocabulary, a shard that only some
-    modalities have, and statistics that no data of a modality have (`FAR`, `WIDE`, `NARROW`; small sets differ from the released ones as
-    they like). Samples that lack a modality are noted, and in how many of S2L1C the reflectance is stored with an offset of 1000.
+    modalities have, samples that only the published list of all has (`metadata`, where all `modalities` are checked), and statistics that
+    no data of a modality have (`FAR`, `WIDE`, `NARROW`; small sets differ from the released ones as they like). Samples that lack a
+    modality are noted, tiles of several sizes, and in how many of S2L1C the reflectance is stored with an offset of 1000.
     """
     samples = open_index(root, split, modalities)
     result = Check(split, len(samples), {m: ModalityCheck() for m in samples.modalities})
     total, shifted, plain = {}, 0, 0
+    sizes = {m: collections.Counter() for m in samples.modalities}
     for part in in_processes(_check, samples, _jobs(root, split, samples), workers):
         row = result.modalities[part.modality]
         for field in dataclasses.fields(row):
@@ -181,26 +181,32 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
         count, moments = total.get(part.modality, (0, Moments.of_none(part.modality)))
         total[part.modality] = count + part.sound, moments.merged(part.moments)
         shifted, plain = shifted + part.shifted, plain + part.plain
+        sizes[part.modality].update(part.sizes)
     for row in result.modalities.values():
         row.missing = len(samples) - row.present
     result.statistics = {m: Statistics.of(m, *found) for m, found in total.items() if found[0]}
     result.problems += [p for m, s in result.statistics.items() if (p := _implausible(m, s))]
     lacks = lacking(samples.modalities, samples.available, samples.subset)
     result.notes += [
-        f"{m} is lacking in {len(rows)} samples: {_some([samples.keys[int(i)] for i in rows[: _NAMED + 1]])}."
+        f"{m} is lacking in {len(rows)} samples: {some([samples.keys[int(i)] for i in rows[: NAMED + 1]])}."
         for m, rows in lacks.items()
         if len(rows) and result.modalities[m].present
     ]
+    result.notes += [f"{m} has tiles of several sizes: {_sizes(found)}." for m, found in sizes.items() if len(found) > 1]
     if shifted + plain:
         result.notes.append(_offsets(shifted, plain, result.modalities["S2L1C"].present))
     if not records.is_prepared(root, split):
         _check_shards(root, split, samples.modalities, result)
+    if modalities is None:
+        problems, notes = metadata.compare(root, split, samples.keys.raw(slice(None)))
+        result.problems, result.notes = result.problems + problems, result.notes + notes
     return result
 
 
 @dataclasses.dataclass
 class _Part:
-    """What was found in some samples of one modality: `moments` of those that are `sound`; how many S2L1C have an offset, and have none."""
+    """What was found in some samples of one modality: `moments` of those that are `sound`; how many S2L1C have an offset, and have none;
+    how many have each height and width."""
 
     modality: str
     counts: ModalityCheck
@@ -209,6 +215,7 @@ class _Part:
     sound: int = 0
     shifted: int = 0
     plain: int = 0
+    sizes: collections.Counter[tuple[int, int]] = dataclasses.field(default_factory=collections.Counter)
 
 
 def _jobs(root: str | os.PathLike, split: str, samples: Index) -> list[tuple[str, np.ndarray, Stream | None, int]]:
@@ -247,6 +254,7 @@ def _check_pixels(samples: Index, i: int, part: _Part) -> None:
         row.corrupt += 1
         part.problems.append(str(error))
         return
+    part.sizes[pixels.shape[:2]] += 1
     missing = int(np.isnan(pixels).sum()) if pixels.dtype.kind == "f" else 0
     low, high = registry.get(modality).valid
     outside = int(np.count_nonzero((pixels < low) | (pixels > high)))
@@ -308,6 +316,10 @@ def _distances(s: Statistics) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(s.mean - s.released_mean) / s.released_std, s.std / s.released_std
 
 
+def _sizes(found: collections.Counter[tuple[int, int]]) -> str:
+    return ", ".join(f"{count} of {height} x {width} pixels" for (height, width), count in found.most_common(NAMED))
+
+
 def _offsets(shifted: int, plain: int, samples: int) -> str:
     """No problem of a copy: TerraMesh's own example tiles are of both kinds."""
     counts = f"{shifted} of {samples} samples are stored with an offset of 1000, {plain} without"
@@ -326,7 +338,7 @@ def _check_shards(root: str | os.PathLike, split: str, modalities: Sequence[str]
         result.problems += [f"{m} has {there} samples of {count} that were packed; copy them again." for m, (there, count) in fewer.items()]
         return
     for modality, names in missing_shards(shards).items():
-        result.problems.append(f"{modality} lacks {len(names)} shards that other modalities have, {_some(names)}; copy them.")
+        result.problems.append(f"{modality} lacks {len(names)} shards that other modalities have, {some(names)}; copy them.")
     total, subsets = PUBLISHED.get(split, (0, {}))
     names = set().union(*shards.values())
     if names and "scenes" not in made and {scan.subset_of(n) for n in names} <= set(subsets):
@@ -368,9 +380,9 @@ def format_index(reports: dict[str, IndexReport]) -> str:
     for split, r in reports.items():
         lines += [f"{split}: {r.samples} locations, indexed in {r.path}", f"  {'':14}{'present':>12}{'missing':>12}{'repeated':>12}"]
         lines += [f"  {c:14}{r.present[c]:>12}{r.missing[c]:>12}{r.repeated[c]:>12}" for c in r.present]
-        lines += [f"- {c} lacks {_some(keys)}" for c, keys in r.lacking.items() if r.present[c]]
-        lines += [f"- {c} repeats {_some(keys)}" for c, keys in r.twice.items()]
-        lines += [f"- {sentence}" for sentence in r.faults]
+        lines += [f"- {c} lacks {some(keys)}" for c, keys in r.lacking.items() if r.present[c]]
+        lines += [f"- {c} repeats {some(keys)}" for c, keys in r.twice.items()]
+        lines += [f"- {sentence}" for sentence in r.faults + r.listed]
     return "\n".join(lines)
 
 

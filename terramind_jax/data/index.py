@@ -20,12 +20,14 @@ from terramind_jax.data import clouds, layout, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
+from terramind_jax.files import is_remote
 
 if TYPE_CHECKING:
     from terramind_jax.geo import Place
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
+_LOOKED_AT = 8  # samples of a store of which one has to be where its index says
 
 
 class Keys(collections.abc.Sequence):
@@ -169,6 +171,11 @@ class Index:
         return f"Index({len(self)} samples, {', '.join(f'{m}: {n}' for m, n in zip(self.modalities, self.available.sum(0), strict=True))})"
 
     # -- reading one sample
+
+    def find(self, i: int) -> None:
+        """A `DataError` if sample `i`, in whichever modality is first, is not where the index says."""
+        columns, there = (self._pixels, self.available) if self._pixels else (self._tokens, self.has_tokens)
+        self._read(columns, i, self.modalities[int(there[i].argmax())], 0, 1)
 
     def read(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
         """[H, W, C] in the stored dtype: a view, bands last, the first time step. `DataError` if it cannot be read.
@@ -434,7 +441,24 @@ def open_index(
     kept = [m for m in wanted if any(there[m]) or modalities is not None]
     index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens))
     _check_declared(index)
+    if is_remote(root):
+        _check_is_of_store(index, root, split)
     return index
+
+
+def _check_is_of_store(index: Index, root: str, split: str) -> None:
+    """A ValueError if no sample is where the index says; a store is not listed to see that its shards are those of the index."""
+    for i in np.unique(np.linspace(0, len(index) - 1, _LOOKED_AT).astype(int)).tolist():
+        try:
+            index.find(i)
+            return
+        except DataError as error:
+            if error.reason == "unreachable":
+                return  # nothing is known of the shards
+    raise ValueError(
+        f"The index of {storage.join(root, split)} is that of other shards, or all of them have changed since: no sample is where it says; "
+        f"make it anew with: terramind-jax data index {root}"
+    )
 
 
 def _check_declared(index: Index) -> None:

@@ -129,7 +129,10 @@ class RemoteStore:
     def _fetch(self, path: str, offset: int, size: int) -> bytes:
         if not size:
             return b""
-        data = self._call(path, "cat_file", path, start=offset, end=offset + size)
+        try:
+            data = self._call(path, "cat_file", path, start=offset, end=offset + size)
+        except EOFError:
+            return b""
         return data[offset : offset + size] if len(data) > size else data  # a server that ignores ranges sends everything
 
     def list(self, folder: str) -> list[Object] | None:
@@ -203,18 +206,27 @@ def block_size(sample: float, window: int, readers: int) -> int:
 
 
 def with_retries(call: Callable[[], Any], path: str) -> Any:
-    """Calls again, with growing pauses, what fails for a reason that may pass; OSError, in one sentence, when all attempts have failed."""
+    """Calls again, with growing pauses, what fails for a reason that may pass; a ConnectionError of one sentence if all attempts do.
+
+    What will not pass is said at once: a FileNotFoundError, a PermissionError, or an EOFError for a range that begins behind the end.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except Exception as error:
+        except Exception as raised:
+            # Of a web server fsspec says that a file is not there whatever the answer was, which is then the cause.
+            hidden = raised.__cause__ if isinstance(raised, FileNotFoundError) and path.startswith("http") else None
+            error = hidden or raised
             status = getattr(error, "status", None) or getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status == 404:
                 raise FileNotFoundError(f"There is no {path}.") from error
+            if status == 416:
+                raise EOFError(f"{path} ends before the range that was asked for.") from error
             if isinstance(error, PermissionError) or status in (401, 403):
                 raise PermissionError(f"{path} may not be read with the credentials at hand ({_first_line(error)}).") from error
             if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError):
-                raise OSError(f"{path} cannot be read: {attempt + 1} attempts failed, the last with {_first_line(error)}.") from error
+                tried = f"{attempt + 1} attempts failed, the last with {_first_line(error)}"
+                raise ConnectionError(f"{path} cannot be read: {tried}.") from error
         time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
 
 

@@ -1,8 +1,12 @@
 """``data prepare``: the TFDS data set ``terramesh``, one ArrayRecord record a location, made from shards. Needs no TensorFlow.
 
-A record joins by key what the shards hold of a location: pixels, tokens, coordinates and metadata. Apache Beam makes the records where
+A record joins by key what the shards hold of a location: pixels, tokens, coordinates and metadata. Apache Beam makes the files where
 it is asked for, on this machine or a cluster; else this process does. Records lie in the order of the index, so that training sees the
 samples of the shards in the same order; `records` reads them back.
+
+Of each file it is known beforehand which records it holds, so one is made without any other and kept in ``{out}.parts`` until all are
+there: a preparation that was killed goes on with those that are missing. TFDS's own writers first lay down every record elsewhere, to
+tell from their sizes how many files there will be, or have Beam sort them.
 """
 
 from __future__ import annotations
@@ -11,14 +15,19 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import logging
 import os
+import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters
+from tqdm import tqdm
 
 from terramind_jax import declarations, files, modalities
 from terramind_jax.data import clouds, records, scan, storage, table, views
@@ -30,6 +39,7 @@ INFO = "prepared.json"  # what a folder was prepared from
 BEAM = "Apache Beam is not installed; install it with: pip install 'terramind-jax[beam]'"
 
 _F = tfds.features
+_PART, _PROBED = 512 << 20, 8  # bytes of records in one file at most, as told by the largest of so many
 _BLANK = (2, 2)  # height and width of what a location lacks: TFDS loses the shape of an image of fewer bytes than axes
 
 
@@ -80,7 +90,7 @@ def features(tokens: Mapping[str, tuple[tuple[int, ...], np.dtype]], pixels: Seq
     )
 
 
-def record(source: Source, split: str, form: Mapping[str, Any], i: int) -> tuple[int, dict[str, Any]]:
+def record(source: Source, split: str, form: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Location `i` of a split; `form` gives names, shapes and types as `features` does. What cannot be read is left out."""
     index = source.open(split)
     made: dict[str, Any] = {"available": {}, "time": {}, "attributes": {}, "pixels": {}, "tokens": {}}
@@ -96,7 +106,7 @@ def record(source: Source, split: str, form: Mapping[str, Any], i: int) -> tuple
         grid = _attempt(index.tokens, i, name) if has_tokens[name] else None
         made["tokens"][name] = _grid(np.zeros((0, *shape)) if grid is None else grid, shape, dtype, f"{index.keys[i]!r}: tokens of {name}")
     place, mask = _attempt(index.place, i), _attempt(index.cloud_mask, i)
-    return i, made | {
+    return made | {
         "key": index.keys[i],
         "subset": index.subsets[index.subset[i]],
         "coordinates": np.array(_attempt(index.coordinates, i) or (np.nan, np.nan)),
@@ -122,19 +132,48 @@ def _grid(grid: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, what: str) 
     return np.ascontiguousarray(views.cast(grid, dtype))
 
 
+# ---- one file ---------------------------------------------------------------------------------------------------------------
+
+
+def write_part(source: Source, split: str, form: Mapping[str, Any], start: int, stop: int, path: str) -> None:
+    """Locations `start` to `stop` as one ArrayRecord file, which appears whole; one that is there is left alone."""
+    if os.path.exists(path):
+        return
+    serialize = _serializer(form)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    written = ((i, serialize(record(source, split, form, i))) for i in range(start, stop))
+    file_adapters.ArrayRecordFileAdapter.write_examples(temporary, written)
+    os.replace(temporary, path)
+
+
+def _serializer(form: Mapping[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+    """Equal records become equal bytes, which protobuf only promises where it is asked to: else each process orders fields as it likes."""
+    described = features(form["tokens"], form["pixels"])
+    serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
+    return lambda made: serializer.get_tf_example(described.encode_example(made)).SerializeToString(deterministic=True)
+
+
+def _ends(source: Source, split: str, form: Mapping[str, Any], count: int) -> list[int]:
+    """Where the files of a split begin and end among its `count` locations."""
+    serialize, probed = _serializer(form), np.unique(np.linspace(0, count - 1, _PROBED).astype(int))
+    largest = max(len(serialize(record(source, split, form, int(i)))) for i in probed)
+    files_of_split = -(-count // max(_PART // largest, 1))
+    return np.linspace(0, count, files_of_split + 1).astype(int).tolist()
+
+
 # ---- the data set -----------------------------------------------------------------------------------------------------------
 
 
-class Terramesh(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # `tfds.load` reads it from its folder, without this class
+class Terramesh(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):  # `tfds.load` reads it without this class
     """Writes ``{data_dir}/terramesh/1.0.0``. Read it with ``tfds.data_source("terramesh", split="train", data_dir=data_dir)``."""
 
     name = records.DATASET
     VERSION = tfds.core.Version(records.VERSION)
     code_path = None  # nothing is downloaded: TFDS would look beside the code for checksums, which takes a package it does not require
 
-    def __init__(self, *, data_dir: str, source: Source, splits: Mapping[str, int], form: Mapping[str, Any], beam: bool):
-        """`splits` gives the number of locations by name."""
-        self._source, self._splits, self._form, self._beam = source, splits, form, beam
+    def __init__(self, *, data_dir: str, source: Source, ends: Mapping[str, Sequence[int]], form: Mapping[str, Any], parts: str):
+        """`ends` gives by split where its files begin and end; those that `parts` holds are taken from there."""
+        self._source, self._ends, self._form, self._parts = source, ends, form, parts
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -143,17 +182,38 @@ class Terramesh(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # `tf
             builder=self, description=description, features=features(self._form["tokens"], self._form["pixels"]), disable_shuffling=True
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in self._splits}
+    def _download_and_prepare(self, dl_manager: Any, download_config: tfds.download.DownloadConfig) -> None:
+        jobs, targets = [], {}
+        for split, ends in self._ends.items():
+            template = self._get_filename_template(split_name=split)
+            targets[split] = template.sharded_filepaths(len(ends) - 1)
+            parts = [os.path.join(self._parts, path.name) for path in targets[split]]
+            jobs += [(self._source, split, self._form, *rest) for rest in zip(ends, ends[1:], parts, strict=False)]
+        _write_parts(jobs, download_config.beam_options)
+        for path in itertools.chain(*targets.values()):
+            os.replace(os.path.join(self._parts, path.name), path)
+        splits = [
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=np.diff(self._ends[split]).tolist(),
+                num_bytes=sum(path.stat().length for path in paths),
+                filename_template=self._get_filename_template(split_name=split),
+            )
+            for split, paths in targets.items()
+        ]
+        self.info.set_splits(tfds.core.splits.SplitDict(splits))
 
-    def _generate_examples(self, split: str) -> Any:
-        make = functools.partial(record, self._source, split, self._form)
-        places = range(self._splits[split])
-        if not self._beam:
-            return map(make, places)
-        import apache_beam
 
-        return apache_beam.Create(places) | apache_beam.Map(make)
+def _write_parts(jobs: Sequence[tuple[Any, ...]], options: Any) -> None:
+    """`write_part` with each of these arguments, by Apache Beam with such `options`, else here."""
+    if options is None:
+        for job in tqdm(jobs, desc="prepare", unit="file"):
+            write_part(*job)
+        return
+    import apache_beam
+
+    with apache_beam.Pipeline(options=options) as pipeline:
+        _ = pipeline | apache_beam.Create(jobs) | apache_beam.Reshuffle() | apache_beam.MapTuple(write_part)
 
 
 def prepare(
@@ -166,9 +226,10 @@ def prepare(
     """Writes all splits under `root` as the TFDS data set ``{out}/terramesh``, with the tokens under `tokens` (default: `root`).
 
     `beam_options` are options of a Beam pipeline, such as ``--runner=DirectRunner``; None makes the records in this process. Beam's
-    machines have to see `root`, `tokens` and `out` under the same names. `out` appears whole or not at all; if it was prepared from the
-    same shards already nothing is done, and anything else there is a FileExistsError. Samples that cannot be read are as bad there as
-    in the shards. Raises ValueError for tokens whose keys are not those of the pixels, ImportError where Beam is missing.
+    machines have to see `root`, `tokens` and `out` under the same names. `out` appears whole or not at all; until then its files wait in
+    ``{out}.parts``, with which the same call goes on after it was killed. If `out` was prepared from the same shards already nothing is
+    done, and anything else there is a FileExistsError. Samples that cannot be read are as bad there as in the shards. Raises ValueError for
+    tokens whose keys are not those of the pixels, ImportError where Beam is missing.
     """
     root, out = os.fspath(root), os.fspath(out)
     if files.is_remote(out):
@@ -180,9 +241,11 @@ def prepare(
         print(f"{out} is prepared from these shards already; nothing to do.")
         return
     form = _form(indexes)
+    ends = {split: _ends(source, split, form, len(index)) for split, index in indexes.items()}
+    parts = os.path.abspath(f"{os.path.normpath(out)}.parts")
+    _claim(parts, made_from | {"form": repr(form), "ends": ends})
     with new_folder(out) as partial:
-        splits = {split: len(index) for split, index in indexes.items()}
-        builder = Terramesh(data_dir=partial, source=source, splits=splits, form=form, beam=options is not None)
+        builder = Terramesh(data_dir=partial, source=source, ends=ends, form=form, parts=parts)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a temporary folder
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=options))
         for split, index in indexes.items():
@@ -191,7 +254,16 @@ def prepare(
         if own := declarations.of(source.modalities):
             files.write_text(files.folder(partial) / declarations.NAME, json.dumps(own, indent=1))
         files.write_text(files.folder(partial) / INFO, json.dumps(made_from, indent=1))
-    print(f"{os.path.join(out, records.DATASET)} holds {', '.join(f'{n} locations of {split}' for split, n in splits.items())}.")
+    shutil.rmtree(parts, ignore_errors=True)
+    print(f"{os.path.join(out, records.DATASET)} holds {', '.join(f'{len(i)} locations of {split}' for split, i in indexes.items())}.")
+
+
+def _claim(parts: str, made_from: Mapping[str, Any]) -> None:
+    """A folder of files that were made from this; what was made from anything else is deleted."""
+    path, text = files.folder(parts) / INFO, json.dumps(made_from, indent=1)
+    if not path.exists() or path.read_text() != text:
+        shutil.rmtree(parts, ignore_errors=True)
+        files.write_text(path, text)
 
 
 def _pipeline_options(options: Sequence[str]) -> Any:
