@@ -14,6 +14,7 @@ the `parity` extra, or the environment that `make test-parity` uses.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -131,13 +132,19 @@ def child(side: str, case: str, arguments: argparse.Namespace) -> dict[str, floa
     return process.measure(__file__, "--side", side, "--case", case, *flags)
 
 
-def beside(mine: float, theirs: float | None) -> str:
+def figures(seconds: float) -> str:
+    """Three significant figures, at least the whole seconds."""
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def beside(mine: float | None, theirs: float | None) -> str:
     """The reference's seconds and how many times as fast ours is."""
-    return f"{theirs:.3g} | {theirs / mine:.2f}" if theirs else "- | -"
+    return f"{figures(theirs)} | {f'{theirs / mine:.2f}' if mine else '-'}" if theirs else "- | -"
 
 
 def on(arguments: argparse.Namespace) -> str:
-    return f"{process.where()}, dtype {arguments.dtype}, the reference's {arguments.peer_dtype}, {arguments.size} px"
+    peer = f", the reference's {arguments.peer_dtype}" if arguments.peer else ""
+    return f"{process.where()}, dtype {arguments.dtype}{peer}, {arguments.size} px"
 
 
 def report(arguments: argparse.Namespace) -> str:
@@ -153,7 +160,7 @@ def report(arguments: argparse.Namespace) -> str:
         ]
         mine, first = (statistics.median(a[key] for a, _ in rounds) for key in ("seconds", "first"))
         theirs = statistics.median(b["seconds"] for _, b in rounds) if arguments.peer else None
-        lines.append(f"| {case} | {mine:.3g} | {first:.1f} | {beside(mine, theirs)} |")
+        lines.append(f"| {case} | {figures(mine)} | {first:.1f} | {beside(mine, theirs)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -164,12 +171,13 @@ def batches(arguments: argparse.Namespace) -> str:
     columns = ["batch", "s", "s a tile", "first call s", "reference s", "speed relative to the reference"]
     lines = [f"{what}; medians of {arguments.repeats} calls.", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for batch in map(int, arguments.batches.split(",")):
-        try:
-            one = child("ours", f"generate {batch}", arguments)
-            mine, theirs = one["seconds"], child("peer", f"generate {batch}", arguments)["seconds"] if arguments.peer else None
-            lines.append(f"| {batch} | {mine:.3g} | {mine / batch:.3g} | {one['first']:.1f} | {beside(mine, theirs)} |")
-        except MemoryError:
-            lines.append(f"| {batch} | out of memory | | | | |")
+        sides = {}
+        for side in ("ours", "peer") if arguments.peer else ("ours",):
+            with contextlib.suppress(MemoryError):
+                sides[side] = child(side, f"generate {batch}", arguments)
+        mine, theirs = (sides.get(side, {}).get("seconds") for side in ("ours", "peer"))
+        own = f"{figures(mine)} | {figures(mine / batch)} | {sides['ours']['first']:.1f}" if mine else "out of memory | - | -"
+        lines.append(f"| {batch} | {own} | {beside(mine, theirs)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ Five tables (`--only` makes one, and `--out` replaces it alone):
 ``bytes``   read from storage and sent to the device for a training token, counted as they pass.
 ``ways``    the same in shards, in records of ``data prepare``, and mapped into memory by its ``--mapped``.
 ``memory``  of a process that has read so many batches.
-``store``   samples a second from a local object store that is slow or fails, by turns.
+``store``   samples a second from a local object store that is slow, fails or stalls, by turns.
 """
 
 from __future__ import annotations
@@ -329,6 +329,7 @@ CASES: dict[str, dict[str, float]] = {
     "20 ms": {"latency": 0.02},
     "5 % errors": {"errors": 0.05},
     "20 ms and 5 % errors": {"latency": 0.02, "errors": 0.05},
+    "0.1 % stalls of a second": {"stalls": 0.001, "stall": 1.0},
 }
 
 
@@ -378,7 +379,7 @@ def store(root: str) -> str:
         reading = Reading(ViewGroups(index, *pretrain.data_settings(config), seed=0, train=True), threads)
         speeds = {name: [] for name in CASES}
         for _, name in itertools.product(range(ROUNDS), CASES):
-            ours.send({"latency": 0.0, "errors": 0.0, **CASES[name]})
+            ours.send({"latency": 0.0, "errors": 0.0, "stalls": 0.0, **CASES[name]})
             ours.recv()
             speeds[name].append(reading.speed())
         reading.stop()

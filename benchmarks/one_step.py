@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from best_batch import OUT_OF_MEMORY
+from process import TOO_LITTLE_MEMORY
 
 ROOT = Path(__file__).parent.parent
 DISTINCT = 16  # groups of samples that are drawn; larger batches repeat them
@@ -230,8 +231,8 @@ def devices(side: str) -> dict[str, str]:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether JAX or PyTorch, or a library of theirs, had too little memory."""
-    signs = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TOO_LITTLE_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def set_environment(side: str, device: str | None) -> None:

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# How JAX, PyTorch and their libraries say it.
+TOO_LITTLE_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
 
 class Failed(SystemExit):
     """A measurement that ended with an error, which is the message."""
@@ -22,7 +25,7 @@ def measure(script: str, *flags: str, timeout: float | None = None) -> dict[str,
     """Runs a benchmark with `flags` in a process of its own, so that no two sides share threads or memory; its last line is JSON.
 
     Raises Failed for a process that ends with an error, TimeoutError for one that takes longer than `timeout` seconds, MemoryError for
-    one that was killed, as Linux does where memory runs out.
+    one that was killed, as Linux does where memory runs out, or whose error is of too little memory, as a GPU's is.
     """
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}  # as the Makefile sets it; both sides gain
     name = f"{Path(script).name} {' '.join(flags)}"
@@ -32,6 +35,8 @@ def measure(script: str, *flags: str, timeout: float | None = None) -> dict[str,
         raise TimeoutError(f"{name} took longer than {timeout:.0f} s.") from None
     if done.returncode == -signal.SIGKILL:
         raise MemoryError(f"{name} was killed.")
+    if done.returncode and any(sign in done.stderr for sign in TOO_LITTLE_MEMORY):
+        raise MemoryError(f"{name} ran out of memory.")
     if done.returncode:
         raise Failed(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
