@@ -67,7 +67,7 @@ def tokenize(
         raise ValueError(f"Tokens cannot be written to {out}; give a local folder with --out and copy it there.")
     splits = [s for s in ("train", "val") if scan.is_there(data, s)] if splits is None else splits
     if not splits and files.is_remote(data):
-        raise FileNotFoundError(f"There is no index of train or val in {data}; make it once with: terramind-jax data index {data}")
+        raise FileNotFoundError(f"There is no readable index of train or val in {data}; make it once with: terramind-jax data index {data}")
     if not splits:
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
     if any(records.is_prepared(data, split) for split in splits):

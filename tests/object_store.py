@@ -16,11 +16,12 @@ from pathlib import Path
 class Faults:
     """What the server does wrong from now on: `errors` and `stalls` are shares of the requests, `latency` and `stall` seconds.
 
-    `sent` are the bytes that it has sent.
+    To whoever it is `unlisted` for it says of what is not there that it may not be read. `sent` are the bytes that it has sent.
     """
 
     def __init__(self) -> None:
-        self.latency, self.errors, self.stalls, self.stall, self.forbidden = 0.0, 0.0, 0.0, 3.0, False
+        self.latency, self.errors, self.stalls, self.stall = 0.0, 0.0, 0.0, 3.0
+        self.forbidden = self.unlisted = False
         self.requests, self.failed, self.random = itertools.count(), itertools.count(), random.Random(0)
         self.at_once, self.most_at_once, self.sent, self.lock = 0, 0, 0, threading.Lock()
 
@@ -60,6 +61,8 @@ def serve(root: Path) -> Iterator[tuple[str, Faults]]:
                 next(faults.failed)
                 return self._send(403 if faults.forbidden else 503, b"", send)
             path = root / self.path.strip("/")
+            if faults.unlisted and not path.is_file():
+                return self._send(403, b"", send)
             if path.is_dir():
                 links = "".join(f'<a href="{n}">{n}</a>\n' for n in sorted(os.listdir(path)))
                 return self._send(200, links.encode(), send, kind="text/html")

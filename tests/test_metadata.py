@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from terramind_jax import cli
-from terramind_jax.data import check, metadata
+from terramind_jax.data import check, metadata, storage
 from terramind_jax.data.shards import ShardWriter, write_sample
 
 KEYS = [f"ssl4eos12_val_{i}" for i in range(8)]
@@ -64,6 +64,18 @@ def test_a_list_that_cannot_be_compared_is_told_of_and_no_failure(tmp_path, monk
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     sentence = f"{LIST} is not compared, for pyarrow is not installed: pip install 'terramind-jax[geo]'."
     assert metadata.compare(tmp_path, "val", RAW) == ([], [sentence])
+
+
+@pytest.mark.parametrize("fault", ["forbidden", "errors"])
+def test_a_list_that_the_store_does_not_send_is_no_damaged_one(root, monkeypatch, fault):
+    write_list(root, KEYS)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    with object_store.serve(root) as (address, faults):
+        found = metadata._open(address, LIST)
+        setattr(faults, fault, True)
+        monkeypatch.setattr(metadata, "_open", lambda *_: found)
+        problems, (note,) = metadata.compare(address, "val", RAW)
+    assert note.startswith(f"{LIST} is not compared: {address}/{LIST} ") and not problems
 
 
 def test_a_damaged_list_is_a_problem(tmp_path):

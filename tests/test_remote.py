@@ -60,7 +60,10 @@ def test_a_store_without_an_index_is_told_of_and_one_without_shards_too(local, c
         assert cli.main(["data", command, address]) == 2
         assert f"There is no index of {address}/train; make it once with: terramind-jax data index {address}" in capsys.readouterr().err
         assert cli.main(["tokenize", f"--data={address}", "--weights=hub", f"--out={tmp_path}"]) == 2
-        assert f"There is no index of train or val in {address}; make it once with: terramind-jax data index" in capsys.readouterr().err
+        assert (
+            f"There is no readable index of train or val in {address}; make it once with: terramind-jax data index"
+            in capsys.readouterr().err
+        )
     (tmp_path / "empty").mkdir()
     with object_store.serve(tmp_path / "empty") as (address, _):
         assert cli.main(["data", command, address]) == 2

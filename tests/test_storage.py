@@ -10,7 +10,7 @@ import object_store
 import pytest
 
 from terramind_jax import cli, modalities
-from terramind_jax.data import masks, pipeline, scan, storage
+from terramind_jax.data import masks, metadata, pipeline, scan, storage
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
@@ -139,9 +139,25 @@ def test_what_a_store_refuses_for_good_is_not_tried_again(served, local):
     with pytest.raises(DataError, match="may not be read with the credentials at hand"):
         index.read(0, "LULC")
     assert next(faults.requests) - before == 2
+    refused = pytest.raises(PermissionError, match="may not be read")
+    with refused:
+        open_index(address, "train")
     for rebuild in (True, False):  # nor is it taken for a store without an index
-        with pytest.raises(PermissionError, match="may not be read"):
-            scan.open_table(address, "train", rebuild=rebuild)
+        with refused:
+            scan.open_table(address, "val", rebuild=rebuild)
+
+
+def test_a_store_that_may_be_read_but_not_listed(served, local):
+    """It says that what is not there may not be read, be it a thing that need not be there."""
+    address, faults = served
+    scan.open_table(address, "train", rebuild=True)  # which cannot be put there
+    faults.unlisted = True
+    same_as_local(open_index(address, "train"), local)
+    assert scan.declare(address) == {} and metadata.compare(address, "train", np.array(["k00"], "S")) == ([], [])
+    assert scan.is_there(address, "train", "LULC") and not scan.is_there(address, "val")
+    assert storage.store(address).read_text(f"{address}/train/LULC_tokens/tokenizer.json") is None
+    with pytest.raises(PermissionError, match=f"{address}/val/samples.index may not be read"):
+        open_index(address, "val")
 
 
 def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
@@ -167,16 +183,15 @@ def test_a_shard_of_the_store_that_changed_after_indexing(served, local):
 
 
 def test_an_index_of_other_shards_is_refused(served, local):
-    """One shard that it describes is enough: the samples of the others are then bad ones."""
+    """One shard that it describes is enough, of any modality: the samples of the others are then bad ones."""
     address, _ = served
     scan.open_table(address, "train", rebuild=True)
-    for number in (2, 1, 0):
-        for modality, bands in (("S2L2A", 12), ("LULC", 1)):
-            with ShardWriter(local, "train", modality, "x", number) as shard:
-                shard.add(f"other{number}", write_sample({"bands": np.ones((1, bands, 32, 32), np.uint8)}))
-        if number:
-            assert len(open_index(address, "train")) == N
-    sentence = f"The index of {address}/train is that of other shards, or all of them have changed since: no sample is where it says; make"
+    changed = [(modality, bands, number) for modality, bands in (("S2L2A", 12), ("LULC", 1)) for number in range(3)]
+    for modality, bands, number in changed:
+        assert len(open_index(address, "train")) == N
+        with ShardWriter(local, "train", modality, "x", number) as shard:
+            shard.add(f"other{number}", write_sample({"bands": np.ones((1, bands, 32, 32), np.uint8)}))
+    sentence = f"The index of {address}/train is that of other shards, or these have changed since: none of the samples that were looked at"
     with pytest.raises(ValueError, match=sentence):
         open_index(address, "train")
 

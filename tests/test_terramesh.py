@@ -1,9 +1,12 @@
 """Prepared data: the TFDS data set holds what the shards hold, trains the same, and appears whole or not at all."""
 
+import errno
 import json
 import os
 import pickle
+import shutil
 import sys
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -174,10 +177,36 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
         terramesh.prepare(root, "gs://bucket/out")
     with pytest.raises(FileNotFoundError, match="No shards in .*nowhere"):
         terramesh.prepare(tmp_path / "nowhere", tmp_path / "out")
-    monkeypatch.setattr(terramesh, "_write_index", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    link = terramesh._link
+
+    def filled(source, target):
+        assert (Path(target).parents[2] / terramesh.INFO).exists(), "what can fail is written before"
+        link(source, target)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "of another process").touch()
+
+    monkeypatch.setattr(terramesh, "_link", filled)
+    with pytest.raises(FileExistsError, match="was filled by another process meanwhile"):
         terramesh.prepare(root, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out.parts"]
+    shutil.rmtree(tmp_path / "out")
+    names = [terramesh.CLAIM, *(f"terramesh-{split}.array_record-00000-of-00001" for split in ("train", "val"))]
+    assert sorted(p.name for p in (tmp_path / "out.parts").iterdir()) == names
+    monkeypatch.setattr(terramesh, "_link", link)
+    monkeypatch.setattr(terramesh, "record", None)  # none is made again
+    terramesh.prepare(root, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepared)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_file_that_can_have_no_second_name_is_moved(tmp_path, monkeypatch):
+    (tmp_path / "part").write_bytes(b"records")
+
+    def impossible(*_):
+        raise OSError(errno.EPERM, "of no file system")
+
+    monkeypatch.setattr(os, "link", impossible)
+    terramesh._link(str(tmp_path / "part"), str(tmp_path / "out"))
+    assert contents(tmp_path) == {"out": b"records"}
 
 
 def test_a_damaged_record_is_a_bad_sample(root, tmp_path):
@@ -239,6 +268,7 @@ def test_a_preparation_that_was_killed_makes_what_is_missing_and_ends_with_the_s
     there = contents(tmp_path / "out.parts")
     assert len([name for name in there if ".tmp" not in name]) == 3 and not (tmp_path / "out").exists()
     kills.clear()
+    in_files(monkeypatch, 2)  # as a record that cannot be read while it is probed would make of it
     terramesh.prepare(root, tmp_path / "out")
     assert sorted(made[10:]) == [("train", i) for i in range(8, 12)] + [("val", i) for i in range(5)]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -254,16 +284,35 @@ def test_the_fields_of_a_record_are_in_order_in_every_process(root):
     assert places == sorted(places)
 
 
-def test_files_of_other_shards_are_not_taken_up(root, tmp_path, monkeypatch):
-    """Nor are they told by their number alone."""
-    terramesh.prepare(root, tmp_path / "whole")
-    parts = tmp_path / "out.parts"
-    parts.mkdir()
-    (parts / terramesh.INFO).write_text("{}")
+def test_files_of_other_shards_are_not_taken_up(root, prepared, tmp_path, monkeypatch):
+    """Nor are they told by their number alone. One that cannot be deleted stops it; a folder may lie elsewhere."""
+    parts, elsewhere = tmp_path / "out.parts", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    parts.symlink_to(elsewhere)
+    claim = json.dumps({"made_from": {}, "ends": {}})
+    (parts / terramesh.CLAIM).write_text(claim)
     for name in ("train", "val"):
         (parts / f"terramesh-{name}.array_record-00000-of-00001").write_bytes(b"of other shards")
+
+    def refused(path):
+        raise PermissionError(path)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(os, "unlink", refused)
+        terramesh.prepare(root, tmp_path / "out")
+    assert (parts / terramesh.CLAIM).read_text() == claim
     terramesh.prepare(root, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(prepared)
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_folder_of_anything_else_is_left_alone(root, tmp_path):
+    parts = tmp_path / "out.parts"
+    parts.mkdir()
+    (parts / terramesh.INFO).write_text("{}")  # a data set that somebody named so
+    with pytest.raises(FileExistsError, match=f"^{parts} holds something else than files of a preparation, which would wait there; move"):
+        terramesh.prepare(root, tmp_path / "out")
+    assert contents(tmp_path) == {f"out.parts/{terramesh.INFO}": b"{}"}
 
 
 def test_files_have_room_for_the_largest_records(root, monkeypatch):

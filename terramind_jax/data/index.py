@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections.abc
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
-_LOOKED_AT = 8  # samples of a store of which one has to be where its index says
+_LOOKED_AT = 256  # shards of a store at most of which one has to hold a sample where its index says
 
 
 class Keys(collections.abc.Sequence):
@@ -172,10 +173,25 @@ class Index:
 
     # -- reading one sample
 
-    def find(self, i: int) -> None:
-        """A `DataError` if sample `i`, in whichever modality is first, is not where the index says."""
-        columns, there = (self._pixels, self.available) if self._pixels else (self._tokens, self.has_tokens)
-        self._read(columns, i, self.modalities[int(there[i].argmax())], 0, 1)
+    def one_a_shard(self) -> Iterator[tuple[int, str]]:
+        """A sample of each shard, and its modality, in random order: of the pixels, or, if there are none, of the tokens.
+
+        It begins with the first sample, for which the sizes of millions are not gone through.
+        """
+        available = self.available if self._pixels else self.has_tokens
+        yield 0, self.modalities[int(available[0].argmax())]
+        found = []
+        for name, column in (self._pixels or self._tokens).items():
+            there = np.flatnonzero(column.sizes())
+            samples = np.full(len(column.shards), -1)
+            samples[column.shard[there if column.rows is None else column.rows[there]]] = there
+            found += [(i, name) for i in samples[samples >= 0].tolist()]
+        for k in np.random.default_rng(0).permutation(len(found)):
+            yield found[k]
+
+    def find(self, i: int, modality: str) -> None:
+        """A `DataError` if the pixels of sample `i`, or its tokens if there are no pixels, are not where the index says."""
+        self._read(self._pixels or self._tokens, i, modality, 0, 1)
 
     def read(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
         """[H, W, C] in the stored dtype: a view, bands last, the first time step. `DataError` if it cannot be read.
@@ -418,7 +434,8 @@ def open_index(
     `root` is a folder, or the URL of one in a store that fsspec knows, whose index has to be there (``data index``).
     Tokens are looked for in ``{modality}_tokens`` under `tokens_root`, by default beside the pixels. A modality without a
     folder, or a key that only some shards hold, is False in ``available``; other folders are ignored. Raises FileNotFoundError
-    where no sample or no index is found, ValueError for an unknown modality and `DataError` for a truncated or damaged tar.
+    where no sample or no index is found, PermissionError where a store lets none be read, ValueError for an unknown modality or the index
+    of other shards, and `DataError` for a truncated or damaged tar.
     Of a folder that ``data prepare`` wrote it is a `records.Records`, which can be read in the same way.
     """
     from terramind_jax.data import records  # which is made of this module's keys
@@ -447,17 +464,27 @@ def open_index(
 
 
 def _check_is_of_store(index: Index, root: str, split: str) -> None:
-    """A ValueError if no sample is where the index says; a store is not listed to see that its shards are those of the index."""
-    for i in np.unique(np.linspace(0, len(index) - 1, _LOOKED_AT).astype(int)).tolist():
+    """A ValueError if none of the samples that are looked at, one a shard in random order, is where the index says.
+
+    A store is not listed to see that its shards are those of the index. The first sample that is found is enough, so this takes one request
+    where all is there, and that some shards, or all of a modality, are missing is only seen when they are read. A PermissionError if one
+    may not be read and none is found.
+    """
+    refused = None
+    for i, modality in itertools.islice(index.one_a_shard(), _LOOKED_AT):
         try:
-            index.find(i)
+            index.find(i, modality)
             return
         except DataError as error:
-            if error.reason == "unreachable":
+            if isinstance(error.__cause__, PermissionError):
+                refused = error.__cause__
+            elif error.reason == "unreachable":
                 return  # nothing is known of the shards
+    if refused:
+        raise refused
     raise ValueError(
-        f"The index of {storage.join(root, split)} is that of other shards, or all of them have changed since: no sample is where it says; "
-        f"make it anew with: terramind-jax data index {root}"
+        f"The index of {storage.join(root, split)} is that of other shards, or these have changed since: none of the samples that were "
+        f"looked at, one a shard, is where it says; make it anew with: terramind-jax data index {root}"
     )
 
 

@@ -45,6 +45,8 @@ def compare(root: str | os.PathLike, split: str, keys: np.ndarray) -> Comparison
             return _compare(parquet.ParquetFile(source), name, split, keys)
     except ImportError:
         return Comparison([], [f"{name} is not compared, for pyarrow is not installed: pip install 'terramind-jax[geo]'."])
+    except (ConnectionError, PermissionError) as error:  # of the storage, which tells nothing of the list
+        return Comparison([], [f"{name} is not compared: {str(error).rstrip('.')}."])
     except (ValueError, OSError) as error:  # what pyarrow raises of a damaged file is either, too
         return Comparison([f"{name} cannot be read ({str(error).splitlines()[0]}); copy it again, or delete it."], [])
 

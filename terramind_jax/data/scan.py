@@ -390,13 +390,13 @@ def open_table(root: str | os.PathLike, split: str, *, rebuild: bool = False) ->
 
 
 def is_there(root: str | os.PathLike, split: str, folder: str = "") -> bool:
-    """Whether a split, or a folder of it, is there: on a disk, or according to the index of a remote store."""
+    """Whether a split, or a folder of it, is there: on a disk, or according to an index of a remote store that may be read."""
     root = os.fspath(root)
     if not is_remote(root):
         return os.path.isdir(os.path.join(root, split, folder))
     try:
         _, found = _open_remote(storage.store(root), root, split)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return False
     return not folder or folder in found.meta["columns"]
 
@@ -412,6 +412,7 @@ def _open_remote(store: RemoteStore, root: str, split: str) -> tuple[str, Table]
         os.replace(partial, path)
     found = table.read(path)
     if found is None or found.meta.get("version") != VERSION:
+        store.find(storage.join(root, split, NAME), required=True)  # it may be there, but not to be read
         raise FileNotFoundError(f"There is no index of {storage.join(root, split)}; make it once with: terramind-jax data index {root}")
     declarations.declare(found.meta.get("modalities", {}), storage.join(root, declarations.NAME))
     return path, found

@@ -145,10 +145,10 @@ class RemoteStore:
         return sorted(self._object(f) for f in files if f["name"].endswith(".tar"))
 
     def read_text(self, path: str) -> str | None:
-        """A small object, None if there is none."""
+        """A small object, None if there is none, or as `find` says."""
         try:
             return self._call(path, "cat_file", path).decode()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
 
     def _object(self, entry: dict[str, Any]) -> Object:
@@ -158,11 +158,18 @@ class RemoteStore:
             raise OSError(f"{entry['name']} cannot be indexed: its server does not tell its size.")
         return Object(entry["name"].rsplit("/", 1)[-1], int(entry["size"]), _version(entry))
 
-    def find(self, path: str) -> Object | None:
-        """One object, None if there is none."""
+    def find(self, path: str, *, required: bool = False) -> Object | None:
+        """One object, None if there is none. What may not be read is not there either, unless it is `required`: a PermissionError.
+
+        For whoever may read a store but not list it is told the same of all that is not there.
+        """
         try:
             return self._object(self._call(path, "info", path))
         except FileNotFoundError:
+            return None
+        except PermissionError:
+            if required:
+                raise
             return None
 
     def get(self, path: str, target: str) -> bool:

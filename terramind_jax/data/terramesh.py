@@ -36,6 +36,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.shards import new_folder
 
 INFO = "prepared.json"  # what a folder was prepared from
+CLAIM = "parts.json"  # what the files of a folder that are not all there yet are made from, and where each ends
 BEAM = "Apache Beam is not installed; install it with: pip install 'terramind-jax[beam]'"
 
 _F = tfds.features
@@ -191,7 +192,7 @@ class Terramesh(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=T
             jobs += [(self._source, split, self._form, *rest) for rest in zip(ends, ends[1:], parts, strict=False)]
         _write_parts(jobs, download_config.beam_options)
         for path in itertools.chain(*targets.values()):
-            os.replace(os.path.join(self._parts, path.name), path)
+            _link(os.path.join(self._parts, path.name), os.fspath(path))
         splits = [
             tfds.core.SplitInfo(
                 name=split,
@@ -202,6 +203,14 @@ class Terramesh(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=T
             for split, paths in targets.items()
         ]
         self.info.set_splits(tfds.core.splits.SplitDict(splits))
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of a file, so that nothing is lost if what follows fails; where none can be given the file is moved."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.move(source, target)
 
 
 def _write_parts(jobs: Sequence[tuple[Any, ...]], options: Any) -> None:
@@ -228,8 +237,8 @@ def prepare(
     `beam_options` are options of a Beam pipeline, such as ``--runner=DirectRunner``; None makes the records in this process. Beam's
     machines have to see `root`, `tokens` and `out` under the same names. `out` appears whole or not at all; until then its files wait in
     ``{out}.parts``, with which the same call goes on after it was killed. If `out` was prepared from the same shards already nothing is
-    done, and anything else there is a FileExistsError. Samples that cannot be read are as bad there as in the shards. Raises ValueError for
-    tokens whose keys are not those of the pixels, ImportError where Beam is missing.
+    done, and anything else there, or in ``{out}.parts``, is a FileExistsError. Samples that cannot be read are as bad there as in the
+    shards. Raises ValueError for tokens whose keys are not those of the pixels, ImportError where Beam is missing.
     """
     root, out = os.fspath(root), os.fspath(out)
     if files.is_remote(out):
@@ -241,29 +250,53 @@ def prepare(
         print(f"{out} is prepared from these shards already; nothing to do.")
         return
     form = _form(indexes)
-    ends = {split: _ends(source, split, form, len(index)) for split, index in indexes.items()}
     parts = os.path.abspath(f"{os.path.normpath(out)}.parts")
-    _claim(parts, made_from | {"form": repr(form), "ends": ends})
+    described = made_from | {"form": repr(form)}
+    ends = _claimed(parts, described)
+    if ends is None:
+        ends = {split: _ends(source, split, form, len(index)) for split, index in indexes.items()}
+        _claim(parts, described, ends)
     with new_folder(out) as partial:
-        builder = Terramesh(data_dir=partial, source=source, ends=ends, form=form, parts=parts)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a temporary folder
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=options))
         for split, index in indexes.items():
             _write_index(os.path.join(partial, split), index, form)
             _copy_tokenizers(source.tokens, partial, split, form["tokens"])
         if own := declarations.of(source.modalities):
             files.write_text(files.folder(partial) / declarations.NAME, json.dumps(own, indent=1))
         files.write_text(files.folder(partial) / INFO, json.dumps(made_from, indent=1))
-    shutil.rmtree(parts, ignore_errors=True)
+        builder = Terramesh(data_dir=partial, source=source, ends=ends, form=form, parts=parts)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a temporary folder
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=options))
+    with contextlib.suppress(OSError):  # what is left of them does no harm
+        _empty(parts)
+        os.rmdir(parts)
     print(f"{os.path.join(out, records.DATASET)} holds {', '.join(f'{len(i)} locations of {split}' for split, i in indexes.items())}.")
 
 
-def _claim(parts: str, made_from: Mapping[str, Any]) -> None:
-    """A folder of files that were made from this; what was made from anything else is deleted."""
-    path, text = files.folder(parts) / INFO, json.dumps(made_from, indent=1)
-    if not path.exists() or path.read_text() != text:
-        shutil.rmtree(parts, ignore_errors=True)
-        files.write_text(path, text)
+def _claimed(parts: str, made_from: Mapping[str, Any]) -> dict[str, list[int]] | None:
+    """The `ends` of the files in a folder that are made from this; None if there are none, or others. A FileExistsError if it is not ours.
+
+    They are not found anew: a sample that cannot be read for a while would change them, and all that is done would be lost.
+    """
+    path = files.folder(parts) / CLAIM
+    if path.exists():
+        claim = json.loads(path.read_text())
+        return claim["ends"] if claim["made_from"] == made_from else None
+    if os.path.lexists(parts) and (not os.path.isdir(parts) or os.listdir(parts)):
+        raise FileExistsError(f"{parts} holds something else than files of a preparation, which would wait there; move or delete it.")
+    return None
+
+
+def _claim(parts: str, made_from: Mapping[str, Any], ends: Mapping[str, Sequence[int]]) -> None:
+    """Makes a folder one of files that are made from this. An error if one that is there cannot be deleted: it would be taken for these."""
+    if os.path.isdir(parts):
+        _empty(parts)
+    files.write_text(files.folder(parts) / CLAIM, json.dumps({"made_from": made_from, "ends": ends}, indent=1))
+
+
+def _empty(parts: str) -> None:
+    """The claim goes last, so that whatever is left stays known as ours."""
+    for name in sorted(os.listdir(parts), key=CLAIM.__eq__):
+        os.unlink(os.path.join(parts, name))
 
 
 def _pipeline_options(options: Sequence[str]) -> Any:
