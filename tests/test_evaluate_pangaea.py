@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from terramind_jax import cli, geo
 from terramind_jax.evaluation import pangaea, results
-from terramind_jax.tasks import datasets, decoders, finetune
+from terramind_jax.tasks import batches, datasets, decoders, finetune
 from terramind_jax.tasks.datasets import pangaea as routed
 from terramind_jax.tasks.datasets import spacenet7
 from terramind_jax.tasks.samples import sample
@@ -131,6 +132,23 @@ def test_months_of_dynamicearthnet(tmp_path):
     np.testing.assert_array_equal(image[..., 1:5], np.moveaxis(days[:6], 1, -1))
     assert not image[..., [0, *range(5, 12)]].any()
     np.testing.assert_array_equal(dataset[0]["target"], mask)
+
+
+def test_bands_of_crops_alone_are_padded(roots):
+    """A crop is that of the whole image, and no more than it is brought to all bands."""
+    dataset, shapes = datasets.load("pangaea", roots / "pastis", of="pastis"), []
+    scale = {m: (np.float32(dataset.facts.mean[m]), np.float32(dataset.facts.std[m])) for m in ("S2L2A", "S1GRD")}
+
+    def watched(images):
+        shapes.append({m: image.shape for m, image in images.items()})
+        return dataset.route(images)
+
+    watching = dataclasses.replace(dataset, route=watched)
+    crop = batches.cut(watching, dataset.unrouted(0), scale, slice(8, 40), slice(2, 34))["inputs"]
+    for m, image in dataset[0]["inputs"].items():
+        np.testing.assert_array_equal(crop[m], ((image - scale[m][0]) / scale[m][1])[:, 8:40, 2:34])
+    next(batches.training(watching, scale, crop=32, batch_size=2))
+    assert len(shapes) > 2 and all(x == {"S2L2A": (6, 32, 32, 10), "S1GRD": (6, 32, 32, 2)} for x in shapes)
 
 
 def test_settings_are_the_published_ones(roots):
