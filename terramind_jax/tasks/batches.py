@@ -67,7 +67,7 @@ def covering(
 
     As of `training`, all turned in one `way`; the view is the window's number.
     """
-    shape = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+    shape = dataset.image_size()
     total, parts = count(dataset, crop, batch_size), windows(shape, crop)
     read = functools.partial(_window, _Reader(dataset), scale, shape, parts, way)
     return iterate(grain.MapDataset.range(0, total)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
@@ -75,7 +75,7 @@ def covering(
 
 def count(dataset: Dataset, crop: int, batch_size: int) -> int:
     """How many windows `covering` gives, those with which it fills up the last batch included."""
-    parts = windows(next(iter(dataset[0]["inputs"].values())).shape[-3:-1], crop)
+    parts = windows(dataset.image_size(), crop)
     return -(-len(dataset) * len(parts) // batch_size) * batch_size
 
 

@@ -100,6 +100,11 @@ class Dataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the first sample's images, which are read."""
+        height, width = next(iter(self.unrouted(0)["inputs"].values())).shape[-3:-1]
+        return height, width
+
     def target(self, i: int) -> Any:
         """The target of sample `i` alone, its classes checked; the images are not read."""
         target = self.read_target(self.samples[i])
