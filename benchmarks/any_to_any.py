@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.data:
         tile = of_folder(arguments.data, arguments.tile, known, side, arguments.lulc_codes)
     else:
-        tile = of_shards(Path(config.data.root), arguments.tile, known, side)
+        tile = of_shards(config.data.root, arguments.tile, known, side)
     inputs, outputs = ([m for m in known if m in names] for names in ({*inputs} & tile.keys(), outputs))
     tokenizers = generate_scenes.load_tokenizers(module, inputs, outputs, generate_scenes.tokenizer_folder(arguments.run))
     network, made = Network(module, variables, tokenizers), {}
@@ -57,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---- the tile ----
 
 
-def of_shards(root: Path, key: str | None, names: Sequence[str], side: int) -> Images:
-    """The centre crop of a held-out sample."""
+def of_shards(root: str | os.PathLike, key: str | None, names: Sequence[str], side: int) -> Images:
+    """The centre crop of a held-out sample of a folder, or of a store's address."""
     index = open_index(root, "val")
-    if key is not None and key not in index.keys:
-        raise SystemExit(f"The shards {root} have no held-out sample {key}.")
-    i = int(index.available.sum(1).argmax()) if key is None else index.keys.find(key)
+    try:
+        i = int(index.available.sum(1).argmax()) if key is None else index.keys.find(key)
+    except KeyError:
+        raise SystemExit(f"The shards {root} have no held-out sample {key}.") from None
     return {m: generation.center(index, i, m, side) for m in names if generation.has(index, i, m)}
 
 

@@ -382,6 +382,15 @@ def command_of(config: ConfigDict) -> str:
     return "train-tokenizer" if "modality" in config.model else "pretrain"
 
 
+def defaults(command: str) -> ConfigDict:
+    """Every field of the configurations that a command takes, see `command_of`."""
+    if command == "finetune":
+        from terramind_jax.tasks.config import finetuning  # which is made of this module's groups
+
+        return finetuning()
+    return tokenizer_training() if command == "train-tokenizer" else pretraining()
+
+
 def check(config: ConfigDict, command: str) -> None:
     """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun.
 
@@ -436,16 +445,18 @@ def of_workdir(workdir: str | os.PathLike) -> ConfigDict:
 def bind_workdir(config: ConfigDict, workdir: str | os.PathLike, *, write: bool = True) -> None:
     """Ties `workdir` to `config`: writes config.json at the first start, afterwards refuses another configuration.
 
-    Only the fields in `FREE` may differ. `write` is False on all processes but the first.
+    Only the fields in `FREE` may differ; one that is newer than the file had its default. `write` is False on all processes but the first.
     """
     path = files.folder(workdir) / "config.json"
     free = FREE if config.train.steps else (*FREE, "train.batch_size")
     if path.exists():
         old, new = _flat(of_workdir(workdir)), _flat(from_json(to_json(config)))
+        usual = _flat(defaults(command_of(config)))
         for field in sorted(old.keys() | new.keys()):
-            if old.get(field) != new.get(field) and not any(field == one or field.startswith(f"{one}.") for one in free):
+            before = old.get(field, usual.get(field))
+            if before != new.get(field) and not any(field == one or field.startswith(f"{one}.") for one in free):
                 raise ValueError(
-                    f"{workdir} holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
+                    f"{workdir} holds a run with {field}={before!r}, not {new.get(field)!r}; "
                     "continue it with the same value or choose another --workdir."
                 )
     if write:

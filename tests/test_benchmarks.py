@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import object_store
 import pytest
 import random_networks
 import tiny_run
@@ -107,7 +108,7 @@ def test_errors_of_missing_bands(scripts):
 
 @pytest.mark.usefixtures("compile_fast")
 def test_a_row_for_each_input_and_a_column_for_each_output(scripts, tmp_path, monkeypatch):
-    """Of shards, and of the same tile as GeoTIFFs; from LULC, the only output, nothing is made."""
+    """Of shards in a store, and of the same tile as GeoTIFFs; from LULC, the only output, nothing is made."""
     script, side, drawn = scripts("any_to_any"), tiny_run.SIZE, []
     encoder = tuple(STREAMS[key] for key in ("untok_dem@224", "untok_sen1grd@224", "tok_lulc@224"))
     module, variables = random_networks.build(encoder, encoder[2:], side)
@@ -117,8 +118,10 @@ def test_a_row_for_each_input_and_a_column_for_each_output(scripts, tmp_path, mo
     config = types.SimpleNamespace(data=types.SimpleNamespace(root=root))
     monkeypatch.setattr(script.pretrain, "load", lambda workdir: (module, variables, config))
     monkeypatch.setattr(script.plot, "images", lambda shown, **options: drawn.append((shown, options)))
-    script.main([str(run), "--tile=s002"])
     index = script.open_index(root, "val")
+    with object_store.serve(root) as (config.data.root, _):
+        script.main([str(run), "--tile=s002"])
+    config.data.root = root
     tile = {m: script.generation.center(index, 2, m, side) for m in ("DEM", "LULC")}
     place = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), side, side)
     for name, image in tile.items():

@@ -169,6 +169,21 @@ def test_a_workdir_belongs_to_one_configuration(config, tmp_path):
     assert configuration.of_workdir(tmp_path).optimizer.learning_rate < 1
 
 
+@pytest.mark.parametrize("command", ["pretrain", "train-tokenizer", "finetune"])
+def test_a_run_that_is_older_than_a_field_goes_on_with_its_default(command, tmp_path):
+    config = configuration.defaults(command)
+    assert configuration.command_of(config) == command
+    old = config.to_dict()
+    del old["optimizer"]["weight_decay"]
+    (tmp_path / "config.json").write_text(configuration.to_json(ConfigDict(old)))
+    usual, config.optimizer.weight_decay = config.optimizer.weight_decay, 0.5
+    with pytest.raises(ValueError, match=rf"holds a run with optimizer\.weight_decay={usual}, not 0\.5"):
+        configuration.bind_workdir(config, tmp_path)
+    config.optimizer.weight_decay = usual
+    configuration.bind_workdir(config, tmp_path)
+    assert configuration.of_workdir(tmp_path) == config
+
+
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the work directory"):
         configuration.of_workdir(tmp_path)

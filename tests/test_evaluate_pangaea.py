@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -11,10 +12,10 @@ import pytest
 
 from terramind_jax import cli, geo
 from terramind_jax.evaluation import pangaea, results
-from terramind_jax.tasks import datasets, decoders, finetune
+from terramind_jax.tasks import batches, datasets, decoders, finetune
 from terramind_jax.tasks.datasets import pangaea as routed
 from terramind_jax.tasks.datasets import spacenet7
-from terramind_jax.tasks.samples import sample
+from terramind_jax.tasks.samples import WRITERS, sample
 
 SIZE = 96
 
@@ -59,68 +60,90 @@ def test_small_images_are_enlarged(roots):
     np.testing.assert_allclose(routed.resized(ramp, 8)[:, 0, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
 
 
+def test_every_data_set_can_be_tried():
+    assert routed.KNOWN.keys() <= WRITERS.keys()
+
+
 def test_tiles_of_spacenet(tmp_path, monkeypatch):
-    """Of months without clouds that are labelled; a mosaic a row short is brought to its size."""
+    """Of months without clouds that are labelled, the rows of a tile alone; a mosaic a row short is brought to its size."""
     monkeypatch.setattr(spacenet7, "AREAS", {"train": "1_1_1 2_2_2", "val": "3_3_3", "test": "4_4_4"})
     monkeypatch.setattr(spacenet7, "SIDE", 64)
     monkeypatch.setattr(spacenet7, "TILE", 16)
-    image = np.random.default_rng(0).integers(0, 255, (63, 64, 4)).astype(np.uint8)
-    months = [{"year": 2018, "month": m, "mask": m == 2, "label": m != 3} for m in (1, 2, 3)]
-    areas = [f"L15-{i}_{i}_{i}_13" for i in (1, 2)]
-    for area in areas:
-        name, folder = f"global_monthly_2018_01_mosaic_{area}", tmp_path / "train" / area
-        geo.write(folder / "images_masked" / f"{name}.tif", image)
-        geo.write(folder / "labels_raster" / f"{name}_Buildings.tif", np.where(image[..., 0] > 99, 255, 0).astype(np.uint8))
-    (tmp_path / "metadata_train.json").write_text(json.dumps(dict.fromkeys(areas, months)))
-    dataset = datasets.load("pangaea", tmp_path, "train", of="spacenet7")
-    assert len(dataset) == 2 * 16 and len(set(dataset.names)) == 32
-    first, last = dataset[0], dataset[15]
-    np.testing.assert_array_equal(first["inputs"]["S2L2A"][..., [3, 2, 1]], image[:16, :16, :3])
-    np.testing.assert_array_equal(last["inputs"]["S2L2A"][..., [3, 2, 1]], image[-16:, -16:, :3])
-    np.testing.assert_array_equal(last["target"], image[-16:, -16:, 0] > 99)
+    sample("spacenet7", tmp_path / "data", count=3, size=64)
+    dataset = datasets.load("pangaea", tmp_path / "data", "train", of="spacenet7")
+    assert len(dataset) == len(set(dataset.names)) == 3 * 16 and "2018_02_mosaic_L15-1_1_1_13" in dataset.names[16]
+    folder = tmp_path / "data/spacenet7/train/L15-1_1_1_13"
+    image, mask = (geo.read(next((folder / kind).glob("*_2018_01_*"))) for kind in ("images_masked", "labels_raster"))
+    assert image.shape == (63, 64, 4) and set(np.unique(mask)) == {0, 255}
+    image, mask = (x[((np.arange(64) + 0.5) * 63 / 64).astype(int)] for x in (image, mask))
+    read, lengths = geo.read_valid, []
+
+    def watched(*arguments, **options):
+        found = read(*arguments, **options)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(geo, "read_valid", watched)
+    for i in range(16):
+        tile, at = dataset[i], np.s_[i // 4 * 16 :, i % 4 * 16 :]
+        np.testing.assert_array_equal(tile["inputs"]["S2L2A"][..., [3, 2, 1]], image[at][:16, :16, :3])
+        np.testing.assert_array_equal(tile["target"], mask[at][:16, :16, 0] == 255)
+    assert lengths == [16] * 32
+    (tmp_path / "data/spacenet7/train/L15-3_3_3_13").rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match="SpaceNet-7 is not complete in .*: train/L15-3_3_3_13 is not there; get it from"):
-        datasets.load("pangaea", tmp_path, "val", of="spacenet7")
+        datasets.load("pangaea", tmp_path / "data", "val", of="spacenet7")
 
 
 def test_the_latest_images_of_crop_types(tmp_path):
     """Six, the last one first; a shorter series ends with zeros, a damaged file is left out, and only four crops count."""
-    root, truth = tmp_path / "southsudan", np.arange(64 * 64).reshape(64, 64) % 7
-    for folder in ("npy", "truth"):
-        (root / folder).mkdir(parents=True)
-    series = {m: np.random.default_rng(0).uniform(1, 9, (bands, 64, 64, 8)).astype(np.float32) for m, bands in (("s2", 10), ("s1", 3))}
-    for i, times in ((1, 8), (2, 4), (3, 8)):
-        np.savez(root / "npy" / f"southsudan_{i:06d}.npz", s2=series["s2"], s1=series["s1"][..., :times])
-        np.savez(root / "truth" / f"southsudan_{i:06d}.npz", truth=truth)
-    (root / "npy" / "southsudan_000003.npz").write_bytes(b"no zip")
-    (root / "list_eval_partition.csv").write_text("id,partition\n1,0\n2,0\n3,0\n1,1\n")
-    dataset = datasets.load("pangaea", tmp_path, "train", of="croptypemapping")
+    sample("croptypemapping", tmp_path / "data", count=3)
+    stored, truth = ([tmp_path / f"data/southsudan/{folder}/southsudan_{i:06d}.npz" for i in (1, 2, 3)] for folder in ("npy", "truth"))
+    series, crops = np.load(stored[0]), np.load(truth[0])["truth"]
+    assert series["s2"].shape == (10, 64, 64, 8) and series["s1"].shape == (3, 64, 64, 9) and {0, 5} < set(np.unique(crops))
+    np.savez(stored[1], s2=series["s2"], s1=series["s1"][..., :4])
+    stored[2].write_bytes(b"no zip")
+    dataset = datasets.load("pangaea", tmp_path / "data", "train", of="croptypemapping")
     assert dataset.names == ("southsudan_000001", "southsudan_000002")
     whole, short = dataset[0]["inputs"], dataset[1]["inputs"]["S1GRD"]
     assert whole["S2L2A"].shape == (6, 64, 64, 12) and not whole["S2L2A"][..., [0, 9]].any()
     np.testing.assert_array_equal(whole["S2L2A"][2, ..., 1:9], np.moveaxis(series["s2"][:8, ..., 5], 0, -1))
     np.testing.assert_array_equal(short[:4], series["s1"][:2, ..., 3::-1].transpose(3, 1, 2, 0))
     assert short.shape == (6, 64, 64, 2) and not short[4:].any()
-    np.testing.assert_array_equal(dataset[0]["target"], np.where((truth > 0) & (truth < 5), truth - 1, -1))
-    config = pangaea.configuration(pangaea.Settings(), "random", "terramind_v1_base", "croptypemapping", tmp_path)
+    np.testing.assert_array_equal(dataset[0]["target"], np.where((crops > 0) & (crops < 5), crops.astype(int) - 1, -1))
+    config = pangaea.configuration(pangaea.Settings(), "random", "terramind_v1_base", "croptypemapping", tmp_path / "data")
     assert config.model.time == "ltae" and config.data.options.resize == 224
 
 
 def test_months_of_dynamicearthnet(tmp_path):
     """Their first six days; folders are named otherwise in the splits, and labels by another suffix."""
-    days, mask = np.random.default_rng(0).integers(0, 3000, (7, 4, 32, 32)).astype(np.int16), np.arange(1024).reshape(32, 32) % 6
-    folders = [tmp_path / name for name in ("dynnet_training_splits", "planet/10N", "labels/10N")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-    for day, image in enumerate(days, 1):
-        np.save(folders[1] / f"2018-01-{day:02d}.npy", image)
-    np.save(folders[2] / "2018-01.npy", mask)
-    (folders[0] / "train.txt").write_text("/reprocess-cropped/UTM-24000/10N /labels/10N/2018-01.tif 2018-01\n")
-    dataset = datasets.load("pangaea", tmp_path, "train", of="dynamicearthnet")
-    assert dataset.names == ("planet/10N/2018-01",)
+    sample("dynamicearthnet", tmp_path / "data", count=1, size=48)
+    assert "/reprocess-cropped/UTM-24000/10N" in (tmp_path / "data/dynnet_training_splits/train.txt").read_text()
+    folder = tmp_path / "data/planet/10N/0001_13"
+    days = np.stack([np.load(folder / f"2018-01-{day:02d}.npy") for day in range(1, 7)])
+    np.save(folder / "2018-01-07.npy", days[0])
+    dataset = datasets.load("pangaea", tmp_path / "data", "train", of="dynamicearthnet")
+    assert dataset.names == ("planet/10N/0001_13/2018-01",)
     image = dataset[0]["inputs"]["S2L2A"]
-    np.testing.assert_array_equal(image[..., 1:5], np.moveaxis(days[:6], 1, -1))
-    assert not image[..., [0, *range(5, 12)]].any()
-    np.testing.assert_array_equal(dataset[0]["target"], mask)
+    np.testing.assert_array_equal(image[..., 1:5], np.moveaxis(days, 1, -1))
+    assert days.any((0, 2, 3)).all() and not image[..., [0, *range(5, 12)]].any()
+    np.testing.assert_array_equal(dataset[0]["target"], np.load(tmp_path / "data/labels/10N/0001_13/2018-01.npy"))
+
+
+def test_bands_of_crops_alone_are_padded(roots):
+    """A crop is that of the whole image, and no more than it is brought to all bands."""
+    dataset, shapes = datasets.load("pangaea", roots / "pastis", of="pastis"), []
+    scale = {m: (np.float32(dataset.facts.mean[m]), np.float32(dataset.facts.std[m])) for m in ("S2L2A", "S1GRD")}
+
+    def watched(images):
+        shapes.append({m: image.shape for m, image in images.items()})
+        return dataset.route(images)
+
+    watching = dataclasses.replace(dataset, route=watched)
+    crop = batches.cut(watching, dataset.unrouted(0), scale, slice(8, 40), slice(2, 34))["inputs"]
+    for m, image in dataset[0]["inputs"].items():
+        np.testing.assert_array_equal(crop[m], ((image - scale[m][0]) / scale[m][1])[:, 8:40, 2:34])
+    next(batches.training(watching, scale, crop=32, batch_size=2))
+    assert len(shapes) > 2 and all(x == {"S2L2A": (6, 32, 32, 10), "S1GRD": (6, 32, 32, 2)} for x in shapes)
 
 
 def test_settings_are_the_published_ones(roots):

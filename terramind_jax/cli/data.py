@@ -17,9 +17,11 @@ def add_commands(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     text = "write a tiny copy of a published downstream data set, made of the embedded world, in its own layout"
     parser = add(actions, "sample", text, _sample)
-    parser.add_argument("dataset", metavar="DATASET", help="sen1floods11, burnscars, mados, pastis or eurosat")
+    text = "sen1floods11, burnscars, mados, pastis, eurosat, croptypemapping, dynamicearthnet or spacenet7"
+    parser.add_argument("dataset", metavar="DATASET", help=text)
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--count", type=int, default=4, metavar="N", help="training samples, of EuroSAT a class; default: 4")
+    text = "training samples, of EuroSAT a class, of SpaceNet-7 mosaics; default: 4"
+    parser.add_argument("--count", type=int, default=4, metavar="N", help=text)
     parser.add_argument("--size", type=int, metavar="S", help="side of the images in pixels; default: the original's")
     parser.add_argument("--seed", type=int, default=0)
     parser = add(actions, "pack", "turn a folder of GeoTIFFs, MODALITY/NAME.tif, of any size and CRS into shards", _pack)

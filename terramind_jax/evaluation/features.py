@@ -111,7 +111,7 @@ def extract(
     network: Network, dataset: Dataset, scale: Mapping, *, layer: int = -1, resize: int | None = None, batch_size: int = 32
 ) -> Features:
     """The features of one split; of an image that windows cover their mean. `scale` is of `finetune.scale_of`."""
-    size = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+    size = dataset.image_size()
     crop = min(size) // PATCH_SIZE * PATCH_SIZE if resize is None else min(size)
     if not crop:
         raise ValueError(f"The images of {dataset.facts.title} are {size[0]}x{size[1]} pixels; give them a size of at least {PATCH_SIZE}.")

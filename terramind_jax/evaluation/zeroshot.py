@@ -55,7 +55,7 @@ def run(
     with results.folder(out) as partial:
         network = generate_scenes.load_network(weights, model, inputs, [COVER], tokenizers)
         generate.check_names(network.module, inputs, [COVER], network.tokenizers)
-        batches.check_crop(dataset, network.module.config.image_size, next(iter(dataset[0]["inputs"].values())).shape[:2])
+        batches.check_crop(dataset, network.module.config.image_size, dataset.image_size())
         total, each, shown = np.zeros((2, 2), np.int64), [], []
         for i in tqdm(range(len(dataset))[:limit], split, unit="chip", dynamic_ncols=True):
             chip = dataset[i]

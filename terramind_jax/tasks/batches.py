@@ -67,7 +67,7 @@ def covering(
 
     As of `training`, all turned in one `way`; the view is the window's number.
     """
-    shape = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+    shape = dataset.image_size()
     total, parts = count(dataset, crop, batch_size), windows(shape, crop)
     read = functools.partial(_window, _Reader(dataset), scale, shape, parts, way)
     return iterate(grain.MapDataset.range(0, total)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
@@ -75,7 +75,7 @@ def covering(
 
 def count(dataset: Dataset, crop: int, batch_size: int) -> int:
     """How many windows `covering` gives, those with which it fills up the last batch included."""
-    parts = windows(next(iter(dataset[0]["inputs"].values())).shape[-3:-1], crop)
+    parts = windows(dataset.image_size(), crop)
     return -(-len(dataset) * len(parts) // batch_size) * batch_size
 
 
@@ -84,7 +84,7 @@ def count(dataset: Dataset, crop: int, batch_size: int) -> int:
 
 def _random_crop(dataset: Dataset, scale: Mapping, crop: int, seed: int, d4: bool, focus: bool, position: int) -> Batch:
     place = order.place(position, len(dataset), seed)
-    sample = dataset[place.rank]
+    sample = dataset.unrouted(place.rank)
     rng = order.generator("crop", seed, place.epoch, place.rank)
     size = next(iter(sample["inputs"].values())).shape[-3:-1]
     check_crop(dataset, crop, size)
@@ -117,8 +117,9 @@ def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list
 
 
 def cut(dataset: Dataset, sample: Mapping[str, Any], scale: Mapping, rows: slice, columns: slice) -> Batch:
-    """A window of a sample, standardised, and which of its targets are known."""
-    inputs = {m: (x[..., rows, columns, :] - scale[m][0]) / scale[m][1] for m, x in sample["inputs"].items()}
+    """A window of an unrouted sample, routed and standardised, and which of its targets are known."""
+    inputs = dataset.route({m: x[..., rows, columns, :] for m, x in sample["inputs"].items()})
+    inputs = {m: (x - scale[m][0]) / scale[m][1] for m, x in inputs.items()}
     target = np.asarray(sample["target"], np.float32 if isinstance(sample["target"], float) else None)
     target = target[rows, columns] if dataset.facts.task in ("segmentation", "regression") else target
     valid = _known(dataset, target)
@@ -183,5 +184,5 @@ class _Reader:
     def __call__(self, i: int) -> Any:
         kept = self.kept
         if kept is None or kept[0] != i:
-            self.kept = kept = (i, self.dataset[i])
+            self.kept = kept = (i, self.dataset.unrouted(i))
         return kept[1]

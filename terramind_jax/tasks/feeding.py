@@ -95,7 +95,7 @@ def open_feed(
 
 def has_whole_images(config: ConfigDict, dataset: Dataset) -> bool:
     """Whether crops are whole images."""
-    return set(next(iter(dataset[0]["inputs"].values())).shape[-3:-1]) == {config.data.crop}
+    return set(dataset.image_size()) == {config.data.crop}
 
 
 def is_seen_in_one_way(config: ConfigDict, dataset: Dataset) -> bool:

@@ -164,7 +164,7 @@ def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     config.run.eval_every = config.run.eval_every or steps
     config.run.checkpoint_every = config.run.checkpoint_every or steps
     if not config.data.crop:
-        height, width = next(iter(dataset[0]["inputs"].values())).shape[-3:-1]
+        height, width = dataset.image_size()
         if height != width or height % PATCH_SIZE:
             raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
         config.data.crop = height
@@ -181,7 +181,7 @@ def open_split(config: ConfigDict, split: str) -> Dataset:
     data, wanted = config.data, config.model.modalities
     dataset = datasets.load(data.dataset, data.root, split, **data.options.to_dict())
     dataset = dataset.only(wanted) if wanted else dataset
-    batches.check_crop(dataset, data.crop, next(iter(dataset[0]["inputs"].values())).shape[-3:-1])
+    batches.check_crop(dataset, data.crop, dataset.image_size())
     if split != "train" or data.labels == 1:
         return dataset
     return dataset.select(np.sort(_drawn(dataset, data.labels, data.strata, config.train.seed)))

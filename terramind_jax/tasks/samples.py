@@ -1,7 +1,8 @@
 """``data sample``: tiny copies of the published downstream data sets, made of the embedded world, to try fine-tuning without data.
 
-Files, names, dtypes and missing values are those of the originals; so are sizes, unless told otherwise. What the embedded world has not,
-burn scars, parcels' seasons, marine debris, is painted onto it: enough to be learned from, and nothing to draw conclusions from.
+Files, names, dtypes and missing values are those of the originals, of CropTypeMapping, DynamicEarthNet and SpaceNet-7 what PANGAEA's
+readers expect; so are sizes, unless told otherwise. What the embedded world has not, burn scars, parcels' seasons, marine debris, is
+painted onto it: enough to be learned from, and nothing to draw conclusions from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from terramind_jax import geo
 from terramind_jax.data import shards, world
 from terramind_jax.modalities import S2L1C_BANDS, S2L2A_BANDS
-from terramind_jax.tasks.datasets import burnscars, eurosat, mados, pastis, sen1floods11
+from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, eurosat, mados, pastis, sen1floods11, spacenet7
 
 WATER, CLOUDS = 1, 8  # LULC codes
 
@@ -24,7 +25,8 @@ WATER, CLOUDS = 1, 8  # LULC codes
 def sample(name: str, out: str | os.PathLike, *, count: int = 4, size: int | None = None, seed: int = 0) -> None:
     """Writes a copy of the data set `name` to `out`: `count` training samples and half as many, one at least, of each other split.
 
-    `size` is the images' side in pixels, by default the original's; MADOS needs a multiple of 12. `out` appears only when it is complete.
+    Of EuroSAT they are images of every class, of SpaceNet-7 mosaics of 16 tiles. `size` is the images' side in pixels, by default the
+    original's; MADOS needs a multiple of 12. `out` appears only when it is complete.
     Raises ValueError for unknown names and sizes, FileExistsError if `out` holds something.
     """
     if name not in WRITERS:
@@ -197,6 +199,91 @@ def _save(path: str, array: np.ndarray) -> None:
     np.save(path, array)
 
 
+# ---- CropTypeMapping-SS ----
+
+
+def _croptypemapping(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """As of PASTIS-R land covers are the crops; on the border nothing grows, and beside it a crop that does not count."""
+    root, rows = os.path.join(root, "southsudan"), ["id,partition"]
+    for folder in ("npy", "truth"):
+        os.makedirs(os.path.join(root, folder))
+    parts = [part for part, count in enumerate(counts.values()) for _ in range(count)]
+    for number, (part, scene) in enumerate(zip(parts, scenes(seed, size, sar=True), strict=False), 1):
+        crop = 1 + scene.arrays["LULC"][:size, :size, 0] % 4
+        crop[:, :2] = 0, 5
+        optical = _optical(scene, size, croptypemapping.FACTS.bands["S2L2A"])
+        radar = scene.arrays["S1GRD"][:size, :size].astype(np.float32)
+        green = [np.sin(2 * np.pi * np.linspace(0, 1, times)[:, None, None] + crop) for times in (8, 9)]  # [T, H, W]
+        series = _seasons(optical, green[0]), _backscatter(radar, green[1], np.random.default_rng((seed, number)))
+        s2, s1 = (np.moveaxis(x, 0, -1).astype(np.float32) for x in series)
+        name = f"southsudan_{number:06d}.npz"
+        np.savez(os.path.join(root, "npy", name), s2=s2, s1=s1)
+        np.savez(os.path.join(root, "truth", name), truth=crop)
+        rows.append(f"{number},{part}")
+    _write_lines(os.path.join(root, "list_eval_partition.csv"), rows)
+
+
+# ---- DynamicEarthNet ----
+
+EARTH = (4, 5, 2, 3, 1, 0, 4, 4, 4, 2)  # the class that stands for each LULC code
+
+
+def _dynamicearthnet(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Land cover as the world has it, all days of a month alike but for noise."""
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        lines = []
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            rng, place = np.random.default_rng((seed, number)), f"10N/{number:04d}_13"
+            image = np.moveaxis(_optical(scene, size, ("BLUE", "GREEN", "RED", "NIR_BROAD")), -1, 0)
+            for day in dynamicearthnet.DAYS:
+                seen = image * rng.normal(1, 0.02, image.shape).astype(np.float32)
+                _save(os.path.join(root, "planet", place, f"2018-01-{day:02d}.npy"), np.maximum(seen, 1).round().astype(np.int16))
+            label = np.uint8(EARTH)[scene.arrays["LULC"][:size, :size, 0]]
+            _save(os.path.join(root, "labels", place, "2018-01.npy"), label)
+            lines.append(f"/reprocess-cropped/UTM-24000/{place} /labels/{place}/2018-01.tif 2018-01")
+        _write_lines(os.path.join(root, "dynnet_training_splits", f"{split}.txt"), lines)
+
+
+# ---- SpaceNet-7 ----
+
+
+def _spacenet7(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Bright squares are the buildings of `count` mosaics, a pixel short; of every area two months are left out."""
+    root, source = os.path.join(root, "spacenet7"), scenes(seed, size)
+    left_out = [{"year": 2017, "month": 11, "mask": True, "label": True}, {"year": 2017, "month": 12, "mask": False, "label": False}]
+    months = {}
+    for split, count in counts.items():
+        areas = [f"L15-{area}_13" for area in spacenet7.AREAS[split].split()]
+        for area in areas:
+            os.makedirs(os.path.join(root, "train", area))
+            months[area] = list(left_out)
+        for number in range(count):
+            area, at = areas[number % len(areas)], number // len(areas)
+            year, month = 2018 + at // 12, 1 + at % 12
+            months[area].append({"year": year, "month": month, "mask": False, "label": True})
+            rng = np.random.default_rng((seed, number, list(counts).index(split)))
+            image, label = _mosaic(next(source), rng, size)
+            folder, name = os.path.join(root, "train", area), f"global_monthly_{year}_{month:02d}_mosaic_{area}"
+            geo.write(os.path.join(folder, "images_masked", f"{name}.tif"), image)
+            geo.write(os.path.join(folder, "labels_raster", f"{name}_Buildings.tif"), label)
+    with open(os.path.join(root, "metadata_train.json"), "w", encoding="utf-8") as f:
+        json.dump(months, f)
+
+
+def _mosaic(scene: world.Scene, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Red, green, blue and alpha ``[size - 1, size, 4]`` uint8, two columns without data, and buildings 255."""
+    cell = max(1, size // 24)
+    built = np.kron(rng.random((12, 12)) < 0.2, np.ones((cell, cell), bool))
+    built = np.pad(built, [(0, size - len(built))] * 2)[:-1]
+    image = np.clip(_optical(scene, size, spacenet7.BANDS)[:-1] / 12, 0, 255)
+    image = np.where(built[..., None], 255 - image / 4, image)
+    image = np.pad(image, [(0, 0), (0, 0), (0, 1)], constant_values=255).astype(np.uint8)
+    image[:, -2:] = 0
+    return image, np.where(built, 255, 0).astype(np.uint8)
+
+
 # ---- EuroSAT ----
 
 
@@ -231,4 +318,7 @@ WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] 
     "mados": (_mados, 240),
     "pastis": (_pastis, 128),
     "eurosat": (_eurosat, 64),
+    "croptypemapping": (_croptypemapping, 64),
+    "dynamicearthnet": (_dynamicearthnet, 1024),
+    "spacenet7": (_spacenet7, 1024),
 }

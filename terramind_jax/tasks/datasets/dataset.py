@@ -58,6 +58,10 @@ class Sample:
     dates: Mapping[str, np.ndarray] | None = None  # of time series: int32 [T] days since the data set's reference date
 
 
+def _as_read(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return inputs
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A split of a data set; ``dataset[i]`` is ``{"inputs", "target", "name"}``, and ``"dates"`` where there are time series.
@@ -71,6 +75,7 @@ class Dataset:
     samples: tuple[Sample, ...]
     read_inputs: Callable[[Sample], dict[str, np.ndarray]]
     read_target: Callable[[Sample], Any]
+    route: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = _as_read  # what is read to inputs, each pixel alone
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -80,6 +85,11 @@ class Dataset:
         return len(self.samples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = self.unrouted(i)
+        return {**sample, "inputs": self.route(sample["inputs"])}
+
+    def unrouted(self, i: int) -> dict[str, Any]:
+        """Sample `i` with the inputs that `route` takes, of which a crop costs less to route."""
         sample = self.samples[i]
         inputs = self.read_inputs(sample)
         target = self.target(i)
@@ -89,6 +99,11 @@ class Dataset:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the first sample's images, which are read."""
+        height, width = next(iter(self.unrouted(0)["inputs"].values())).shape[-3:-1]
+        return height, width
 
     def target(self, i: int) -> Any:
         """The target of sample `i` alone, its classes checked; the images are not read."""
@@ -185,7 +200,7 @@ def statistics(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """``{modality: (mean, standard deviation)}`` a band, ``[C]`` float32, over all pixels of a split; reads every image."""
     sums: dict[str, np.ndarray] = {}
     for sample in dataset.samples:
-        for modality, image in dataset.read_inputs(sample).items():
+        for modality, image in dataset.route(dataset.read_inputs(sample)).items():
             flat = image.reshape(-1, image.shape[-1]).astype(np.float64)
             sums[modality] = sums.get(modality, 0) + np.stack([np.full(flat.shape[1], len(flat)), flat.sum(0), np.square(flat).sum(0)])
     found = {}

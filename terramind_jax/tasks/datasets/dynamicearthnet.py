@@ -47,7 +47,7 @@ def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
 
 def read_inputs(sample: Sample) -> dict[str, np.ndarray]:
     """``{"S2L2A": [6, H, W, 4]}``."""
-    return {"S2L2A": np.stack([np.moveaxis(np.load(path), 0, -1) for path in sample.inputs]).astype(np.float32)}
+    return {"S2L2A": np.moveaxis(np.stack([np.load(path) for path in sample.inputs], dtype=np.float32), 1, -1)}
 
 
 def read_target(sample: Sample) -> np.ndarray:

@@ -45,8 +45,9 @@ def dataset(root: str | os.PathLike, split: str = "train", *, of: str = "", limi
     facts = routed(original.facts)
     places = {m: places_of(original.facts.bands[m], facts.bands[ENTERS_AS[m]]) for m in original.facts.bands}
     samples = tuple(dataclasses.replace(sample, dates=None) for sample in original.samples[:limit])  # its L-TAE is told no days
-    read_inputs = functools.partial(_read_inputs, original.read_inputs, places, resize)
-    return Dataset(facts, split, samples, read_inputs, functools.partial(_read_target, original.read_target, resize))
+    read_inputs = functools.partial(_read_inputs, original.read_inputs, resize)
+    read_target = functools.partial(_read_target, original.read_target, resize)
+    return Dataset(facts, split, samples, read_inputs, read_target, functools.partial(_route, places))
 
 
 def routed(facts: Facts) -> Facts:
@@ -79,11 +80,17 @@ def _weights(length: int, side: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(length))).astype(np.float32)
 
 
-def _read_inputs(read, places: Mapping[str, Sequence[int]], resize: int | None, sample: Sample) -> dict[str, np.ndarray]:
+def _read_inputs(read, resize: int | None, sample: Sample) -> dict[str, np.ndarray]:
+    return {name: image if resize is None else resized(image, resize) for name, image in read(sample).items()}
+
+
+def _route(places: Mapping[str, Sequence[int]], images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the images enter as, with all of its bands, of any window of them."""
     found = {}
-    for name, image in read(sample).items():
-        image = np.stack([np.zeros_like(image[..., 0]) if i == ABSENT else image[..., i] for i in places[name]], axis=-1)
-        found[ENTERS_AS[name]] = image if resize is None else resized(image, resize)
+    for name, image in images.items():
+        there = [i for i, at in enumerate(places[name]) if at != ABSENT]
+        found[ENTERS_AS[name]] = np.zeros((*image.shape[:-1], len(places[name])), image.dtype)
+        found[ENTERS_AS[name]][..., there] = image[..., [places[name][i] for i in there]]
     return found
 
 

@@ -77,13 +77,13 @@ def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
 def read_inputs(sample: Sample) -> dict[str, np.ndarray]:
     """The tile of a mosaic, 0 where it has no data."""
     path, *corner = sample.inputs
-    return {"S2L2A": np.nan_to_num(_tile(geo.read_valid(path, (*BANDS, "alpha"), "S2L2A", BANDS), *corner), nan=0.0)}
+    return {"S2L2A": np.nan_to_num(_tile(path, *corner, (*BANDS, "alpha"), "S2L2A", BANDS), nan=0.0)}
 
 
 def read_target(sample: Sample) -> np.ndarray:
     """1 where there is a building."""
     path, *corner = sample.target
-    return (_tile(geo.read_valid(path, ("label",), "a mask"), *corner)[..., 0] > 0).astype(np.int32)
+    return (_tile(path, *corner, ("label",), "a mask")[..., 0] > 0).astype(np.int32)
 
 
 def _samples(root: str, area: str, month: Mapping) -> list[Sample]:
@@ -94,8 +94,9 @@ def _samples(root: str, area: str, month: Mapping) -> list[Sample]:
     return [Sample(f"{name}_{top}_{left}", (image, top, left), (mask, top, left)) for top, left in corners]
 
 
-def _tile(image: np.ndarray, top: int, left: int) -> np.ndarray:
-    """A tile of ``[H, W, C]``, seen as `SIDE` pixels a side."""
-    height, width = image.shape[:2]
-    rows, columns = np.arange(top, top + TILE), np.arange(left, left + TILE)
-    return image[((rows + 0.5) * height / SIDE).astype(int)[:, None], ((columns + 0.5) * width / SIDE).astype(int)]
+def _tile(path: str, top: int, left: int, *what) -> np.ndarray:
+    """A tile ``[TILE, TILE, C]`` of a raster, seen as `SIDE` pixels a side; no other rows are read. `what` is for `geo.read_valid`."""
+    place = geo.place(path)
+    rows = ((np.arange(top, top + TILE) + 0.5) * place.height / SIDE).astype(int)
+    columns = ((np.arange(left, left + TILE) + 0.5) * place.width / SIDE).astype(int)
+    return geo.read_valid(path, *what, rows=(int(rows[0]), int(rows[-1]) + 1))[(rows - rows[0])[:, None], columns]
