@@ -44,6 +44,7 @@ setup(
         "huggingface_hub>=0.30",
         "fsspec>=2024.6",
         "safetensors>=0.5",
+        "zlib-ng>=0.5",
         "tokenizers>=0.20",
         "matplotlib>=3.8",
         "tensorboardX>=2.6",

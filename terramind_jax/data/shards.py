@@ -27,6 +27,8 @@ from terramind_jax.data.errors import DataError
 SAMPLE_SUFFIX = ".zarr.zip"
 TOKEN_SUFFIX = ".npy"
 
+ZSTD = numcodecs.Blosc("zstd", clevel=3, shuffle=numcodecs.Blosc.SHUFFLE)
+
 _DIMENSIONS = {4: ("time", "band", "y", "x"), 3: ("time", "y", "x"), 2: ("y", "x"), 1: ("time",), 0: ()}
 _NUMBERS = ("bool", "int", "uint", "float", "complex")  # data types of format 3, without their bits
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: equal arrays give equal bytes
@@ -41,8 +43,9 @@ def write_sample(
     attrs: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     array_attrs: Mapping[str, Mapping[str, Any]] | None = None,
+    codec: numcodecs.abc.Codec = ZSTD,
 ) -> bytes:
-    """The bytes of one ``.zarr.zip``: one zstd chunk an array, consolidated metadata, dimension names for xarray.
+    """The bytes of one ``.zarr.zip``: one chunk an array, encoded by `codec`, consolidated metadata, dimension names for xarray.
 
     `arrays` are stored as they are (``bands`` is [time, band, y, x]); `dims` names the axes of arrays that are not laid out so;
     `attrs` belong to the group, `array_attrs[name]` to one array.
@@ -56,11 +59,11 @@ def write_sample(
         names = tuple((dims or {}).get(name, _DIMENSIONS.get(array.ndim, ())))
         if len(names) != array.ndim:
             raise ValueError(f"Array {name!r} has {array.ndim} axes but {len(names)} dimension names {names}; give dims[{name!r}].")
-        codec = numcodecs.Blosc("zstd", clevel=3, shuffle=numcodecs.Blosc.SHUFFLE) if array.size > 1 else None
-        metadata[f"{name}/.zarray"] = _array_metadata(array, codec)
+        used = codec if array.size > 1 else None
+        metadata[f"{name}/.zarray"] = _array_metadata(array, used)
         metadata[f"{name}/.zattrs"] = {"_ARRAY_DIMENSIONS": list(names), **(array_attrs or {}).get(name, {})}
         if array.size:
-            chunks[f"{name}/" + ".".join("0" * max(array.ndim, 1))] = array.tobytes() if codec is None else _encoded(codec, array)
+            chunks[f"{name}/" + ".".join("0" * max(array.ndim, 1))] = array.tobytes() if used is None else _encoded(used, array)
     files = {".zmetadata": json.dumps({"metadata": metadata, "zarr_consolidated_format": 1}).encode()}
     files |= {name: json.dumps(value).encode() for name, value in metadata.items()}
     return _stored_zip(files | chunks)

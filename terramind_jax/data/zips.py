@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
+
+from zlib_ng.zlib_ng import crc32  # more than ten times as fast as the standard library's
 
 from terramind_jax.data.tars import Read
 
@@ -75,7 +76,7 @@ def split(piece: bytes | memoryview) -> dict[str, memoryview]:
             break
         member = view[start : start + size]
         key = bytes(view[at + _LOCAL.size : at + _LOCAL.size + name]).decode("utf-8", "replace")
-        if zlib.crc32(member) != checksum:
+        if crc32(member) != checksum:
             raise ValueError(f"the checksum of {key!r} does not agree")
         found[key], at = member, start + size
     return found
