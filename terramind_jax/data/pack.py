@@ -94,7 +94,7 @@ def pack(
     ValueError or FileNotFoundError, one sentence naming the file.
     """
     if os.path.isdir(out) and os.listdir(out):
-        raise FileExistsError(f"{out} is not empty; give --out a new folder, or delete it first.")
+        raise FileExistsError(f"{out} is not empty; give another folder, or delete it first.")
     scenes = find_scenes(src)
     _check_codes(scenes, lulc_codes)
     scenes = _looked_at(_with_offsets(scenes, offsets or {}))
