@@ -225,6 +225,9 @@ def test_folders_and_files_that_cannot_be_packed(src, tmp_path):
     (src / "S2L2A").rename(src / "s2-l2a")
     with pytest.raises(ValueError, match="s2-l2a is no modality; rename it to S2L2A"):
         pack(str(src), str(tmp_path / "out"))
+    (src / "s2-l2a").rename(src / "Sentinel2")
+    with pytest.warns(UserWarning, match="Sentinel2 in .* hold GeoTIFFs and are left out; folders are named after .*S2L2A"):
+        find_scenes(str(src))
 
 
 def test_a_failed_pack_leaves_nothing_and_can_be_repeated(src, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import glob
 import hashlib
 import json
 import os
@@ -187,10 +188,14 @@ def find_scenes(src: str) -> list[Scene]:
 
 def _check_folders(src: str) -> None:
     """Other folders are none of ours, but "s2_l2a" is a modality misspelt, and leaving it out silently would lose data."""
-    for entry in sorted(os.listdir(src)) if os.path.isdir(src) else []:
+    others = [entry for entry in sorted(os.listdir(src)) if entry not in registry.MODALITIES] if os.path.isdir(src) else []
+    for entry in others:
         meant = re.sub(r"[^A-Z0-9]", "", entry.upper())
-        if entry not in registry.MODALITIES and meant in registry.MODALITIES and os.path.isdir(os.path.join(src, entry)):
+        if meant in registry.MODALITIES and os.path.isdir(os.path.join(src, entry)):
             raise ValueError(f"Folder {os.path.join(src, entry)} is no modality; rename it to {meant} if it holds that.")
+    if left_out := [entry for entry in others if glob.glob(os.path.join(glob.escape(src), glob.escape(entry), "*.tif"))]:
+        known = ", ".join(m.name for m in registry.MODALITIES.values() if m.is_image)
+        warnings.warn(f"{', '.join(left_out)} in {src} hold GeoTIFFs and are left out; folders are named after {known}.", stacklevel=4)
 
 
 def _scene(name: str, files: dict[str, str]) -> Scene:
