@@ -226,3 +226,13 @@ def test_what_cannot_be_generated(weights, tmp_path, capsys, arguments, message)
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_codes_of_true_land_cover_are_declared(weights, tmp_path, capsys):
+    for name in ("DEM", "LULC"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        geo.write(tmp_path / "data" / name / "a.tif", np.ones((PLACE.height, PLACE.width, 1), np.uint8), like=PLACE, modality=name)
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={tmp_path / 'data'}", "--from=DEM", "--to=LULC"]
+    assert cli.main([*command, f"--out={tmp_path / 'out'}"]) == 2
+    assert "The codes of LULC are not declared; say with --lulc_codes what they are" in capsys.readouterr().err
+    assert cli.main([*command, f"--out={tmp_path / 'out'}", "--lulc_codes=terramesh"]) == 0

@@ -118,6 +118,8 @@ def run(
         [of(name).modality for name in names] for of, names in ((modalities.input_stream, inputs), (modalities.output_stream, to))
     )
     check_images(to)
+    if rasters and "LULC" in to:
+        reading.check_names({"LULC": None}, lulc_codes)
     if reference:
         references.check(model, inputs, to, options)
     index = None if rasters else open_index(data, split)
