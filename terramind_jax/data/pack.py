@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import glob
 import hashlib
 import json
 import os
@@ -168,10 +167,8 @@ def find_scenes(src: str) -> list[Scene]:
     files: dict[str, dict[str, str]] = {}
     for modality in (m.name for m in registry.MODALITIES.values() if m.is_image):
         folder = os.path.join(src, modality)
-        for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            stem, suffix = os.path.splitext(entry)
-            if suffix.lower() not in (".tif", ".tiff") or stem.startswith("."):
-                continue
+        for entry in _geotiffs(folder):
+            stem = os.path.splitext(entry)[0]
             if modality in files.setdefault(stem, {}):
                 raise ValueError(f"{folder} holds {stem!r} twice, as .tif and .tiff; keep one.")
             files[stem][modality] = os.path.join(folder, entry)
@@ -186,6 +183,12 @@ def find_scenes(src: str) -> list[Scene]:
     return scenes
 
 
+def _geotiffs(folder: str) -> list[str]:
+    """The names of a folder's GeoTIFFs, sorted; none if it is no folder. Hidden files are not meant."""
+    entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [entry for entry in entries if entry.lower().endswith((".tif", ".tiff")) and not entry.startswith(".")]
+
+
 def _check_folders(src: str) -> None:
     """Other folders are none of ours, but "s2_l2a" is a modality misspelt, and leaving it out silently would lose data."""
     others = [entry for entry in sorted(os.listdir(src)) if entry not in registry.MODALITIES] if os.path.isdir(src) else []
@@ -193,7 +196,7 @@ def _check_folders(src: str) -> None:
         meant = re.sub(r"[^A-Z0-9]", "", entry.upper())
         if meant in registry.MODALITIES and os.path.isdir(os.path.join(src, entry)):
             raise ValueError(f"Folder {os.path.join(src, entry)} is no modality; rename it to {meant} if it holds that.")
-    if left_out := [entry for entry in others if glob.glob(os.path.join(glob.escape(src), glob.escape(entry), "*.tif"))]:
+    if left_out := [entry for entry in others if _geotiffs(os.path.join(src, entry))]:
         known = ", ".join(m.name for m in registry.MODALITIES.values() if m.is_image)
         warnings.warn(f"{', '.join(left_out)} in {src} hold GeoTIFFs and are left out; folders are named after {known}.", stacklevel=4)
 
