@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 import tiny_run
 
 from terramind_jax import cli, tokenize
-from terramind_jax.data import records, terramesh
+from terramind_jax.data import prepare, records, terramesh
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
@@ -133,11 +133,11 @@ def test_tokens_elsewhere_are_joined_by_key(root, tmp_path):
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.symlink(root / "train" / folder.name, folder)
     tiny_run.write_split(tmp_path / "pixels", "train", 12, tokens=False)
-    terramesh.prepare(tmp_path / "pixels", tmp_path / "both", tokens=tmp_path / "tokens")
+    prepare.prepare(tmp_path / "pixels", tmp_path / "both", tokens=tmp_path / "tokens")
     index = open_index(tmp_path / "pixels", "train", tokens_root=tmp_path / "tokens")
     assert index.has_tokens.all()
     assert_same_samples(index, open_index(tmp_path / "both", "train"))
-    terramesh.prepare(tmp_path / "tokens", tmp_path / "alone")
+    prepare.prepare(tmp_path / "tokens", tmp_path / "alone")
     assert_same_samples(open_index(tmp_path / "tokens", "train"), open_index(tmp_path / "alone", "train"))
 
 
@@ -147,7 +147,7 @@ def test_tokens_of_other_samples_are_refused(root, tmp_path):
         shard.add("other", tokenize._npy(np.zeros((10, 2, 2), np.uint16)), ".npy")
     message = r"None of the 1 tokens in .*DEM_tokens has the key of a sample with pixels, such as 's000'; tokenize these shards"
     with pytest.raises(ValueError, match=message):
-        terramesh.prepare(tmp_path / "pixels", tmp_path / "out", tokens=tmp_path / "tokens")
+        prepare.prepare(tmp_path / "pixels", tmp_path / "out", tokens=tmp_path / "tokens")
     config = tiny_run.pretraining(tmp_path / "pixels")
     config.data.tokens = str(tmp_path / "tokens")
     with pytest.raises(ValueError, match=message):
@@ -165,18 +165,18 @@ def test_tokens_beyond_the_codebook_are_refused(prepared, tmp_path):
 
 def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in prepared.rglob("*"))
-    terramesh.prepare(root, prepared)
+    prepare.prepare(root, prepared)
     assert "nothing to do" in capsys.readouterr().out
     assert before == sorted((p, p.stat().st_mtime_ns) for p in prepared.rglob("*"))
     tiny_run.write_split(tmp_path / "other", "train", 2)
     with pytest.raises(FileExistsError, match="prepared from other shards, or these have changed"):
-        terramesh.prepare(tmp_path / "other", prepared)
+        prepare.prepare(tmp_path / "other", prepared)
     with pytest.raises(FileExistsError, match="holds no prepared data"):
-        terramesh.prepare(root, tmp_path)
+        prepare.prepare(root, tmp_path)
     with pytest.raises(ValueError, match="in an object store, where ArrayRecord cannot be written"):
-        terramesh.prepare(root, "gs://bucket/out")
+        prepare.prepare(root, "gs://bucket/out")
     with pytest.raises(FileNotFoundError, match="No shards in .*nowhere"):
-        terramesh.prepare(tmp_path / "nowhere", tmp_path / "out")
+        prepare.prepare(tmp_path / "nowhere", tmp_path / "out")
     link = terramesh._link
 
     def filled(source, target):
@@ -187,13 +187,13 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(terramesh, "_link", filled)
     with pytest.raises(FileExistsError, match="was filled by another process meanwhile"):
-        terramesh.prepare(root, tmp_path / "out")
+        prepare.prepare(root, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     names = [terramesh.CLAIM, *(f"terramesh-{split}.array_record-00000-of-00001" for split in ("train", "val"))]
     assert sorted(p.name for p in (tmp_path / "out.parts").iterdir()) == names
     monkeypatch.setattr(terramesh, "_link", link)
     monkeypatch.setattr(terramesh, "record", None)  # none is made again
-    terramesh.prepare(root, tmp_path / "out")
+    prepare.prepare(root, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(prepared)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
@@ -211,7 +211,7 @@ def test_a_file_that_can_have_no_second_name_is_moved(tmp_path, monkeypatch):
 
 def test_a_damaged_record_is_a_bad_sample(root, tmp_path):
     tiny_run.write_split(tmp_path / "data", "train", 2)
-    terramesh.prepare(tmp_path / "data", tmp_path / "out")
+    prepare.prepare(tmp_path / "data", tmp_path / "out")
     (path,) = (tmp_path / "out" / "terramesh" / "1.0.0").glob("*.array_record-*")
     content = bytearray(path.read_bytes())
     content[200:4000] = bytes(3800)
@@ -228,7 +228,7 @@ def test_without_beam_it_says_what_to_install(root, tmp_path, monkeypatch, capsy
 
 def in_files(monkeypatch, number):
     """As many files a split, which is what more bytes would make of it."""
-    monkeypatch.setattr(terramesh, "_ends", lambda source, split, form, count: np.linspace(0, count, number + 1).astype(int).tolist())
+    monkeypatch.setattr(prepare, "_ends", lambda index, form: np.linspace(0, len(index), number + 1).astype(int).tolist())
 
 
 @pytest.mark.parametrize("beam", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -253,32 +253,32 @@ def contents(folder):
 
 def test_a_preparation_that_was_killed_makes_what_is_missing_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
     in_files(monkeypatch, 3)
-    terramesh.prepare(root, tmp_path / "whole")
+    prepare.prepare(root, tmp_path / "whole")
     made, record, kills = [], terramesh.record, [10]
 
-    def killed(source, split, form, i):
+    def killed(index, form, i):
         if len(made) in kills:
             raise KeyboardInterrupt
-        made.append((split, i))
-        return record(source, split, form, i)
+        made.append((len(index), i))
+        return record(index, form, i)
 
     monkeypatch.setattr(terramesh, "record", killed)
     with pytest.raises(KeyboardInterrupt):
-        terramesh.prepare(root, tmp_path / "out")
+        prepare.prepare(root, tmp_path / "out")
     there = contents(tmp_path / "out.parts")
     assert len([name for name in there if ".tmp" not in name]) == 3 and not (tmp_path / "out").exists()
     kills.clear()
     in_files(monkeypatch, 2)  # as a record that cannot be read while it is probed would make of it
-    terramesh.prepare(root, tmp_path / "out")
-    assert sorted(made[10:]) == [("train", i) for i in range(8, 12)] + [("val", i) for i in range(5)]
+    prepare.prepare(root, tmp_path / "out")
+    assert sorted(made[10:]) == [(5, i) for i in range(5)] + [(12, i) for i in range(8, 12)]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_the_fields_of_a_record_are_in_order_in_every_process(root):
-    source, indexes = terramesh._find(str(root), str(root))
-    form = terramesh._form(indexes)
-    written = terramesh._serializer(form)(terramesh.record(source, "train", form, 2))
+    _, indexes = prepare._find(str(root), str(root))
+    form = prepare._form(indexes)
+    written = terramesh.serializer(form)(terramesh.record(indexes["train"], form, 2))
     names = ["coordinates", "crs", "key", *(f"{group}/{m}" for group in ("available", "attributes", "time") for m in form["pixels"])]
     places = [written.index(b"\n" + bytes([len(name)]) + name.encode()) for name in sorted(names)]
     assert places == sorted(places)
@@ -299,9 +299,9 @@ def test_files_of_other_shards_are_not_taken_up(root, prepared, tmp_path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(os, "unlink", refused)
-        terramesh.prepare(root, tmp_path / "out")
+        prepare.prepare(root, tmp_path / "out")
     assert (parts / terramesh.CLAIM).read_text() == claim
-    terramesh.prepare(root, tmp_path / "out")
+    prepare.prepare(root, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(prepared)
     assert not list(elsewhere.iterdir())
 
@@ -311,15 +311,15 @@ def test_a_folder_of_anything_else_is_left_alone(root, tmp_path):
     parts.mkdir()
     (parts / terramesh.INFO).write_text("{}")  # a data set that somebody named so
     with pytest.raises(FileExistsError, match=f"^{parts} holds something else than files of a preparation, which would wait there; move"):
-        terramesh.prepare(root, tmp_path / "out")
+        prepare.prepare(root, tmp_path / "out")
     assert contents(tmp_path) == {f"out.parts/{terramesh.INFO}": b"{}"}
 
 
 def test_files_have_room_for_the_largest_records(root, monkeypatch):
-    source, indexes = terramesh._find(str(root), str(root))
-    form = terramesh._form(indexes)
-    monkeypatch.setattr(terramesh, "_PROBED", 12)
-    one = max(len(terramesh._serializer(form)(terramesh.record(source, "train", form, i))) for i in range(12))
+    _, indexes = prepare._find(str(root), str(root))
+    form = prepare._form(indexes)
+    monkeypatch.setattr(prepare, "_PROBED", 12)
+    one = max(len(terramesh.serializer(form)(terramesh.record(indexes["train"], form, i))) for i in range(12))
     for size, expected in ((one - 1, [*range(13)]), (6 * one, [0, 6, 12]), (6 * one - 1, [0, 4, 8, 12]), (99 * one, [0, 12])):
         monkeypatch.setattr(terramesh, "_PART", size)
-        assert terramesh._ends(source, "train", form, 12) == expected
+        assert prepare._ends(indexes["train"], form) == expected

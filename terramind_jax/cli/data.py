@@ -84,7 +84,7 @@ def _pack(parsed: argparse.Namespace) -> None:
 def _prepare(parsed: argparse.Namespace) -> None:
     from terramind_jax.data import check, mapped
     from terramind_jax.data.index import open_index
-    from terramind_jax.data.terramesh import prepare
+    from terramind_jax.data.prepare import prepare
 
     options = None if parsed.beam is None else [f"--{option}" for option in parsed.beam.split(",")]
     prepare(parsed.root, parsed.out, tokens=parsed.tokens, beam_options=options)
