@@ -2,12 +2,13 @@
 
 Beside ``{split}/{modality}/SUBSET_shard_000001.tar`` comes ``{split}/{modality}_tokens/SUBSET_shard_000001.tar`` of ``KEY.npy``, ids
 ``[VARIANTS, 14, 14]``, of K codebooks ``[..., K]``, in the order of `data.crops`. Shards that are there are kept, so a run that stopped
-goes on where it was, unless the pixels have changed since.
+goes on where it was, unless the pixels have changed since. `token_records` writes an ArrayRecord data set instead.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -30,7 +31,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
 from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
 from terramind_jax.data.tars import scan_tar
-from terramind_jax.modalities import IMAGE_SIZE
+from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE
 from terramind_jax.tokenizer import Tokenizer, encode_stored
 from terramind_jax.weights import tokenizer as load
 
@@ -49,19 +50,23 @@ def tokenize(
     modalities: Sequence[str] | None = None,
     batch_size: int = 16,
     image_size: int = IMAGE_SIZE,
+    array_record: bool = False,
     host: int = 0,
     hosts: int = 1,
 ) -> None:
     """Stores tokens of the shards under `data` for each modality with a tokenizer ``{weights}/{modality}``, or with ``hub`` a released one.
 
-    `out` is where the token shards go, by default beside the pixels; always a local folder. `splits` are by default those of train and
-    val that exist, `modalities` those with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this
-    host, which does every shard whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files.
-    Samples that cannot be read are left out. Raises FileNotFoundError for missing tokenizers, shards or index, ValueError for prepared data
-    and where tokens of another tokenizer or image size lie already.
+    `out` is where the token shards go, by default beside the pixels; always a local folder. With `array_record` it becomes a TFDS data
+    set, see `token_records.write`, and has to be a new one. `splits` are by default those of train and val that exist, `modalities` those
+    with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this host, which does every shard, or
+    file of records, whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files. Samples that
+    cannot be read are left out. Raises FileNotFoundError for missing tokenizers, shards or index, ValueError for prepared data and where
+    tokens of another tokenizer or image size lie already.
     """
     if not 0 <= host < hosts:
         raise ValueError(f"host is {host} of {hosts}; hosts are numbered from 0 to one less than there are.")
+    if array_record and (out is None or os.path.abspath(out) == os.path.abspath(data)):
+        raise ValueError("Records of tokens do not lie beside the pixels; give --out a new folder, for data.tokens of a pretraining.")
     out = data if out is None else out
     if files.is_remote(out):
         raise ValueError(f"Tokens cannot be written to {out}; give a local folder with --out and copy it there.")
@@ -80,17 +85,19 @@ def tokenize(
             f"{data} has no shards of {', '.join(known)}, which {weights} has tokenizers of; expected them in folders like "
             f"{data}/{splits[0]}/{known[0]}."
         )
-    for modality, there in found.items():
-        if not there:
-            continue
-        module, variables = load(modality, weights)
-        record = describe(f"{Path(weights).name}/{modality}", module, variables, image_size)
-        encode = encoder(module, variables, batch_size)
-        for split in there:
+    made = {m: there for m, there in found.items() if there}
+    tokenizers = ((m, Encoding.load(m, weights, batch_size, image_size)) for m in made)
+    if array_record:
+        from terramind_jax import token_records  # TFDS takes long to load
+
+        token_records.write(data, out, dict(tokenizers), [s for s in splits if any(s in there for there in made.values())], host, hosts)
+        return
+    for modality, encoding in tokenizers:
+        for split in made[modality]:
             index = open_index(data, split, [modality])
-            claim(Path(out) / split / f"{modality}_tokens", record)
+            claim(Path(out) / split / f"{modality}_tokens", encoding.record)
             names = list(index.shards(modality))[host::hosts]
-            tokenize_split(index, split, modality, Path(out), encode, _dtype(module), image_size, names)
+            tokenize_split(index, split, modality, Path(out), encoding, names)
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
@@ -112,10 +119,6 @@ def _is_there(weights: str | os.PathLike, modality: str) -> bool:
         return sources.find_tokenizer(Path(weights), modality, "v1").exists()
     except FileNotFoundError:
         return False
-
-
-def _dtype(module: Tokenizer) -> type:
-    return np.uint16 if module.config.codebook_size <= 1 << 16 else np.int32
 
 
 # ---- which tokenizer --------------------------------------------------------------------------------------------------------
@@ -157,6 +160,32 @@ def _title(record: dict[str, Any]) -> str:
 # ---- encoding ---------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A tokenizer at work on crops of one size: their tokens, the shape and type of one crop's, and the `describe` of whose they are."""
+
+    encode: Encode
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    image_size: int
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, modality: str, weights: str | os.PathLike, batch_size: int, image_size: int) -> Encoding:
+        module, variables = load(modality, weights)
+        record = describe(f"{Path(weights).name}/{modality}", module, variables, image_size)
+        side, several = image_size // PATCH_SIZE, module.config.num_codebooks
+        shape = (side, side) if several == 1 else (side, side, several)
+        dtype = np.dtype(np.uint16 if module.config.codebook_size <= 1 << 16 else np.int32)
+        return cls(encoder(module, variables, batch_size), shape, dtype, image_size, record)
+
+    def of_samples(self, index: Index, modality: str, samples: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(sample, tokens ``[VARIANTS, *shape]``) of those `samples` that can be read, in their order."""
+        images = variant_images(index, modality, image_size=self.image_size, samples=samples) if len(samples) else ()
+        for i, tokens in encode_variants(images, self.encode):
+            yield i, tokens.astype(self.dtype)
+
+
 def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
     """A function from a stream of images ``[S, S, C]``, as stored, to the stream of their tokens ``[h, w]``; one compiled shape.
 
@@ -165,7 +194,8 @@ def encoder(module: Tokenizer, variables: Any, batch_size: int) -> Encode:
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
     everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    variables = jax.device_put(variables, everywhere)
+    encoding = {kind: {name: v for name, v in tree.items() if name != "decoder"} for kind, tree in variables.items()}
+    variables = jax.device_put(encoding, everywhere)  # the larger part is not needed
 
     compiled = jax.jit(partial(encode_stored, module), out_shardings=spread)
 
@@ -197,9 +227,7 @@ def encode_variants(samples: Iterable[dict[str, Any]], encode: Encode) -> Iterat
 # ---- one split --------------------------------------------------------------------------------------------------------------
 
 
-def tokenize_split(
-    index: Index, split: str, modality: str, out: Path, encode: Encode, dtype: type, image_size: int, names: Collection[str]
-) -> None:
+def tokenize_split(index: Index, split: str, modality: str, out: Path, encoding: Encoding, names: Collection[str]) -> None:
     """Writes the token shards under `out` that are missing, or were made from other pixels, for the pixel shards `names` of `modality`."""
     stale = {}
     for name, samples in index.shards(modality).items():
@@ -214,9 +242,8 @@ def tokenize_split(
             subset, number = _shard_name(Path(split, modality, name))
             with ShardWriter(out, split, f"{modality}_tokens", subset, number) as writer:
                 writer.add(SOURCE[0], source.encode(), SOURCE[1])
-                samples = variant_images(index, modality, image_size=image_size, samples=wanted) if wanted else ()
-                for i, tokens in encode_variants(samples, encode):
-                    writer.add(index.keys[i], _npy(tokens.astype(dtype)), TOKEN_SUFFIX)
+                for i, tokens in encoding.of_samples(index, modality, tuple(wanted)):
+                    writer.add(index.keys[i], _npy(tokens), TOKEN_SUFFIX)
                     wanted.remove(i)
                     bar.update()
             for part in Path(writer.path).parent.glob(f"{name}.*.tmp"):

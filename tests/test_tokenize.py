@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny_run
 
-from terramind_jax import modalities, tokenize, tokenizer
-from terramind_jax.data import crops, records
+from terramind_jax import cli, modalities, tokenize, tokenizer
+from terramind_jax.data import crops, prepare, records, terramesh
+from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
+from terramind_jax.train import pretrain
 
 SIZE = 32
 
@@ -42,7 +46,7 @@ def root(tmp_path):
 
 def random_tokenizer(modality, folder, **options):
     """In the place of `tokenize.load`: other weights for each number in the file `seed`."""
-    channels, workdir = modalities.get(modality).channels, folder / modality
+    channels, workdir = modalities.get(modality).channels, Path(folder) / modality
     module = tokenizer.Tokenizer(tokenizer.TokenizerConfig(modality, channels, dim=8, depth=1, num_heads=1, image_size=SIZE, **options))
     shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(module, jax.random.key(0))))
     rng = np.random.default_rng(int((workdir / "seed").read_text()))
@@ -250,3 +254,146 @@ def test_hosts_share_the_shards_and_each_is_done_once(root, weights, tmp_path):
         assert contents(tmp_path / str(hosts)) == contents(tmp_path / "1")
     with pytest.raises(ValueError, match="host is 2 of 2; hosts are numbered from 0"):
         run(root, weights, host=2, hosts=2)
+
+
+# ---- tokens as a TFDS data set ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(root):
+    """Three locations more of class maps, two of them without a DEM that can be read, and a split to validate on."""
+    write_shard(root, 1, {key: tile(n, dtype=np.uint8) % 10 for n, key in enumerate("adx")}, "LULC")
+    write_shard(root, 1, {"v": tile(5)}, split="val")
+    return root
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Two locations a file, which is what larger tokens would make of it."""
+    monkeypatch.setattr(terramesh, "even_ends", lambda count, largest: [*range(0, count, 2), count])
+
+
+def test_records_hold_the_tokens_of_token_shards(shards, weights, small_files, tmp_path, capsys):
+    run(shards, weights, out=tmp_path / "tars")
+    run(shards, weights, out=tmp_path / "records", array_record=True)
+    assert "1 samples of DEM cannot be read and have no tokens" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "records", "tars", "tokenizers"]
+    for split in ("train", "val"):
+        expected, joined = (open_index(shards, split, tokens_root=tmp_path / form) for form in ("tars", "records"))
+        for found in (joined, pickle.loads(pickle.dumps(joined))):
+            assert (list(found.keys), found.modalities) == (list(expected.keys), expected.modalities)
+            np.testing.assert_array_equal(found.available, expected.available)
+            np.testing.assert_array_equal(found.has_tokens, expected.has_tokens)
+            for i, m in zip(*np.nonzero(found.has_tokens), strict=True):
+                name = found.modalities[m]
+                np.testing.assert_array_equal(found.tokens(i, name), expected.tokens(i, name), strict=True)
+    record = Path("train", "DEM_tokens", tokenize.RECORD)
+    assert (tmp_path / "records" / record).read_text() == (tmp_path / "tars" / record).read_text()
+    with pytest.raises(DataError, match="'c' has no tokens of LULC"):
+        index = open_index(shards, "train", tokens_root=tmp_path / "records")
+        index.tokens(index.keys.find("c"), "LULC")
+
+
+def test_any_program_reads_records_of_tokens(shards, weights, quick, tmp_path):
+    run(shards, weights, out=tmp_path / "out", array_record=True)
+    source = tfds.data_source("terramesh", split="train", data_dir=tmp_path / "out")
+    crops_of = {found["key"].decode(): {m: len(grid) for m, grid in found["tokens"].items()} for found in source}
+    assert crops_of == {key: {"DEM": 10 * (key in "abc"), "LULC": 10 * (key in "adx")} for key in "abcdx"}
+    assert not source[0].get("pixels")
+
+
+def test_records_of_a_run_that_was_killed_are_the_same_files(shards, weights, quick, small_files, tmp_path, monkeypatch):
+    run(shards, weights, out=tmp_path / "whole", array_record=True)
+    out, parts, record, made = tmp_path / "out", tmp_path / "out.parts", terramesh.record, []
+
+    def killed(index, form, i):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(i)
+        return record(index, form, i)
+
+    monkeypatch.setattr(terramesh, "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(shards, weights, out=out, array_record=True)
+    before = {path: path.stat().st_mtime_ns for path in parts.glob("*-of-00003")}
+    assert len(before) == 1 and not out.exists()
+    monkeypatch.setattr(terramesh, "record", lambda index, form, i: made.append(i) or record(index, form, i))
+    run(shards, weights, out=out, array_record=True)
+    assert made[3:] == [2, 3, 4, 0] and not parts.exists()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_hosts_share_the_files_of_records_and_the_last_one_joins_them(shards, weights, quick, small_files, tmp_path, monkeypatch, capsys):
+    run(shards, weights, out=tmp_path / "1", array_record=True)
+    for hosts in (2, 5):
+        out = tmp_path / str(hosts)
+        for host in reversed(range(hosts)):
+            assert not out.exists()
+            run(shards, weights, out=out, array_record=True, host=host, hosts=hosts)
+        assert contents(out) == contents(tmp_path / "1")
+    capsys.readouterr()
+    run(shards, weights, out=out, array_record=True, host=1, hosts=3)
+    assert f"{out} holds the tokens of these shards already; nothing to do." in capsys.readouterr().out
+    out, assemble = tmp_path / "race", terramesh.assemble
+
+    def beaten(*arguments):
+        assemble(*arguments)
+        assemble(*arguments)
+
+    monkeypatch.setattr(terramesh, "assemble", beaten)
+    run(shards, weights, out=out, array_record=True)
+    assert contents(out) == contents(tmp_path / "1")
+
+
+def test_records_of_other_shards_or_tokenizers_are_refused(shards, weights, quick, small_files, tmp_path):
+    out = tmp_path / "out"
+    run(shards, weights, out=out, array_record=True, host=1, hosts=2)
+    (weights / "DEM" / "seed").write_text("1")
+    with pytest.raises(FileExistsError, match="out.parts holds tokens of other shards, or by other tokenizers; give --out another folder"):
+        run(shards, weights, out=out, array_record=True)
+    (weights / "DEM" / "seed").write_text("0")
+    run(shards, weights, out=out, array_record=True)
+    before = contents(out)
+    write_shard(shards, 9, {"new": tile(9)})
+    with pytest.raises(FileExistsError, match="out was made from other shards, or these have changed; give --out a new folder"):
+        run(shards, weights, out=out, array_record=True)
+    assert contents(out) == before
+    for same in (None, shards):
+        with pytest.raises(ValueError, match="do not lie beside the pixels; give --out a new folder, for data.tokens of a pretraining"):
+            run(shards, weights, out=same, array_record=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pretraining_joins_pixels_and_records_of_tokens(tmp_path, workers):
+    """The same batches as with token shards, whose samples are some of the pixels'; tokens of other samples are refused."""
+    tiny_run.write_split(tmp_path / "pixels", "train", 12, tokens=False, broken=3)
+    tiny_run.write_split(tmp_path / "tars", "train", 9)
+    prepare.prepare(tmp_path / "tars", tmp_path / "records")
+
+    def batches(tokens):
+        config = tiny_run.pretraining(tmp_path / "pixels")
+        config.data.tokens = str(tmp_path / tokens)
+        index = pretrain.open_tokenized(config, "train")
+        found = pretrain.batches(index, *pretrain.data_settings(config), batch_size=4, workers=workers, seed=1)
+        return [next(found) for _ in range(4)]
+
+    for a, b in zip(batches("tars"), batches("records"), strict=True):
+        np.testing.assert_equal(a, b)
+    tiny_run.write_split(tmp_path / "pixels", "val", 3, tokens=False)
+    with ShardWriter(tmp_path / "others", "val", "DEM", "tiny", 1) as shard:
+        shard.add("other", write_sample({"bands": tile(1)}))
+    with ShardWriter(tmp_path / "others", "val", "DEM_tokens", "tiny", 1) as shard:
+        shard.add("other", tokenize._npy(np.zeros((10, 2, 2), np.uint16)), ".npy")
+    prepare.prepare(tmp_path / "others", tmp_path / "other")
+    with pytest.raises(ValueError, match="None of the 1 tokens in .*other has the key of a sample with pixels, such as 's000'"):
+        open_index(tmp_path / "pixels", "val", tokens_root=tmp_path / "other").check_tokens()
+
+
+def test_the_command_writes_records(weights, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tokenize, "encoder", lambda *_: lambda images: (np.full((14, 14), 7) for _ in images))
+    write_shard(tmp_path / "data", 1, {"a": tile(1, modalities.IMAGE_SIZE)})
+    command = ["tokenize", f"--data={tmp_path / 'data'}", f"--weights={weights}", "--array_record"]
+    assert cli.main(command) == 2
+    assert "give --out a new folder" in capsys.readouterr().err
+    assert cli.main([*command, f"--out={tmp_path / 'out'}"]) == 0
+    assert records.is_prepared(tmp_path / "out", "train")

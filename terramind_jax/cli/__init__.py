@@ -208,6 +208,7 @@ def _add_tokens(commands) -> None:
     parser.add_argument("--data", required=True, metavar="ROOT", help="folder of shards")
     parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer a modality; or hub, the released ones")
     parser.add_argument("--out", metavar="DIR", help="folder for the token shards; default: beside the pixels")
+    parser.add_argument("--array_record", action="store_true", help="make --out a TFDS data set of tokens, a record a location")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
     parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once, on all devices of this machine")
     parser.add_argument("--host", type=int, default=0, metavar="K", help="do this share of the shards, from 0, of")
@@ -217,8 +218,8 @@ def _add_tokens(commands) -> None:
 def _tokenize(parsed: argparse.Namespace) -> None:
     from terramind_jax.tokenize import tokenize
 
-    share = {"host": parsed.host, "hosts": parsed.hosts}
-    tokenize(parsed.data, parsed.weights, parsed.out, splits=parsed.split, batch_size=parsed.batch_size, **share)
+    options = {"batch_size": parsed.batch_size, "array_record": parsed.array_record, "host": parsed.host, "hosts": parsed.hosts}
+    tokenize(parsed.data, parsed.weights, parsed.out, splits=parsed.split, **options)
 
 
 # ---- using a model ----

@@ -24,6 +24,7 @@ from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote
 
 if TYPE_CHECKING:
+    from terramind_jax.data.records import Records
     from terramind_jax.geo import Place
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
@@ -104,7 +105,9 @@ class Index:
         files: tuple[str, str],
         tokens_root: str,
         tables: tuple[Table, Table],
+        records: Records | None = None,
     ):
+        """`files` hold the `tables` of pixels and of tokens; of tokens that are in `records` it is their table."""
         pixels, tokens = tables
         self.modalities = tuple(modalities)
         self._opened = root, split, self.modalities, files, tokens_root, tuple(t.meta["id"] for t in tables)
@@ -115,7 +118,9 @@ class Index:
         token_rows = rows if files[0] == files[1] or not images else _rows_in(tokens, pixels, rows)
         self.keys = Keys(joined.arrays["keys"], rows)
         self._pixels = {m: _Column(storage.join(root, split), c, pixels, rows) for m, c in images.items()}
-        self._tokens = {m: _Column(storage.join(tokens_root, split), c, tokens, token_rows) for m, c in ids.items()}
+        self._records, self._record_rows = records, token_rows
+        in_tars = {} if records else ids
+        self._tokens = {m: _Column(storage.join(tokens_root, split), c, tokens, token_rows) for m, c in in_tars.items()}
         self.available = _presence(joined, [images.get(m, "") for m in modalities], rows)
         self.has_tokens = _presence(tokens, [ids.get(m, "") for m in modalities], token_rows)
         self.subsets, subset = tuple(joined.meta["subsets"]), joined.arrays["subset"]
@@ -133,7 +138,8 @@ class Index:
 
     def stored_bytes(self) -> int:
         """Bytes of all samples in the shards, tokens included."""
-        return sum(int(column.sizes().sum(dtype=np.int64)) for columns in (self._pixels, self._tokens) for column in columns.values())
+        columns = (*self._pixels.values(), *self._tokens.values())
+        return sum(int(column.sizes().sum(dtype=np.int64)) for column in columns) + (self._records.stored_bytes() if self._records else 0)
 
     @property
     def version(self) -> str:
@@ -141,12 +147,17 @@ class Index:
         return hashlib.sha256("".join(self._opened[-1]).encode()).hexdigest()
 
     def check_tokens(self) -> None:
-        """A ValueError if the token shards of a modality are those of other samples altogether."""
-        for m, column in self._tokens.items():
-            if column.size.any() and not self.has_tokens[:, self.modalities.index(m)].any():
+        """A ValueError if the tokens of a modality are those of other samples altogether."""
+        stored = {m: (np.count_nonzero(column.size), column.folder) for m, column in self._tokens.items()}
+        if self._records:
+            stored = {
+                m: (int(n), self._records.root) for m, n in zip(self._records.modalities, self._records.has_tokens.sum(0), strict=True)
+            }
+        for m, (count, folder) in stored.items():
+            if count and not self.has_tokens[:, self.modalities.index(m)].any():
                 raise ValueError(
-                    f"None of the {np.count_nonzero(column.size)} tokens in {column.folder} has the key of a sample with pixels, such as "
-                    f"{self.keys[0]!r}; tokenize these shards, or point to the tokens that were made from them."
+                    f"None of the {count} tokens in {folder} has the key of a sample with pixels, such as {self.keys[0]!r}; tokenize these "
+                    "shards, or point to the tokens that were made from them."
                 )
 
     def read_nearby(self, window: int, readers: int = 1) -> None:
@@ -264,6 +275,11 @@ class Index:
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
         """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop; of K codebooks ``[..., K]``."""
+        if self._records:
+            row = i if self._record_rows is None else int(self._record_rows[i])
+            if row < 0:
+                raise DataError(f"Sample {self.keys[i]!r} has no tokens of {modality} in {self._records.root}.", "missing")
+            return self._records.tokens(row, modality)
         payload = self._payload(self._tokens, i, modality)
         try:
             ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
@@ -432,10 +448,10 @@ def open_index(
     """The index of ``{root}/{split}``, joined over `modalities` (default: those that have a folder); built first if need be.
 
     `root` is a folder, or the URL of one in a store that fsspec knows, whose index has to be there (``data index``).
-    Tokens are looked for in ``{modality}_tokens`` under `tokens_root`, by default beside the pixels. A modality without a
-    folder, or a key that only some shards hold, is False in ``available``; other folders are ignored. Raises FileNotFoundError
-    where no sample or no index is found, PermissionError where a store lets none be read, ValueError for an unknown modality or the index
-    of other shards, and `DataError` for a truncated or damaged tar.
+    Tokens are looked for in ``{modality}_tokens`` under `tokens_root`, by default beside the pixels, or in records there (`tokenize` writes
+    both). A modality without a folder, or a key that only some shards hold, is False in ``available``; other folders are ignored. Raises
+    FileNotFoundError where no sample or no index is found, PermissionError where a store lets none be read, ValueError for an unknown
+    modality or the index of other shards, and `DataError` for a truncated or damaged tar.
     Of a folder that ``data prepare`` wrote it is a `records.Records`, which can be read in the same way.
     """
     from terramind_jax.data import records  # which is made of this module's keys
@@ -446,17 +462,21 @@ def open_index(
     path, pixels = scan.open_table(root, split)
     known = [m.name for m in registry.MODALITIES.values() if m.is_image]
     wanted = known if modalities is None else [m for m in modalities if registry.get(m).is_image]
-    tokens_path, tokens = (path, pixels) if tokens_root == root else scan.open_table(tokens_root, split)
+    found = records.open_records(tokens_root, split, wanted) if tokens_root != root and records.is_prepared(tokens_root, split) else None
+    if found:
+        tokens_path, tokens = found.path, found.token_table()
+    else:
+        tokens_path, tokens = (path, pixels) if tokens_root == root else scan.open_table(tokens_root, split)
     _refuse_faults(pixels, wanted)
     _refuse_faults(tokens, [f"{m}_tokens" for m in wanted])
     there = {m: (m in pixels.meta["columns"], f"{m}_tokens" in tokens.meta["columns"]) for m in wanted}
-    if not any(pixels.meta["counts"].get(m) or tokens.meta["counts"].get(f"{m}_tokens") for m in wanted):
+    if not any(pixels.meta["counts"].get(m) or (not found and tokens.meta["counts"].get(f"{m}_tokens")) for m in wanted):
         raise FileNotFoundError(
             f"No samples in {storage.join(root, split)}; expected tars like {{root}}/{{split}}/{{modality}}/NAME_shard_000001.tar of "
             f"KEY.zarr.zip, with a modality among {', '.join(wanted)}."
         )
     kept = [m for m in wanted if any(there[m]) or modalities is not None]
-    index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens))
+    index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens), found)
     _check_declared(index)
     if is_remote(root):
         _check_is_of_store(index, root, split)
@@ -515,9 +535,13 @@ def _reopen(
 ) -> Index:
     """What unpickling does: maps the files that the index was made of, and no others, and declares the user's own modalities."""
     declarations.declare(own, root)
-    tables = tuple(table.read(path) or Table({}, {}) for path in files)
+    from terramind_jax.data import records
+
+    found = records.Records(tokens_root, split, modalities) if os.path.basename(files[1]) == records.NAME else None
+    pixels, tokens = (table.read(path) or Table({}, {}) for path in files)
+    tables = pixels, found.token_table() if found else tokens
     if tuple(t.meta.get("id") for t in tables) != ids:
         raise DataError(f"The index of {storage.join(root, split)} was built anew while it was in use; open it again.")
-    index = Index(root, split, modalities, files, tokens_root, tables)
+    index = Index(root, split, modalities, files, tokens_root, tables, found)
     index.read_nearby(*nearby)
     return index

@@ -37,9 +37,11 @@ class Records:
     """
 
     def __init__(self, root: str | os.PathLike, split: str, modalities: Sequence[str]):
-        found = table.read(os.path.join(root, split, NAME))
+        self.path = os.path.join(root, split, NAME)
+        found = table.read(self.path)
         if found is None:
-            raise FileNotFoundError(f"{os.path.join(root, split, NAME)} is missing or damaged; prepare the data again.")
+            raise FileNotFoundError(f"{self.path} is missing or damaged; prepare the data again.")
+        self._id = found.meta["id"]
         self.root, self.split, self.modalities = os.fspath(root), split, tuple(modalities)
         names = found.meta["modalities"]
         available, tokens = (_columns(found.arrays[a], names, self.modalities) for a in ("available", "has_tokens"))
@@ -113,6 +115,15 @@ class Records:
 
     def check_tokens(self) -> None:
         """Records hold pixels and tokens together."""
+
+    def token_table(self) -> table.Table:
+        """Keys and ``has_tokens`` as an index of token shards has them."""
+        there = self.has_tokens.any(0)
+        columns = [f"{m}_tokens" for m, some in zip(self.modalities, there, strict=True) if some]
+        counts = dict(zip(columns, self.has_tokens.sum(0)[there].tolist(), strict=True))
+        meta = {"id": self._id, "columns": columns, "counts": counts, "faults": {}}
+        has_tokens = self.has_tokens if there.all() else self.has_tokens[:, there]
+        return table.Table(meta, {"keys": self.keys.raw(slice(None)), "available": has_tokens})
 
     def record_number(self, i: int) -> int:
         """The place of sample `i` among all records."""

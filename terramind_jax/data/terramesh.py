@@ -253,7 +253,7 @@ def is_finished(out: str, made_from: Mapping[str, str]) -> bool:
         raise FileExistsError(f"{out} is not empty and holds no prepared data; give --out a new folder, or delete it first.")
     with open(path, encoding="utf-8") as f:
         if json.load(f) != made_from:
-            raise FileExistsError(f"{out} was prepared from other shards, or these have changed; give --out a new folder, or delete it.")
+            raise FileExistsError(f"{out} was made from other shards, or these have changed; give --out a new folder, or delete it.")
     return True
 
 
@@ -262,6 +262,9 @@ def _write_index(folder: str, index: Index, form: Mapping[str, Any]) -> None:
     os.makedirs(folder)
     keys = index.keys.raw(slice(None))
     meta = {"id": index.version, "modalities": list(index.modalities), "subsets": list(index.subsets)}
-    tokens = index.has_tokens & np.array([m in form["tokens"] for m in index.modalities])
-    arrays = {"keys": keys, "available": index.available, "has_tokens": tokens, "subset": index.subset}
+    available, tokens = (
+        there & np.array([m in form[kind] for m in index.modalities])
+        for there, kind in ((index.available, "pixels"), (index.has_tokens, "tokens"))
+    )
+    arrays = {"keys": keys, "available": available, "has_tokens": tokens, "subset": index.subset}
     table.write(os.path.join(folder, records.NAME), meta, arrays)
