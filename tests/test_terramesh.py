@@ -169,7 +169,7 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
     assert "nothing to do" in capsys.readouterr().out
     assert before == sorted((p, p.stat().st_mtime_ns) for p in prepared.rglob("*"))
     tiny_run.write_split(tmp_path / "other", "train", 2)
-    with pytest.raises(FileExistsError, match="prepared from other shards, or these have changed"):
+    with pytest.raises(FileExistsError, match="made from other shards, or these have changed"):
         prepare.prepare(tmp_path / "other", prepared)
     with pytest.raises(FileExistsError, match="holds no prepared data"):
         prepare.prepare(root, tmp_path)
