@@ -203,6 +203,7 @@ def assemble(
         files.write_text(files.folder(partial) / INFO, json.dumps(made_from, indent=1))
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a temporary folder
             Terramesh(data_dir=partial, ends=ends, form=form, parts=parts).download_and_prepare()
+        shutil.rmtree(os.path.join(partial, "downloads"), ignore_errors=True)  # TFDS makes it, and nothing is downloaded
     with contextlib.suppress(OSError):  # what is left of them does no harm
         empty(parts)
         os.rmdir(parts)
