@@ -5,7 +5,7 @@
 
 Takes the folder of a quickstart, or a work directory with its tokenizers beside it. The tile is of the run's own held-out shards, or of
 GeoTIFFs TILES/MODALITY/NAME.tif, of which the upper left window is taken: real tiles show what a model of the embedded world makes of them.
-Tokens are drawn at temperature 0.
+Tokens are drawn at temperature 0. Elevations are drawn with the range of the true tile, each about its own level, which its scale tells.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if others := [m for m in outputs if m != source]:
             print(f"from {source}", flush=True)
             made[source] = from_one(network, source, tile[source], others)
-    plot.images(cells(tile, made, outputs), columns=1 + len(outputs), path=arguments.out)
+    shown = cells(tile, made, outputs)
+    plot.images(shown, columns=1 + len(outputs), within=elevation_limits(shown, tile), path=arguments.out)
     print(arguments.out)
 
 
@@ -92,11 +93,20 @@ def from_one(network: Network, source: str, image: np.ndarray, outputs: Sequence
 
 def cells(tile: Images, made: Mapping[str, Images], outputs: Sequence[str]) -> dict[str, np.ndarray | None]:
     """Rows one after another: nothing and the truth of the outputs; then each input and what was made of it."""
-    shown: dict[str, np.ndarray | None] = {"corner": None} | {m: tile.get(m) for m in outputs}
+    shown: dict[str, np.ndarray | None] = {"corner": None} | {f"{m} (true)": tile.get(m) for m in outputs}
     for source, images in made.items():
         shown[f"{source} (input)"] = tile[source]
         shown |= {f"{m} from {source}": images.get(m) for m in outputs}
     return shown
+
+
+def elevation_limits(shown: Mapping[str, np.ndarray | None], tile: Images) -> dict[str, plot.Limits]:
+    """Of each DEM: as far apart as the true tile's, about its own middle, so that a wrong level flattens neither it nor the others."""
+    drawn = {name: plot.limits(name, x) for name, x in shown.items() if x is not None and name.startswith("DEM ")}
+    if "DEM" not in tile:
+        return drawn
+    low, high = plot.limits("DEM", tile["DEM"])
+    return {name: ((a + b - high + low) / 2, (a + b + high - low) / 2) for name, (a, b) in drawn.items()}
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ def tokenizer_training() -> ConfigDict:
     config.train.steps = 0  # length of the run in steps; 0: from total_samples
     config.train.batch_size = 2048  # samples a step, over all hosts
     config.train.data_init = True  # spread embeddings and latents over a first batch, so that tokens use many codes from the start
+    config.train.zero_output = False  # begin a ViT decoder's last layer at zero: pixels of a patch begin alike, and flat ones stay so
     config.train.ema_decay = 0.9999  # of the averaged weights, which are the ones used afterwards
     config.train.seed = 0
 

@@ -57,7 +57,8 @@ def run(
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
       inputs: GeoTIFF, or folder of GeoTIFFs that share their file names, by modality. For ``coords`` a raster gives its position.
-      to: modalities in the order of generation; each conditions the next.
+      to: modalities in the order of generation; each conditions the next. Files bear a modality's own name: what is asked for as S1 or
+        tok_sen1grd@224 is S1GRD.
       tokenizers: folder with one tokenizer a modality; by default ``tokenizers`` in or beside `weights`.
       model: name of a released model, such as ``terramind_v1_base``; a work directory knows what it is.
       lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
@@ -83,6 +84,7 @@ def run(
     """
     sources.declare(workdir(weights))
     check_names(inputs, to, lulc_codes)
+    to = list(dict.fromkeys(modalities.output_stream(name).modality for name in to))  # S1 is S1GRD, and so are its files
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
     diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours

@@ -195,7 +195,13 @@ def contact_sheet(path: str | os.PathLike | None, scenes: Sequence[Scene], *, ti
 
 
 def images(
-    shown: Mapping[str, np.ndarray | None], *, columns: int = 5, shared: bool = True, path: str | os.PathLike | None = None, dpi: int = 150
+    shown: Mapping[str, np.ndarray | None],
+    *,
+    columns: int = 5,
+    shared: bool = True,
+    within: Mapping[str, Limits] | None = None,
+    path: str | os.PathLike | None = None,
+    dpi: int = 150,
 ) -> Figure:
     """Draws images ``[H, W, C]`` side by side, in rows of so many `columns`; `path` as of `contact_sheet`.
 
@@ -203,6 +209,7 @@ def images(
       shown: by what stands above them, which begins with the modality or a view of it: "DEM", "S2L2A IRRG", "LULC of seed 3".
       shared: whether the images of one modality share their colour limits, which come from the first, of elevation from all: for images of
         one place.
+      within: colour limits of those images that shall have others.
 
     None leaves a place empty, whatever its name.
     """
@@ -222,10 +229,10 @@ def images(
             continue
         x, y = LEFT + i % columns * (TILE + GAP), i // columns * row_height + HEAD
         alike = [other for other in drawn if views[other] == views[name]] if shared else [name]
-        within = _common(_modality(name), [limits(other, drawn[other]) for other in alike])
+        own = (within or {}).get(name) or _common(_modality(name), [limits(other, drawn[other]) for other in alike])
         sheet.text(x + TILE / 2, y - 0.13, name, size=9.5 if len(name) < 22 else 7.5, weight="bold")
-        sheet.image(x, y, render(name, drawn[name], within))
-        _scale(sheet, x, y + TILE, name, within)
+        sheet.image(x, y, render(name, drawn[name], own))
+        _scale(sheet, x, y + TILE, name, own)
     if present:
         _legend(sheet, rows * row_height + legend / 2 - 0.02, present, in_a_row)
     return sheet.save(path, dpi)

@@ -130,13 +130,24 @@ def test_a_row_for_each_input_and_a_column_for_each_output(scripts, tmp_path, mo
         geo.write(tmp_path / "tiles" / name / "a.tif", image, like=place, modality=name)
     script.main([str(run), f"--data={tmp_path / 'tiles'}", f"--out={tmp_path / 'b.png'}"])
     for shown, options in drawn:
-        assert list(shown) == ["corner", "LULC", "DEM (input)", "LULC from DEM"] and options["columns"] == 2 and shown["corner"] is None
-        np.testing.assert_array_equal(shown["LULC"], tile["LULC"])
+        assert list(shown) == ["corner", "LULC (true)", "DEM (input)", "LULC from DEM"]
+        assert options["columns"] == 2 and shown["corner"] is None
+        np.testing.assert_array_equal(shown["LULC (true)"], tile["LULC"])
         np.testing.assert_array_equal(shown["DEM (input)"], tile["DEM"])
         assert shown["LULC from DEM"].shape == (side, side, 10)
     np.testing.assert_array_equal(drawn[0][0]["LULC from DEM"], drawn[1][0]["LULC from DEM"])
     with pytest.raises(SystemExit, match="no held-out sample nowhere"):
         script.main([str(run), "--tile=nowhere"])
+
+
+def test_elevations_have_the_span_of_the_true_one_about_their_own_level(scripts):
+    script, truth = scripts("any_to_any"), np.linspace(500, 700, 64**2).reshape(64, 64, 1)
+    shown = {"corner": None, "DEM (true)": truth, "NDVI (true)": 0 * truth, "DEM from S2L2A": truth / 2 + 1000, "DEM from NDVI": None}
+    found = script.elevation_limits(shown, {"DEM": truth})
+    assert list(found) == ["DEM (true)", "DEM from S2L2A"]
+    np.testing.assert_allclose(found["DEM (true)"], script.plot.limits("DEM", truth))
+    np.testing.assert_allclose(found["DEM from S2L2A"], np.add(found["DEM (true)"], 700))
+    np.testing.assert_allclose(script.elevation_limits(shown, {})["DEM from S2L2A"], (1251, 1349), atol=0.1)
 
 
 # ---- one training step, beside the reference's ----

@@ -9,7 +9,7 @@ import pytest
 from flax.core import meta
 
 from terramind_jax import tokenizer as networks
-from terramind_jax.train.data_init import LATENT_STD, data_init
+from terramind_jax.train.data_init import LATENT_STD, data_init, zero_output
 from terramind_jax.train.reconstruction import usage
 
 
@@ -57,3 +57,24 @@ def test_what_does_not_vary_stays(network):
     same = data_init(module, params, buffers, jnp.zeros((2, 64, 64, 1)), jnp.zeros(2))
     assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), same)))
     np.testing.assert_array_equal(same["encoder"]["proj"]["kernel"], params["encoder"]["proj"]["kernel"])
+
+
+def test_flat_patches_stay_flat_from_a_last_layer_of_zeros(network):
+    """Nothing is drawn at first; then all pixels of a patch that is flat learn the same, which drawn weights do not."""
+    module, params, buffers = network
+    image = jnp.round(plain()[:, ::16, ::16] * 20).repeat(16, 1).repeat(16, 2) / 20
+
+    def drawn(params):
+        return module.apply({"params": params, "buffers": buffers}, image)[0]
+
+    def spread(params):  # within patches
+        return float(np.asarray(drawn(params)).reshape(16, 4, 16, 4, 16).std((2, 4)).max())
+
+    def learned(params):
+        grads = jax.grad(lambda params: jnp.square(drawn(params) - image).mean())(params)
+        return jax.tree.map(lambda x, g: x - 0.1 * g, params, grads)
+
+    zero = zero_output(params)
+    assert not drawn(zero).any() and drawn(params).any()
+    after = learned(zero)
+    assert float(jnp.abs(drawn(after)).max()) > 1e-3 and spread(after) < 1e-5 < 1e-2 < spread(learned(params))

@@ -10,7 +10,7 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import cli, geo
+from terramind_jax import cli, geo, metrics
 from terramind_jax.evaluation import pangaea, results
 from terramind_jax.tasks import batches, datasets, decoders, finetune
 from terramind_jax.tasks.datasets import pangaea as routed
@@ -194,6 +194,17 @@ def test_windows_cover_an_image_evenly_in_the_mean(roots):
     made = pangaea.sliding(Numbered(), {"S1GRD": np.zeros((80, 48, 2), np.float32)}, 32)[..., 0]
     assert (made[0, 0], made[0, 40], made[70, 0], made[70, 40]) == (0, 1, 4, 5)
     assert made[0, 20] == 0.5 and made[28, 0] == 1.0 and made[28, 20] == (0 + 1 + 2 + 3) / 4
+
+
+def test_the_report_is_in_per_cent(roots, tmp_path):
+    """The mean and the classes alike; the table has shares."""
+    test, confusion = datasets.load("pangaea", roots / "burnscars", "test", of="burnscars"), np.array([[80, 0], [10, 10]])
+    found = metrics.class_scores(confusion, absent=True)
+    pangaea._write(tmp_path, pangaea.Settings(), "mine", test, confusion, found)
+    text, table = ((tmp_path / name).read_text() for name in ("report.md", "scores.csv"))
+    assert "| mine | 69.44 |" in text and "All scores are in per cent" in text
+    for name, pixels, iou in zip(test.class_names, (80, 20), (80 / 90, 0.5), strict=True):
+        assert f"| {name} | {pixels} | {100 * iou:.2f} |" in text and f"{name},{pixels},{iou}" in table
 
 
 @pytest.mark.slow

@@ -85,6 +85,17 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
     assert (tmp_path / "out" / "a.png").is_file() and not (tmp_path / "out" / "unfinished").exists()
 
 
+def test_files_bear_the_modality_s_own_name(weights, copies, tmp_path, capsys):
+    """Whatever the reference's rules take for it; named twice it is made once."""
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+    written = generate_scenes.run(**call, to=["tok_ndvi@224", "ndvi", "NDVI", "lulc_map"])
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "LULC/a.tif"]
+    assert "a: NDVI, LULC ->" in capsys.readouterr().out and not (tmp_path / "out" / "ndvi").exists()
+    with pytest.raises(ValueError, match="This model makes no S1GRD; it makes"):
+        generate_scenes.run(**call | {"out": tmp_path / "radar"}, to=["S1"])
+
+
 @pytest.mark.parametrize("overlap, batch_size", [(None, 8), (32, 2), (0, 1)])
 def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
     elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
+import re
 import tarfile
 import time
 import zipfile
@@ -150,8 +151,9 @@ def test_more_files_than_may_be_open(root, monkeypatch):
 
 
 def test_empty_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No samples in .*train; expected tars like \{root\}/\{split\}/\{modality\}"):
-        open_index(tmp_path, "train")
+    expected = f"No samples in {tmp_path}/test; expected tars like {tmp_path}/test/MODALITY/NAME_shard_000001.tar of KEY.zarr.zip, where"
+    with pytest.raises(FileNotFoundError, match=re.escape(expected)):
+        open_index(tmp_path, "test", ["DEM"])
     os.makedirs(tmp_path / "train" / "S2L2A")
     with pytest.raises(FileNotFoundError, match="No samples"):
         open_index(tmp_path, "train")

@@ -47,6 +47,7 @@ class MemoryIndex:
         self.available = np.ones((n, len(NAMES)), bool)
         self.available[1::2, 1] = self.available[::2, 2] = False
         self.has_tokens = self.available.copy()
+        self.subsets, self.subset = ("tiny",), np.zeros(n, np.uint8)
         self.reads = collections.Counter()
 
     def __len__(self):
@@ -392,6 +393,16 @@ def test_subsets_take_turns_by_their_weights_and_miss_nothing(weights, share):
         shares = [take(4, TwoSubsets(), weighted(**weights), host=h, **options) for h in range(hosts)]
         found = np.concatenate([np.stack([b["sample"] for b in batch], 1).reshape(-1) for batch in zip(*shares, strict=True)])
         np.testing.assert_array_equal(found, samples[first : first + 48])
+
+
+def test_validation_mixes_subsets_evenly():
+    """Whichever batch is the last one; samples of a subset keep their order, and none is left out."""
+    index = TwoSubsets(12)
+    index.subset = np.sort(index.subset)  # as keys are sorted, subsets lie one after the other
+    samples = np.concatenate([b["sample"] for b in take(9, index, train=False)])
+    of_b = samples >= 9
+    assert samples[~of_b].tolist() == list(range(9)) and samples[of_b].tolist() == [9, 10, 11]
+    assert all(abs(of_b[:i].sum() - i / 4) <= 1 for i in range(13))
 
 
 def test_a_subset_without_a_weight_is_left_out_and_said(caplog):

@@ -136,6 +136,9 @@ def test_images_side_by_side(tmp_path):
     np.testing.assert_array_equal(drawn[3], plot.render("DEM", shown["DEM generated"], both))
     np.testing.assert_array_equal(drawn[0], plot.render("S2L2A", shown["S2L2A"]))  # another view has limits of its own
     assert (pictures(plot.images(shown, shared=False))[3] != drawn[3]).any()
+    own = pictures(plot.images(shown, within={"DEM generated": (0.0, 9000.0)}))
+    np.testing.assert_array_equal(own[3], plot.render("DEM", shown["DEM generated"], (0.0, 9000.0)))
+    np.testing.assert_array_equal(own[2], drawn[2])
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*modalities.LULC_CLASSES}
     with pytest.raises(ValueError, match="0 images for 5 columns"):
         plot.images({"corner": None})

@@ -74,11 +74,25 @@ def test_each_folder_of_tiles_has_its_own_results(tmp_path):
     assert quickstart.default_out(f"{tmp_path}/alps/") == "quickstart_alps"
 
 
+def test_a_dem_s_tokenizer_tells_heights_by_one_level():
+    """And is trained longer than others, which keep the levels of the configuration."""
+    dem, ndvi = (quickstart._tokenizer_command(m, Path("out"), 0.5) for m in ("DEM", "NDVI"))
+    assert {"--config.model.levels=250", "--config.train.zero_output=True", "--config.train.steps=900"} < {*dem}
+    assert "--config.train.steps=300" in ndvi and not any("levels" in argument for argument in ndvi)
+
+
 def test_every_device_has_work():
     for name, of_a_device in (("pretrain", 8), ("tokenizer", 1)):
         config = configuration.read(Path(quickstart.__file__).parent / f"{name}.py")
         assert config.train.batch_size == of_a_device * 8
         assert name == "tokenizer" or config.train.batch_size % (config.data.patch_group * 8) == 0
+
+
+def test_validation_takes_all_held_out_scenes():
+    """On one device, of batches of 8, too: those with S1GRD come last."""
+    for name in ("pretrain", "tokenizer"):
+        config = configuration.read(Path(quickstart.__file__).parent / f"{name}.py")
+        assert config.run.eval_batches * 8 >= quickstart.VAL_SCENES
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_any_program_reads_the_data_set_with_its_metadata(root, prepared):
     assert (found["crs"].decode(), *found["transform"]) == (place.crs, *place.transform) == ("EPSG:32632", 10, 0, 500000, 0, -10, 4000000)
     assert found["time"]["NDVI"] == 1_600_000_000 * 10**9 + 2 and json.loads(found["attributes"]["NDVI"]) == {"offset": 2}
     assert found["available"] == {"DEM": True, "LULC": True, "NDVI": True, "S2RGB": True} and not source[3]["available"]["DEM"]
+    assert found["pixels"].keys() == found["available"].keys() and found["tokens"].keys() == {"DEM", "LULC"}  # as the README shows it
     assert open_index(prepared, "train").place(2) == place
     np.testing.assert_array_equal(source[1]["cloud_mask"], index.cloud_mask(1), strict=True)
 

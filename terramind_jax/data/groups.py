@@ -287,6 +287,8 @@ class ViewGroups:
         self.tokenized = tokenized((*encoder, *decoder), index) if config.online_tokens else ()
         usable = usable_samples(self.available, self.plan, self.encoder, self.decoder, config.subset_weights if train else None)
         self.samples, self.sizes, self.weights = usable.samples, usable.sizes, usable.weights
+        if not train:
+            self.samples = _mixed(self.samples, index.subset[self.samples])
         if train and config.shuffle_window:
             parts = np.split(self.samples, np.cumsum(self.sizes)[:-1])
             self.samples = np.concatenate([index.in_storage_order(part) for part in parts])
@@ -359,6 +361,15 @@ class ViewGroups:
         for name, codes in view.codes.items():
             codes = codes[keep] if name == "input_codes" else codes
             group[name][g, : len(codes)] = codes
+
+
+def _mixed(samples: np.ndarray, subset: np.ndarray) -> np.ndarray:
+    """`samples` of several subsets, evenly mixed, those of each in their order: an evaluation that stops early has seen all of them."""
+    turn = np.empty(len(samples))
+    for one in np.unique(subset):
+        at = np.flatnonzero(subset == one)
+        turn[at] = (np.arange(len(at)) + 0.5) / len(at)
+    return samples[np.argsort(turn, kind="stable")]
 
 
 def _at_size(streams: Sequence[Stream], image_size: int) -> tuple[Stream, ...]:

@@ -86,9 +86,9 @@ def batches(
     - ``sample`` int64 [B] position in the index; ``overflow`` int32 [B] patches that found no room; ``bad`` bool [B] could not be read
     - ``fault`` bytes [B] why: modality and reason, as `errors.fault` has them; empty where nothing is wrong
 
-    ``train=False`` passes once over the samples in the index's order, with the centre crop and one fixed mask each; the last batch is
-    filled up with slots of ``sample`` -1, ``bad``. Samples without any input or target are not visited. Raises ValueError for sizes that do
-    not fit together, tiles smaller than the crop, and an index without inputs or targets.
+    ``train=False`` passes once over the samples in the index's order, subsets evenly mixed, with the centre crop and one fixed mask each;
+    the last batch is filled up with slots of ``sample`` -1, ``bad``. Samples without any input or target are not visited. Raises
+    ValueError for sizes that do not fit together, tiles smaller than the crop, and an index without inputs or targets.
     """
     step = batch_size * max(workers, 1)
     if train and data_config.views_per_sample > 1 and data_config.view_window % step:
@@ -204,8 +204,8 @@ def image_batches(
     """This host's share of whole crops: ``{"image": [B, S, S, C] stored dtype, "bad": bool [B], "fault": bytes [B], "sample": int64 [B]}``.
 
     Only samples that have the modality are visited. Order, position, crops (any of the ten, one a sample and epoch) and ``train=False``
-    are as in `batches`; unreadable images are zeros, marked bad. With `clear` there is ``"clear": bool [B, S, S]`` besides, which pixels
-    are clear of clouds: none of a sample that has no cloud mask.
+    are as in `batches`, but that subsets are not mixed; unreadable images are zeros, marked bad. With `clear` there is
+    ``"clear": bool [B, S, S]`` besides, which pixels are clear of clouds: none of a sample that has no cloud mask.
     """
     check_sizes(DataConfig(), batch_size, consumed, host, hosts, train)  # whole crops may have any side
     images = _Images(index, modality, _having(index, modality, image_size), seed, image_size, train, clear)

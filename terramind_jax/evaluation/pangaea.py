@@ -66,6 +66,8 @@ def run(
 ) -> dict[str, float]:
     """Trains in ``{out}/training``, going on with what is there, tests, and writes ``{out}/report.md`` and ``scores.csv``.
 
+    Scores are in per cent in the report, as the paper prints them, and shares of 1 in the table, as they are returned.
+
     Args:
       weights, model: what `weights.load` takes, `model` being a feature extractor such as terramind_v1_base.
       dataset, data: one of `tasks.datasets.pangaea.KNOWN`, such as mados, and its folder.
@@ -151,8 +153,8 @@ def _write(out: Path, settings: Settings, model: str, test: Dataset, confusion: 
     text = results.write_report(
         out / REPORT,
         f"PANGAEA: {test.facts.title}",
-        f"mIoU in per cent on {len(test)} test images, {told}.",
+        f"mIoU on {len(test)} test images, {told}. All scores are in per cent.",
         results.compared("pangaea", [own]),
-        f"## By class\n\n{results.table(classes)}",
+        f"## By class\n\n{results.table([row | {'IoU': 100 * row['IoU']} for row in classes])}",
     )
     print("\n" + text)

@@ -20,7 +20,11 @@ from terramind_jax.data.index import open_index
 HERE = Path(__file__).parent
 SCENES, VAL_SCENES = 768, 32  # of the embedded world
 SOURCES = ("S2L2A", "S2L1C", "S1GRD", "S1RTC", "DEM")  # the first that there is becomes the input, the others are generated
-RADAR_LEVELS = 12  # codes of a radar patch: more would describe its speckle, which nothing foretells
+RADAR = ("model.levels=12",)  # codes of a patch: more would describe its speckle, which nothing foretells
+# One long level tells heights, where of four short ones a few codes stay in use; and a plain is drawn flat.
+DEM = ("model.levels=250", "train.zero_output=True")
+OWN = {"S1GRD": RADAR, "S1RTC": RADAR, "DEM": DEM}  # fields of a modality's tokenizer besides those of tokenizer.py
+LONGER = {"DEM": 3}  # times the steps of the others, which cost more each
 NOMINAL_MINUTES = 9.0  # of training on two cores, at the configured numbers of steps
 
 
@@ -48,7 +52,7 @@ def run(data: str | None = None, out: str | None = None, *, minutes: float = NOM
         raise ValueError(
             f"{data} holds {', '.join(present)}; expected one of {', '.join(SOURCES)} and another modality to generate from it."
         )
-    slowest_first = sorted(targets, key=lambda m: -modalities.get(m).channels)
+    slowest_first = sorted(targets, key=lambda m: -modalities.get(m).channels * LONGER.get(m, 1))
     logs = [folder / "logs" / f"tokenizer_{m}.log" for m in slowest_first]
     _side_by_side([_tokenizer_command(m, folder, scale) for m in slowest_first], logs)
     _command("tokenize", f"--data={folder / 'shards'}", f"--weights={folder / 'tokenizers'}", f"--out={folder / 'shards'}")
@@ -84,10 +88,8 @@ def _training(name: str, workdir: Path, folder: Path, scale: float, *fields: str
 
 def _tokenizer_command(modality: str, folder: Path, scale: float) -> list[str]:
     workdir = folder / "tokenizers" / modality
-    fields = [f"model.modality={modality}", "run.progress=False"]
-    if modality in ("S1GRD", "S1RTC"):
-        fields.append(f"model.levels={RADAR_LEVELS}")
-    return ["train-tokenizer", *_training("tokenizer", workdir, folder, scale, *fields)]
+    fields = [f"model.modality={modality}", "run.progress=False", *OWN.get(modality, ())]
+    return ["train-tokenizer", *_training("tokenizer", workdir, folder, scale * LONGER.get(modality, 1), *fields)]
 
 
 # ---- running commands ----

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.train.ema_decay = 0.98
 
     config.run.eval_every = 0  # only at the end
-    config.run.eval_batches = 2
+    config.run.eval_batches = 4
     config.run.checkpoint_every = 1000
     config.run.tensorboard = False
     return config

@@ -19,6 +19,7 @@ LATENT_STD = 1.0  # two of them reach 88 % of a code's range; at more the sigmoi
 
 Path = tuple[str, ...]
 EMBED, ENCODER, LATENT = ("encoder", "proj"), ("encoder",), ("quant_proj",)
+OUTPUT = ("decoder", "out_proj", "kernel")
 
 
 def data_init(module: networks.Tokenizer, params: Any, buffers: Any, image: jax.Array, weight: jax.Array) -> Any:
@@ -52,6 +53,17 @@ def data_init(module: networks.Tokenizer, params: Any, buffers: Any, image: jax.
     std = jnp.sqrt(jnp.maximum(values[first], 0))
     kernel = kernel.at[:, :count].set(jnp.where(std > TINY, vectors[:, first] * _times(LATENT_STD, std), kernel[:, :count]))
     flat[*LATENT, "kernel"], flat[*LATENT, "bias"] = kernel, -_mean(features, share) @ kernel
+    return traverse_util.unflatten_dict(flat)
+
+
+def zero_output(params: Any) -> Any:
+    """Parameters with which a ViT decoder draws zeros, whatever the codes.
+
+    Drawn weights begin with a pattern of their own in each patch, of which a short training leaves metres: as much as a plain varies.
+    From zero the pixels of a flat patch learn the same.
+    """
+    flat = dict(traverse_util.flatten_dict(params))
+    flat[OUTPUT] = jnp.zeros_like(flat[OUTPUT])
     return traverse_util.unflatten_dict(flat)
 
 

@@ -30,7 +30,7 @@ from terramind_jax.data.index import Index, has_split, open_index
 from terramind_jax.data.pipeline import image_batches
 from terramind_jax.data.views import read_variants
 from terramind_jax.train import loop, optimizer, reconstruction, state
-from terramind_jax.train.data_init import data_init
+from terramind_jax.train.data_init import data_init, zero_output
 from terramind_jax.train.random_crops import random_crops
 
 
@@ -44,6 +44,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     config = loop.with_modalities(config, [config.model.modality])
     module = networks.Tokenizer(tokenizer_config(config))
     check_sizes(config, module.config)
+    if config.train.zero_output and module.config.decoder != "vit":
+        raise ValueError(f"train.zero_output is of the decoder vit; model.decoder is {module.config.decoder}.")
     modality, index = config.model.modality, open_images(config, config.data.train_split)
     size = side_read(config, index)
     there = has_split(config.data.root, config.data.val_split, modality)
@@ -69,9 +71,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     init = partial(networks.init, module)
     train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
 
-    if config.train.data_init and not int(train_state.step):
-        first = next(device_batches(config, index, mesh))
-        train_state = jax.jit(partial(begin, module), donate_argnums=0, out_shardings=layout)(train_state, buffers, first)
+    if (config.train.data_init or config.train.zero_output) and not int(train_state.step):
+        first, starts = next(device_batches(config, index, mesh)), (config.train.data_init, config.train.zero_output)
+        train_state = jax.jit(partial(begin, module, *starts), donate_argnums=0, out_shardings=layout)(train_state, buffers, first)
 
     # ---- The compiled steps ----
     replicated = sharding.replicated(mesh)
@@ -176,10 +178,15 @@ def value_and_grad(
     return jax.lax.switch(drawn, [at(side) for side in draws.sizes], params, image)
 
 
-def begin(module: networks.Tokenizer, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]) -> state.State:
-    """A fresh state, its parameters spread over a first batch."""
-    image = reconstruction.prepare(module.config, batch["image"])
-    params = data_init(module, train_state.params, buffers, image, ~batch["bad"])
+def begin(
+    module: networks.Tokenizer, spread: bool, zero: bool, train_state: state.State, buffers: Any, batch: Mapping[str, jax.Array]
+) -> state.State:
+    """A fresh state, its parameters spread over a first batch, or with the decoder's last layer at zero, or both."""
+    params = train_state.params
+    if spread:
+        params = data_init(module, params, buffers, reconstruction.prepare(module.config, batch["image"]), ~batch["bad"])
+    if zero:
+        params = zero_output(params)
     return train_state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
