@@ -70,6 +70,7 @@ def run(
         version=metadata.version("terramind_jax"),
         model=model or str(weights),
         weights_sha256=generate_scenes.digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
+        dtype=network.dtype,
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, overlap=overlap, batch_size=batch_size),

@@ -155,6 +155,9 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
         generate_scenes.run(**call, seed=1)
     with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
         generate_scenes.run(**call, steps=2)
+    monkeypatch.setattr(feeding.Network, "dtype", "bfloat16")  # as on another device
+    with pytest.raises(FileExistsError, match='its dtype was "float32", now it is "bfloat16"'):
+        generate_scenes.run(**call)
 
 
 def test_no_data_stays_no_data(weights, copies, tmp_path):
@@ -190,7 +193,8 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
         weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
     )
     tags = geo.read_header(ndvi).tags
-    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "inputs", "version")}
+    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "dtype", "inputs", "version")}
+    assert found["dtype"] == "float32"
     assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
     assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")

@@ -28,6 +28,12 @@ class Network:
     version: str = "v1"
     sharding: jax.sharding.NamedSharding | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Of the computation: "float32" or "bfloat16", or both if the networks differ."""
+        networks = [self.module, *(tokenizer for tokenizer, _ in self.tokenizers.values())]
+        return ", ".join(sorted({network.config.dtype for network in networks}))
+
     def put(self, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
         return x if self.sharding is None else jax.device_put(x, self.sharding)
 
