@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -171,6 +172,26 @@ def test_no_data_stays_no_data(weights, copies, tmp_path):
     assert geo.read_header(lulc).nodata == 255 and np.isnan(geo.read_header(ndvi).nodata)
     assert max(column for call in copies for _, column in call["at"]) == 2  # windows from columns 0, 2, 4; the last has no data
     assert all(np.isfinite(x).all() for call in copies for x in call.get("inputs", {}).values())
+
+
+def test_memory_does_not_grow_with_the_height(weights, monkeypatch, tmp_path):
+    def tokens(*network, at, only, **options):
+        return {only: np.zeros((len(at), 3, 3), np.int32)}
+
+    def pixels(stream, ids, *tokenizers, **options):
+        return np.zeros((len(ids), TILE, TILE, 10), np.float32)
+
+    monkeypatch.setattr(generating, "generate_tokens", tokens)
+    monkeypatch.setattr(generate, "decode_output", pixels)
+    peaks = []
+    for height in (256, 2048):  # all probabilities of the higher one would be 20 MiB
+        elevation(tmp_path / f"{height}.tif", height, 256)
+        call = dict(weights=weights, inputs={"DEM": tmp_path / f"{height}.tif"}, to=["LULC"], out=tmp_path / str(height))
+        tracemalloc.start()
+        generate_scenes.run(**call, quicklook=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0], peaks
 
 
 def test_the_spread_of_samples(weights, tmp_path):
