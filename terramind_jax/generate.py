@@ -61,7 +61,8 @@ def generate(
       bands, fill_bands: which bands an input has, by user name, if not all, and what stands for the others; see `bands.fill_missing`.
       visible: bool ``[B, S / 16, S / 16]`` by input, which patches of an image are seen, such as those without clouds. The pixels of the
         others may be anything, NaN too. Where tokens enter, those that are seen are made of an image without the others: their pixels are
-        the mean, or class 0.
+        the mean, or class 0. Such an input may be an output, too, which repaints it, if it enters as pixels (S2L2A, S1GRD, DEM); LULC and
+        NDVI, which enter as tokens, cannot be both.
       timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
