@@ -51,9 +51,10 @@ def run(
 
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, Cloud-Optimised GeoTIFF, float32 in the modality's unit (NaN: no data),
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
-    window on, the size that the model was trained at. A pixel has no data where no input has. Nothing that exists is replaced; a run that
-    was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that computes in
-    another dtype.
+    window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
+    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. Nothing that exists is replaced;
+    a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
+    computes in another dtype.
 
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
