@@ -254,7 +254,7 @@ class Generator(Model):
           ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where
           none was written, caption a list of strings, or ids without a vocabulary. With `num_samples` an image is a `draws.Draws` with
           `values` ``[N, B, S, S, C]``, `mean`, `std` and `quantiles`, LULC a `draws.ClassDraws` with `probabilities` and `entropy`, and
-          coords are ``[N, B, 2]``; the first draw is what is made without `num_samples`.
+          coords are ``[N, B, 2]``; the first draw is what is made without `num_samples`, on accelerators but for rounding.
 
         Raises:
           ValueError: as `generate.generate`.
