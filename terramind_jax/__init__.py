@@ -7,6 +7,9 @@
     made = model.generate({"S2L2A": tile[None]}, seed=0, timesteps=10, standardize=True)
     tm.write("radar.tif", made["S1GRD"][0], like="tile.tif")
 
+Beside these names, which `dir` lists, the notebooks use the modules `modalities` (what each is), `plot`, `tasks`, `data.synthesize` (tiles
+of the embedded world), `data.index` (the keys of shards) and `train.logging` (the metrics of a run).
+
 Names are imported when they are first used, so that data workers and ``--help`` never load JAX.
 """
 

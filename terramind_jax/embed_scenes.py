@@ -36,7 +36,8 @@ def run(
 
     Writes ``{out}/{scene}.tif``, a Cloud-Optimised GeoTIFF with a pixel a patch (16 of the input's) and a float32 band a dimension, NaN
     where no input has data; or ``{out}/{scene}.parquet``, GeoParquet with the columns scene, row, column (the first pixel), embedding
-    and geometry. Nothing that exists is replaced; a run that was stopped goes on with the same arguments, as in `generate_scenes.run`.
+    and geometry. Where some input has no data, the encoder sees the mean of its bands. Nothing that exists is replaced; a run that was
+    stopped goes on with the same arguments, as in `generate_scenes.run`.
 
     Args:
       weights, inputs, tokenizers, model, lulc_codes, batch_size: as of `generate_scenes.run`. At least one input is an image.
@@ -70,6 +71,7 @@ def run(
         version=metadata.version("terramind_jax"),
         model=model or str(weights),
         weights_sha256=generate_scenes.digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
+        dtype=network.dtype,
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, overlap=overlap, batch_size=batch_size),

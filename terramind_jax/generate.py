@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from terramind_jax import captions, coordinates, draws, modalities, sampling
@@ -24,6 +25,8 @@ Variables = Mapping[str, Any]
 Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
 
 ENCODING = ("vocabulary", "standardize", "version", "offset", "bands", "fill_bands", "visible")  # options of `encode_inputs`
+OF_SAMPLES = ("noise", "at", "known_tokens")  # options that hold one array a sample
+TOGETHER = 8
 
 
 def generate(
@@ -61,7 +64,8 @@ def generate(
       bands, fill_bands: which bands an input has, by user name, if not all, and what stands for the others; see `bands.fill_missing`.
       visible: bool ``[B, S / 16, S / 16]`` by input, which patches of an image are seen, such as those without clouds. The pixels of the
         others may be anything, NaN too. Where tokens enter, those that are seen are made of an image without the others: their pixels are
-        the mean, or class 0.
+        the mean, or class 0. Such an input may be an output, too, which repaints it, if it enters as pixels (S2L2A, S1GRD, DEM); LULC and
+        NDVI, which enter as tokens, cannot be both.
       timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
@@ -101,13 +105,31 @@ def generate_draws(
 ) -> dict[str, Any]:
     """`generate`, drawn `num_samples` times: ``{name: draws}``, see `draws.collect`. The first draw is that of `seed` alone.
 
-    The inputs are standardised and tokenised once.
+    The inputs are standardised and tokenised once. Accelerators make several draws at once, of up to `TOGETHER` images, which rounds as any
+    batch does (`seed` of `decoding.generate_tokens`).
     """
     seeds = sampling.draw_seeds(seed, num_samples)
     _check_call(module, inputs, outputs, tokenizers)
     encoded = encode_inputs(module, tokenizers, inputs, **{name: options[name] for name in ENCODING if name in options})
-    made = [generate(module, variables, tokenizers, inputs, outputs, seed=one, encoded=encoded, **options) for one in seeds]
-    return {name: draws.collect(name, [one[name] for one in made]) for name in made[0]}
+    own = {"encoded": encoded} | {name: options.pop(name) for name in OF_SAMPLES if options.get(name) is not None}
+    arrays, names = jax.tree.flatten(own, is_leaf=lambda x: isinstance(x, list))
+    batch_size = np.shape(arrays[0])[0] if arrays else np.size(seed)
+    sampling.seed_words(seed, batch_size)  # a ValueError if they do not fit
+    groups = -(-num_samples // max(1, _together() // batch_size))
+    size = -(-num_samples // groups)  # even groups, the last one filled up: one shape, one program
+    made = []
+    for start in range(0, num_samples, size):
+        some = [seeds[min(k, num_samples - 1)] for k in range(start, start + size)]
+        own = jax.tree.unflatten(names, [x if size == 1 else jnp.concatenate([jnp.asarray(x)] * size) for x in arrays])
+        own["seed"] = np.concatenate([np.broadcast_to(one, (batch_size,)) for one in some])
+        found = generate(module, variables, tokenizers, inputs, outputs, **own, **options)
+        made += [{name: x[k : k + batch_size] for name, x in found.items()} for k in range(0, size * batch_size, batch_size)]
+    return {name: draws.collect(name, [one[name] for one in made[:num_samples]]) for name in made[0]}
+
+
+def _together() -> int:
+    """How many images draws are made of at once. A CPU is no faster with several."""
+    return 1 if jax.default_backend() == "cpu" else TOGETHER
 
 
 def output_tokens(

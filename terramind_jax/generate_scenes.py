@@ -51,8 +51,10 @@ def run(
 
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, Cloud-Optimised GeoTIFF, float32 in the modality's unit (NaN: no data),
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
-    window on, the size that the model was trained at. A pixel has no data where no input has. Nothing that exists is replaced; a run that
-    was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files.
+    window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
+    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. Nothing that exists is replaced;
+    a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
+    computes in another dtype.
 
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
@@ -62,7 +64,8 @@ def run(
       tokenizers: folder with one tokenizer a modality; by default ``tokenizers`` in or beside `weights`.
       model: name of a released model, such as ``terramind_v1_base``; a work directory knows what it is.
       lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
-      seed: of all that is drawn. A pixel's draws depend on it and on the place in the scene.
+      seed: of all that is drawn. A pixel's draws depend on it and on the place in the scene. What is made of them rounds differently with
+        the number of windows at once and of devices, see `decoding.generate_tokens`.
       overlap: pixels that neighbouring windows share, a multiple of 16; None: half a window.
       samples: how often each scene is drawn. From two on, ``{modality}_std`` holds the standard deviation a band, of class maps the entropy
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
@@ -106,6 +109,7 @@ def run(
         version=metadata.version("terramind_jax"),
         model=model or str(weights),
         weights_sha256=digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
+        dtype=network.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(to=list(to), lulc_codes=lulc_codes, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size, **options),

@@ -239,7 +239,8 @@ class Generator(Model):
           inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the
             others, see `bands.fill_missing`), LULC ``[B, S, S]`` classes, coords ``[B, 2]`` as (lon, lat), caption a list of strings or ids
             ``[B, L]``. Images are of one size, any multiple of 16 pixels; diffusion decoders need multiples of 32.
-          seed: one integer, or ``[B]``, one a sample; a sample's result does not depend on the batch around it.
+          seed: one integer, or ``[B]``, one a sample; a sample's draws do not depend on the batch around it, how they are rounded does a
+            little, see `decoding.generate_tokens`.
           timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
           sampler: of diffusion decoders: "ddim" as published, "dpmpp", which needs a fraction of its steps, or "ddpm".
@@ -253,7 +254,7 @@ class Generator(Model):
           ``{name: array}``: float32 ``[B, S, S, C]`` of the inputs' size, of LULC logits of the classes, coords ``[B, 2]`` with NaN where
           none was written, caption a list of strings, or ids without a vocabulary. With `num_samples` an image is a `draws.Draws` with
           `values` ``[N, B, S, S, C]``, `mean`, `std` and `quantiles`, LULC a `draws.ClassDraws` with `probabilities` and `entropy`, and
-          coords are ``[N, B, 2]``; the first draw is what is made without `num_samples`.
+          coords are ``[N, B, 2]``; the first draw is what is made without `num_samples`, on accelerators but for rounding.
 
         Raises:
           ValueError: as `generate.generate`.

@@ -34,6 +34,15 @@ def scripts(monkeypatch):
         sys.modules.pop(script.stem, None)
 
 
+# ---- seams ----
+
+
+def test_a_row_of_seams_compares_lines_of_one_grid(scripts):
+    row = np.arange(64)[:, None, None]
+    image = np.broadcast_to(row // 16 + 2.0 * (row >= 32), (64, 64, 1))  # steps of 1, and of 3 at line 32; none between columns
+    assert scripts("seams").seam_row("DEM", "the truth", image, {0, 32, 64}, 0) == "| DEM | the truth | 1.5 | 0.5 | 3.000 |  |"
+
+
 # ---- the best batch ----
 
 

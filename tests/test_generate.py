@@ -65,6 +65,24 @@ def test_several_draws_give_the_spread_of_each_pixel(system):
     assert (lulc.entropy > 0).all() and lulc.entropy.max() <= np.log(10) + 1e-6
 
 
+@pytest.mark.parametrize("at_once", [3, 8])  # images: of two a draw one draw and four, of one a draw three and all five
+def test_draws_are_those_that_are_made_one_by_one(system, monkeypatch, at_once):
+    def drawn(together, inputs, **options):
+        monkeypatch.setattr(generate, "_together", lambda: together)
+        made = generate.generate_draws(*system, inputs, ["LULC", "NDVI", "coords"], num_samples=5, **options)
+        return {name: getattr(x, "values", x) for name, x in made.items()}
+
+    inputs, visible = scene(), {"DEM": np.arange(18).reshape(2, 3, 3) % 4 > 0}
+    two = dict(inputs=inputs, seed=np.array([4, 5]), visible=visible, known_tokens={"LULC": np.arange(18).reshape(2, 3, 3)})
+    for call in (two, dict(inputs={"DEM": inputs["DEM"][:1]}, seed=7, at=[[2, 3]])):
+        one_by_one, several = drawn(1, **call), drawn(at_once, **call)
+        assert one_by_one.keys() == several.keys()
+        for name, x in one_by_one.items():
+            np.testing.assert_allclose(several[name], x, atol=1e-4)
+    with pytest.raises(ValueError, match=r"The seed has shape \(3,\); expected one integer or \[2\]"):
+        drawn(at_once, inputs, seed=np.arange(3))
+
+
 def test_draws_encode_their_inputs_once_and_hold_what_was_made(system, monkeypatch):
     calls, encode = [], generate.encode_input
     monkeypatch.setattr(

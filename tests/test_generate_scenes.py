@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import random_networks
 import tqdm
 
-from terramind_jax import generate, generate_scenes, geo
+from terramind_jax import generate, generate_scenes, geo, modalities
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating
 
@@ -166,6 +168,9 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
         generate_scenes.run(**call, seed=1)
     with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
         generate_scenes.run(**call, steps=2)
+    monkeypatch.setattr(feeding.Network, "dtype", "bfloat16")  # as on another device
+    with pytest.raises(FileExistsError, match='its dtype was "float32", now it is "bfloat16"'):
+        generate_scenes.run(**call)
 
 
 def test_no_data_stays_no_data(weights, copies, tmp_path):
@@ -179,6 +184,49 @@ def test_no_data_stays_no_data(weights, copies, tmp_path):
     assert geo.read_header(lulc).nodata == 255 and np.isnan(geo.read_header(ndvi).nodata)
     assert max(column for call in copies for _, column in call["at"]) == 2  # windows from columns 0, 2, 4; the last has no data
     assert all(np.isfinite(x).all() for call in copies for x in call.get("inputs", {}).values())
+
+
+def test_a_hole_in_one_input_is_not_seen(weights, networks, tmp_path):
+    """As if those patches were hidden, whatever stands for them in the file; a patch with some data is seen."""
+    hole = np.zeros((TILE, TILE), bool)
+    hole[:, 16:], hole[40, 40] = True, False
+    inputs = {"DEM": tmp_path / "dem.tif", "NDVI": tmp_path / "ndvi.tif"}
+    dem, place = elevation(inputs["DEM"], TILE, TILE, hole=hole), geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
+    ndvi = np.random.default_rng(1).uniform(-1, 1, dem.shape).astype(np.float32)
+    geo.write(inputs["NDVI"], ndvi, like=place)
+    (found,) = generate_scenes.run(weights=weights, inputs=inputs, to=["LULC"], out=tmp_path / "out")
+    geo.write(tmp_path / "marked.tif", np.where(hole[..., None], -9999, dem), like=place, nodata=-9999)
+    marked = inputs | {"DEM": tmp_path / "marked.tif"}
+    (same,) = generate_scenes.run(weights=weights, inputs=marked, to=["LULC"], out=tmp_path / "same")
+    np.testing.assert_array_equal(geo.read(same), geo.read(found))
+
+    filled = np.where(hole[..., None], modalities.get("DEM").mean, dem)
+    make = functools.partial(generate.generate, *networks[0], networks[1], outputs=["LULC"], seed=0)
+    clear = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 1]], bool)
+    anything = np.where(np.kron(clear, np.ones((16, 16)))[..., None], filled, 5000)
+    hidden = make({"DEM": anything[None], "NDVI": ndvi[None]}, visible={"DEM": clear[None]})
+    np.testing.assert_array_equal(geo.read(found)[..., 0], hidden["LULC"][0].argmax(-1))
+    assert (make({"DEM": filled[None], "NDVI": ndvi[None]})["LULC"] != hidden["LULC"]).mean() > 0.1
+
+
+def test_memory_does_not_grow_with_the_height(weights, monkeypatch, tmp_path):
+    def tokens(*network, at, only, **options):
+        return {only: np.zeros((len(at), 3, 3), np.int32)}
+
+    def pixels(stream, ids, *tokenizers, **options):
+        return np.zeros((len(ids), TILE, TILE, 10), np.float32)
+
+    monkeypatch.setattr(generating, "generate_tokens", tokens)
+    monkeypatch.setattr(generate, "decode_output", pixels)
+    peaks = []
+    for height in (256, 2048):  # all probabilities of the higher one would be 20 MiB
+        elevation(tmp_path / f"{height}.tif", height, 256)
+        call = dict(weights=weights, inputs={"DEM": tmp_path / f"{height}.tif"}, to=["LULC"], out=tmp_path / str(height))
+        tracemalloc.start()
+        generate_scenes.run(**call, quicklook=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0], peaks
 
 
 def test_the_spread_of_samples(weights, tmp_path):
@@ -201,7 +249,8 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
         weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
     )
     tags = geo.read_header(ndvi).tags
-    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "inputs", "version")}
+    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "dtype", "inputs", "version")}
+    assert found["dtype"] == "float32"
     assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
     assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")

@@ -18,7 +18,7 @@ INSTALL = '%pip install -q "terramind_jax[torch] @ git+https://github.com/terram
 
 # How many figures each shows, and what its variables are for a short run.
 SHORT = {
-    "1_any_to_any_generation": (6, {}),
+    "1_any_to_any_generation": (7, {}),
     "2_tokenizers": (4, {}),
     "3_large_scenes": (5, {"SIZE": "288"}),
     "4_pretraining_on_your_own_data": (3, {"COUNT, STEPS": "16, 3"}),

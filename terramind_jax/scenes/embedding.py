@@ -101,7 +101,7 @@ def _features(job: Job, work: Work, i: int) -> Iterator[tuple[list[int], np.ndar
     """Columns of windows of row `i`, and what one layer says of them, ``[B, s, s, D]`` float32."""
     strip, size = feeding.read(work, i), work.cut.size
     for js in feeding.batches(job.network, work, i, job.batch_size):
-        values = feeding.encode(job.network, work, i, js, strip)
+        values, _ = feeding.encode(job.network, work, i, js, strip)  # a backbone sees all patches: the mean where an input has no data
         x = np.asarray(backbone.features(job.network.module, job.network.variables, values)[job.layer], np.float32)
         js = list(dict.fromkeys(js))
         yield js, x.reshape(len(x), size, size, -1)[: len(js)]
@@ -109,8 +109,7 @@ def _features(job: Job, work: Work, i: int) -> Iterator[tuple[list[int], np.ndar
 
 def _there(work: Work, row: int, height: int) -> np.ndarray:
     """Patches with any data in rows of patches: ``[height, w]`` bool."""
-    missing = reading.missing(work.scene, row * PATCH, height * PATCH)
-    return ~missing.reshape(height, PATCH, -1, PATCH).all((1, 3))
+    return reading.seen(reading.missing(work.scene, row * PATCH, height * PATCH))
 
 
 def _on_disk(job: Job, work: Work, shape: tuple[int, ...]) -> np.ndarray:

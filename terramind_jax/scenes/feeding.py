@@ -16,6 +16,7 @@ from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
 
 T = TypeVar("T")
+Strip = Mapping[str, tuple[np.ndarray, np.ndarray] | None]  # see `read`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Network:
     tokenizers: generate.Tokenizers
     version: str = "v1"
     sharding: jax.sharding.NamedSharding | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation: "float32" or "bfloat16", or both if the networks differ."""
+        networks = [self.module, *(tokenizer for tokenizer, _ in self.tokenizers.values())]
+        return ", ".join(sorted({network.config.dtype for network in networks}))
 
     def put(self, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
         return x if self.sharding is None else jax.device_put(x, self.sharding)
@@ -70,24 +77,40 @@ def padded(batch: list[T], size: int) -> list[T]:
     return batch + batch[-1:] * (size - len(batch))
 
 
-def read(work: Work, i: int) -> dict[str, np.ndarray | None]:
-    """The pixels of every input under row `i` of windows, ``[L, w, C]``; None of one that only gives its position."""
-    c, images = work.cut, set(work.scene.images)
+def read(work: Work, i: int) -> Strip:
+    """Of every input under row `i` of windows its pixels ``[L, w, C]``, and which patches hold any data, ``[L / 16, w / 16]`` bool.
+
+    None of an input that only gives its position.
+    """
+    c = work.cut
     if not work.live[i].any():
         return {}
     where = c.rows[i] * PATCH, c.size * PATCH
-    return {name: reading.read(work.scene, name, *where)[0] if name in images else None for name in work.scene.paths}
+    strip: dict[str, tuple | None] = dict.fromkeys(work.scene.paths)
+    for name in work.scene.images:
+        pixels, missing = reading.read(work.scene, name, *where)
+        strip[name] = pixels, reading.seen(missing)
+    return strip
 
 
-def encode(network: Network, work: Work, i: int, js: Sequence[int], strip: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
-    """What some windows of row `i` give to the network, by stream; `strip` is of `read`."""
-    values, length = {}, work.cut.size * PATCH
+def encode(network: Network, work: Work, i: int, js: Sequence[int], strip: Strip) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What some windows of row `i` give to the network, and of images which patches hold any data, both by stream; `strip` is of `read`."""
+    values, visible = {}, {}
     for name, rows in strip.items():
-        lefts = [work.cut.columns[j] * PATCH for j in js]
-        x = _positions(work, i, js) if rows is None else np.stack([rows[:, left : left + length] for left in lefts])
         own = generate.input_stream(network.module, name)
+        if rows is None:
+            x = _positions(work, i, js)
+        else:
+            x, seen = (_windows(work, js, image) for image in rows)
+            visible[own.key] = network.put(seen)
         values[own.key] = network.put(generate.encode_input(own, x, network.tokenizers, version=network.version))
-    return values
+    return values, visible
+
+
+def _windows(work: Work, js: Sequence[int], rows: np.ndarray) -> np.ndarray:
+    """Some windows of a row of them, ``[B, L, L, ...]``, of their pixels or patches ``[L, w, ...]``."""
+    unit = len(rows) // work.cut.size
+    return np.stack([rows[:, unit * left : unit * left + len(rows)] for left in (work.cut.columns[j] for j in js)])
 
 
 def _positions(work: Work, i: int, js: Sequence[int]) -> np.ndarray:

@@ -22,7 +22,7 @@ from terramind_jax.decoding import generate_tokens
 from terramind_jax.draws import entropy, probabilities
 from terramind_jax.modalities import Stream
 from terramind_jax.scenes import feeding, reading, windows, writing
-from terramind_jax.scenes.feeding import Network, Work
+from terramind_jax.scenes.feeding import Network, Strip, Work
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
@@ -97,10 +97,12 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
     return ids
 
 
-def _sample(job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[int], strip, maps: Mapping[str, np.ndarray]) -> np.ndarray:
+def _sample(
+    job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[int], strip: Strip, maps: Mapping[str, np.ndarray]
+) -> np.ndarray:
     """Ids of some windows of row `i` of windows, given the inputs and the maps of the targets before."""
     network, c = job.network, work.cut
-    values = feeding.encode(network, work, i, js, strip)
+    values, visible = feeding.encode(network, work, i, js, strip)
     known = {}
     for key, ids in maps.items():
         is_sequence = modalities.output_stream(key).kind == "sequence"
@@ -108,7 +110,7 @@ def _sample(job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[i
         known[key] = network.put(np.stack([ids[k][part] for part in at]))
     targets = list(dict.fromkeys(modalities.output_stream(name).key for name in job.to))
     options = {name: value for name, value in job.options.items() if name not in DECODING}
-    how = dict(seed=_seeds(job.seed, job.samples)[k], at=c.at(i, js), known_tokens=known, only=stream.key)
+    how = dict(seed=_seeds(job.seed, job.samples)[k], at=c.at(i, js), visible=visible, known_tokens=known, only=stream.key)
     return np.asarray(generate_tokens(network.module, network.variables, values, targets, **how, **options)[stream.key])
 
 

@@ -96,7 +96,8 @@ def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np
     """Rows of pixels of one raster ``[height, w, C]`` as shards store it, and where it has no data, ``[height, w]`` bool.
 
     Both reach to the end of the grid of patches, where the image is mirrored. Pixels without data hold the mean of their band, of class
-    maps class 0. Values are checked, and rounded, as `data.pack` does, so that a model sees what it was trained on.
+    maps class 0; generation does not see patches of nothing else (`seen`). Values are checked, and rounded, as `data.pack` does, so that a
+    model sees what it was trained on.
     """
     inside, width = min(height, scene.place.height - row), scene.place.width
     stored, missing = _values(scene, name, geo.read_window(scene.paths[name], row, 0, inside, width))
@@ -130,6 +131,11 @@ def _is_class_map(name: str) -> bool:
     return modalities.get(modalities.input_stream(name).modality).kind == "classes"
 
 
+def seen(missing: np.ndarray) -> np.ndarray:
+    """Which patches hold any data, ``[h / 16, w / 16]`` bool, of the pixels ``[h, w]`` that have none."""
+    return ~missing.reshape(len(missing) // PATCH, PATCH, -1, PATCH).all((1, 3))
+
+
 def missing(scene: Scene, row: int, height: int) -> np.ndarray:
     """Where no raster of a scene has data, in rows of pixels: ``[height, w]`` bool as `read` gives it. Without images, nowhere."""
     found = [read(scene, name, row, height)[1] for name in scene.images]
@@ -144,8 +150,7 @@ def measured(scene: Scene, cut: Cut) -> np.ndarray:
     patches = np.zeros(scene.grid, bool)
     for row in range(0, scene.grid[0], cut.size):
         n = min(cut.size, scene.grid[0] - row)
-        there = ~missing(scene, row * PATCH, n * PATCH)
-        patches[row : row + n] = there.reshape(n, PATCH, -1, PATCH).any((1, 3))
+        patches[row : row + n] = seen(missing(scene, row * PATCH, n * PATCH))
     if not patches.any():
         raise ValueError(f"{next(iter(scene.paths.values()))} is empty: none of its pixels has data.")
     return np.array([[patches[r : r + cut.size, c : c + cut.size].any() for c in cut.columns] for r in cut.rows])
