@@ -416,6 +416,23 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_of_validation_are_checked_before_the_first_step(tmp_path):
+    """A class beyond the last; and a class that validation lacks is told of."""
+    sample("sen1floods11", tmp_path / "data", count=4, size=SIZE)
+    held_out, config = datasets.load("sen1floods11", tmp_path / "data", "val"), settings(tmp_path / "data", train=dict(steps=1))
+    masks = [held_out.samples[i].target for i in range(2)]
+    written = [np.asarray(geo.read(path)) for path in masks]
+    for path, mask in zip(masks, written, strict=True):
+        geo.write(path, np.zeros_like(mask), geo.place(path))
+    with pytest.warns(UserWarning, match="No sample of the val split of Sen1Floods11 holds: water."):
+        finetune.train(config, tmp_path / "run")
+    written[1][0, 0] = 7
+    geo.write(masks[1], written[1], geo.place(masks[1]))
+    with pytest.raises(ValueError, match=f"{held_out.names[1]} has the label 7, but the 2 classes of Sen1Floods11 are 0-1"):
+        finetune.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_thinking_needs_all_bands(tmp_path):
     sample("burnscars", tmp_path / "data", count=1, size=SIZE)
     model = dict(name="terramind_v1_tiny_tim", modalities=())

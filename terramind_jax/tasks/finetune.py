@@ -50,7 +50,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     config = with_sizes(config, dataset)
     held_out = open_split(config, "val")
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
-    datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
+    for split in (dataset, held_out) if dataset.num_classes else ():
+        datasets.class_counts(split)  # checks every label, and warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
 
     # ---- Model, optimizer and state, laid out on the mesh ----
