@@ -198,7 +198,8 @@ def class_scores(confusion: np.ndarray, ignore: int | None = None, *, absent: bo
     """``mIoU``, ``F1`` and ``accuracy``, means over the classes of truth or prediction, as torchmetrics has them, and ``pixel_accuracy``.
 
     A class that is only predicted is one of them, with 0; in `mean_iou` it is not. With `absent` so is one that neither has, as in PANGAEA.
-    `ignore` is a class that is none of them.
+    `ignore` is a class that is none of them. Where it is predicted, as PASTIS-R's void may be, torchmetrics still counts it in F1 and
+    accuracy, with 0, though not in mIoU: there both are lower than here.
     """
     counted = (confusion.sum(1) + confusion.sum(0) > 0) | absent
     if ignore is not None and 0 <= ignore < len(confusion):
