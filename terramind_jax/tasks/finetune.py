@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     dataset = open_split(config, "train")
     config = with_sizes(config, dataset)
     held_out = open_split(config, "val")
+    loop.agree(config, {f"list of {each.split} samples": "\n".join(each.names).encode() for each in (dataset, held_out)})
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
     for split in (dataset, held_out) if dataset.num_classes else ():
         datasets.class_counts(split)  # checks every label, and warns of classes that never occur
