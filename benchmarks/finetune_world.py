@@ -5,7 +5,8 @@
 
 Land cover, and elevation where there is no water, from Sentinel-2 of the quickstart's own scenes; scores are of its held-out scenes. Its
 pretraining has seen both as targets on the same training scenes: what is asked is what its weights save in labels, not more. Each case
-takes the same number of steps on 5, 20 or 100 % of the labels, from three seeds, which also choose the labels.
+takes the same number of steps on 5, 20 or 100 % of the labels, from three seeds, which also choose the labels: all cases of a seed
+have the same, so that their differences are told by seed. Beside them stands what needs no image, a constant of the training labels.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import numpy as np
 import process
 from ml_collections import ConfigDict
 
-from terramind_jax import modalities, weights
+from terramind_jax import metrics, modalities, weights
 from terramind_jax.data import crops
 from terramind_jax.data.index import Index, open_index
-from terramind_jax.tasks import finetune
+from terramind_jax.tasks import datasets, finetune
 from terramind_jax.tasks.config import finetuning
 
 SHARES = (0.05, 0.2, 1.0)
@@ -39,6 +40,10 @@ TASKS = {
     "DEM": dict(task="regression"),
 }
 METRICS = {"LULC": ("val/mIoU", 100, "mIoU, %"), "DEM": ("val/rmse", KILOMETRE, "RMSE, m")}
+SIGNS = {"LULC": 1, "DEM": -1}  # whether more is better
+CONSTANTS = {"LULC": "the most common class, everywhere", "DEM": "the mean, everywhere"}  # of the training labels; no network
+PAIRS = (("pretrained", "random"), ("pretrained, TiM of LULC and DEM", "pretrained"))
+Spread = tuple[float, float | None]  # mean and standard deviation over seeds
 
 
 def write(index: Index, split: str, scenes: int, root: Path) -> int:
@@ -72,19 +77,70 @@ def settings(root: Path, quickstart: Path, task: str, arm: str, share: float, se
     return config
 
 
+def constant(config: ConfigDict) -> float:
+    """The score on the validation split of what stands in `CONSTANTS`, with the labels that `config` draws."""
+    train, held_out = (finetune.open_split(config, split) for split in ("train", "val"))
+    if train.num_classes:
+        seen, true = datasets.class_counts(train), datasets.class_counts(held_out)
+        confusion = np.zeros((len(true), len(true)), np.int64)
+        confusion[:, seen.argmax()] = true
+        return metrics.class_scores(confusion, held_out.ignore_index)["mIoU"]
+    labels, truth = (np.concatenate([split.target(i).ravel() for i in range(len(split))]) for split in (train, held_out))
+    return float(np.sqrt(np.nanmean(np.square(truth - np.nanmean(labels, dtype=np.float64)))))
+
+
+def spread(values: list[float]) -> Spread:
+    return statistics.mean(values), statistics.pstdev(values)
+
+
+def pairs(task: str) -> list[tuple[str, str]]:
+    """What is compared: every arm with the constant, and `PAIRS`."""
+    return [*((arm, CONSTANTS[task]) for arm in ARMS), *PAIRS]
+
+
+def differences(scores: dict[tuple, list[float]]) -> dict[tuple, Spread]:
+    """Of the pairs, seed by seed, by task, pair and share."""
+    cases = [(task, pair, share) for task in TASKS for pair in pairs(task) for share in SHARES]
+    both = {(task, pair, share): [scores[task, name, share] for name in pair] for task, pair, share in cases}
+    return {case: spread([x - y for x, y in zip(a, b, strict=True)]) for case, (a, b) in both.items()}
+
+
+def table(task: str, found: dict[tuple, Spread], paired: dict[tuple, Spread]) -> str:
+    """Scores of the arms and of a constant, and the differences of pairs; `found` is by task, arm or constant, and share."""
+    lines = [["backbone", *(f"{share:.0%} of the labels" for share in SHARES)], ["---"] * (1 + len(SHARES))]
+    lines += [[name, *(_text(found[task, name, share]) for share in SHARES)] for name in (CONSTANTS[task], *ARMS)]
+    lines += [[f"{a} minus {b}, by seed", *(_text(paired[task, (a, b), share], "+") for share in SHARES)] for a, b in PAIRS]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def findings(task: str, paired: dict[tuple, Spread]) -> str:
+    """Which differences are more than chance, as far as so few seeds can tell."""
+    lines = ["Clear is a difference whose mean is larger than its standard deviation over seeds:", ""]
+    for pair in pairs(task):
+        words = []
+        for share in SHARES:
+            mean, deviation = paired[task, pair, share]
+            word = "better" if SIGNS[task] * mean > 0 else "worse"
+            words.append(f"{word if abs(mean) > deviation else 'nothing clear'} at {share:.0%}")
+        lines.append(f"- {' against '.join(pair)}: {', '.join(words)}")
+    return "\n".join(lines)
+
+
+def _text(value: Spread, sign: str = "") -> str:
+    mean, deviation = value
+    return f"{mean:{sign}.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
 def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int], minutes: float, command: str) -> str:
     seeds = len(next(iter(scores.values())))
+    found, paired = {case: spread(values) for case, values in scores.items()}, differences(scores)
     text = (
         f"Fine-tuning the quickstart's model on the embedded world, on {process.where()}: {counts['train']} scenes of 224 pixels, {steps} "
         f"steps of {BATCH_SIZE}, all of the backbone and a U-Net trained; mean and standard deviation of {seeds} seeds on {counts['val']} "
         f"held-out scenes; {minutes:.0f} minutes in all. Command: `{command}`.\n"
     )
     for task, (_, _, title) in METRICS.items():
-        head = ["backbone", *(f"{share:.0%} of the labels" for share in SHARES)]
-        text += f"\n{task} from Sentinel-2 ({title}):\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
-        for arm in ARMS:
-            cells = [scores[task, arm, share] for share in SHARES]
-            text += f"| {arm} | {' | '.join(f'{statistics.mean(x):.1f} ± {statistics.pstdev(x):.1f}' for x in cells)} |\n"
+        text += f"\n{task} from Sentinel-2 ({title}):\n\n{table(task, found, paired)}\n\n{findings(task, paired)}\n"
     return text
 
 
@@ -103,6 +159,9 @@ def main() -> None:
             index = open_index(arguments.quickstart / "shards", split)
             counts[split] = write(index, split, arguments.scenes, root)
         for seed in range(arguments.seeds):
+            for task, share in itertools.product(TASKS, SHARES):
+                found = constant(settings(root, arguments.quickstart, task, "random", share, seed, arguments.steps)) * METRICS[task][1]
+                scores.setdefault((task, CONSTANTS[task], share), []).append(found)
             for number, case in enumerate(itertools.product(TASKS, ARMS, SHARES)):
                 name, factor, _ = METRICS[case[0]]
                 config = settings(root, arguments.quickstart, *case, seed, arguments.steps)

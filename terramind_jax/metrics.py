@@ -198,20 +198,23 @@ def class_scores(confusion: np.ndarray, ignore: int | None = None, *, absent: bo
     """``mIoU``, ``F1`` and ``accuracy``, means over the classes of truth or prediction, as torchmetrics has them, and ``pixel_accuracy``.
 
     A class that is only predicted is one of them, with 0; in `mean_iou` it is not. With `absent` so is one that neither has, as in PANGAEA.
-    `ignore` is a class that is none of them.
+    `ignore` is a class that is none of them. Where it is predicted, as PASTIS-R's void may be, torchmetrics still counts it in F1 and
+    accuracy, with 0, though not in mIoU: there both are lower than here.
     """
-    counts = confusion.astype(np.float64)
-    hit, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    counted = (true + predicted > 0) | absent
-    if ignore is not None and 0 <= ignore < len(counts):
+    counted = (confusion.sum(1) + confusion.sum(0) > 0) | absent
+    if ignore is not None and 0 <= ignore < len(confusion):
         counted[ignore] = False
-    each = {
-        "mIoU": hit / np.maximum(true + predicted - hit, 1),
-        "F1": 2 * hit / np.maximum(true + predicted, 1),
-        "accuracy": hit / np.maximum(true, 1),
-    }
+    each = {"mIoU" if name == "IoU" else name: of for name, of in scores_by_class(confusion).items()}
     found = {name: float(of[counted].mean()) if counted.any() else math.nan for name, of in each.items()}
     return {**found, "pixel_accuracy": accuracy(confusion)}
+
+
+def scores_by_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """``IoU``, ``F1`` and ``accuracy`` of every class, ``[K]``; 0 of one that neither truth nor prediction has."""
+    counts = confusion.astype(np.float64)
+    hit, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    iou, f1 = hit / np.maximum(true + predicted - hit, 1), 2 * hit / np.maximum(true + predicted, 1)
+    return {"IoU": iou, "F1": f1, "accuracy": hit / np.maximum(true, 1)}
 
 
 def knn_accuracy(features: np.ndarray, labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:

@@ -286,3 +286,48 @@ def test_wrong_flags_are_named(scripts, flags, capsys):
     with pytest.raises(SystemExit):
         scripts("train_step").main(flags)
     assert flags[0].partition("=")[0] in capsys.readouterr().err
+
+
+# ---- fine-tuning on the embedded world ----
+
+
+def test_what_needs_no_image_has_a_score(scripts, tmp_path, monkeypatch):
+    """The mean of the labels that are known, and the most common class, of which the ignored one is none."""
+    script = scripts("finetune_world")
+    monkeypatch.setattr(script.weights, "saved_options", lambda *_: {"sizes": {}, "codebooks": {}})
+    heights = {"train": [0.0, 2.0, np.nan, np.nan], "val": [3.0, np.nan, 1.0, 1.0]}  # km
+    covers = {"train": [0, 0, 0, 2], "val": [0, 2, 2, 5]}
+    for split in heights:
+        for folder, array in (("S2L2A", np.ones((12, 16, 16))), ("DEM", heights[split]), ("LULC", covers[split])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            array = np.repeat(np.reshape(array, (4, 1)), 64, 0).reshape(16, 16) if folder != "S2L2A" else array
+            np.save(tmp_path / folder / f"{split}0000.npy", array.astype(np.float32 if folder != "LULC" else np.uint8))
+        (tmp_path / f"{split}.txt").write_text(f"{split}0000")
+
+    def score(task):
+        config = script.settings(tmp_path, tmp_path, task, "random", 1.0, 0, 1)
+        config.data.crop = 16
+        return script.constant(config)
+
+    assert score("DEM") == pytest.approx(math.sqrt(4 / 3))
+    with pytest.warns(UserWarning, match="No sample of the val split"):
+        assert score("LULC") == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_differences_of_fine_tunings_are_told_by_seed(scripts):
+    """Scores that scatter by 10 with the labels, the pretrained ones always 2 to 4 better."""
+    script, scores = scripts("finetune_world"), {}
+    for task, sign in script.SIGNS.items():
+        for share in script.SHARES:
+            scores[task, script.CONSTANTS[task], share] = [15.0, 25.0, 35.0]
+            random = scores[task, "random", share] = [20.0, 30.0, 40.0]
+            better = scores[task, "pretrained", share] = [x + sign * gain for x, gain in zip(random, (2, 3, 4), strict=True)]
+            scores[task, script.PAIRS[1][0], share] = [x + off for x, off in zip(better, (-1, 0, 1), strict=True)]
+    text = script.report(scores, 60, {"train": 160, "val": 32}, 1.0, "python")
+    assert "| random | 30.0 ± 8.2 |" in text and "| pretrained minus random, by seed | -3.0 ± 0.8 |" in text
+    assert text.count("pretrained against random: better at 5%, better at 20%, better at 100%") == 2
+    assert text.count("TiM of LULC and DEM against pretrained: nothing clear at 5%") == 2
+    assert (
+        "random against the mean, everywhere: worse at 5%" in text
+        and "random against the most common class, everywhere: better at 5%" in text
+    )

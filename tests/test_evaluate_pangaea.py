@@ -162,6 +162,25 @@ def test_settings_are_the_published_ones(roots):
     assert config.model.time == "ltae" and config.data.options.resize == 64 and not config.model.layers
 
 
+def test_products_are_of_float32(roots, tmp_path, monkeypatch):
+    """In training and in the test; a GPU would make them of TF32, a TPU of bfloat16."""
+    seen, confusion = [], np.eye(2, dtype=int)
+
+    def products(*_, result=None, **__):
+        text = str(jax.make_jaxpr(lambda x: x @ x)(np.ones((2, 2), np.float32)))
+        seen.append("precision=(Precision.HIGHEST, Precision.HIGHEST)" in text)
+        return result
+
+    monkeypatch.setattr(finetune, "train", products)
+    monkeypatch.setattr(finetune, "load", lambda workdir: None)
+    monkeypatch.setattr(pangaea, "tested", lambda *args, **options: products(result=confusion))
+    common = dict(weights="random", model="terramind_v1_tiny", dataset="sen1floods11", data=roots / "sen1floods11", out=tmp_path)
+    pangaea.run(**common, settings=pangaea.Settings(crop=64))
+    assert seen == [True, True]
+    products()
+    assert seen == [True, True, False]
+
+
 def test_an_upernet_as_pangaea_has_it(roots):
     """A neck as wide as the features, and dropout of whole channels."""
     config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_tiny", "burnscars", roots / "burnscars")

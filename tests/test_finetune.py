@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -414,6 +415,46 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune.train(settings(root, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_validation_are_checked_before_the_first_step(tmp_path):
+    """A class beyond the last; and a class that validation lacks is told of."""
+    sample("sen1floods11", tmp_path / "data", count=4, size=SIZE)
+    held_out, config = datasets.load("sen1floods11", tmp_path / "data", "val"), settings(tmp_path / "data", train=dict(steps=1))
+    masks = [held_out.samples[i].target for i in range(2)]
+    written = [np.asarray(geo.read(path)) for path in masks]
+    for path, mask in zip(masks, written, strict=True):
+        geo.write(path, np.zeros_like(mask), geo.place(path))
+    with pytest.warns(UserWarning, match="No sample of the val split of Sen1Floods11 holds: water."):
+        finetune.train(config, tmp_path / "run")
+    written[1][0, 0] = 7
+    geo.write(masks[1], written[1], geo.place(masks[1]))
+    with pytest.raises(ValueError, match=f"{held_out.names[1]} has the label 7, but the 2 classes of Sen1Floods11 are 0-1"):
+        finetune.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_processes_need_the_same_samples(root, tmp_path, monkeypatch):
+    """In their order; the data may lie elsewhere on another machine."""
+    seen = []
+
+    class Asked(Exception):
+        pass
+
+    def ask(contents):
+        seen.append(contents)
+        raise Asked
+
+    monkeypatch.setattr(finetune.loop.processes, "check_agreement", ask)
+    shutil.copytree(root, tmp_path / "elsewhere")
+    names = tmp_path / "elsewhere/v1.1/splits/flood_handlabeled/flood_valid_data.csv"
+    for lines in (slice(None), slice(1, None)):
+        names.write_text("\n".join(names.read_text().splitlines()[lines]))
+        for place in (root, tmp_path / "elsewhere"):
+            with pytest.raises(Asked):
+                finetune.train(settings(place), tmp_path / "run")
+    assert seen[0] == seen[1] == seen[2] and list(seen[0]) == ["configuration", "list of train samples", "list of val samples"]
+    assert {name for name in seen[3] if seen[3][name] != seen[2][name]} == {"list of val samples"}
 
 
 def test_thinking_needs_all_bands(tmp_path):

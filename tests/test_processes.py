@@ -6,12 +6,17 @@ import signal
 import time
 
 import jax
+import nano_models
 import numpy as np
 import pytest
 import tiny_run
+from ml_collections import ConfigDict
 
 from terramind_jax import cli, processes
 from terramind_jax.data import pipeline
+from terramind_jax.tasks import finetune
+from terramind_jax.tasks.config import finetuning
+from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging, pretrain
 
 # ---- joining ----
@@ -212,6 +217,29 @@ def test_two_processes_are_killed_and_terminated_and_end_as_one_that_was_not(tmp
     assert tiny_run.samples(broken) == tiny_run.samples(whole)
     assert max(tiny_run.differences(*(pretrain.load(workdir)[1]["params"] for workdir in (broken, whole)))) < 1e-5
     assert list((broken / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["terramind_v1_tiny", "terramind_v1_tiny_tim"])
+def test_two_processes_fine_tune_as_one_does(tmp_path, name):
+    """With the features of a frozen backbone kept, and with what a generator makes of turned samples kept: each makes its share."""
+    is_tim = name.endswith("tim")
+    sample("sen1floods11", tmp_path / "data", count=8, size=48)
+    config = finetuning()
+    config.model.update(name=name, weights="random", modalities=("S1GRD",), decoder="linear", layers=(1,), tim_temperature=0.0)
+    config.model.sizes = ConfigDict(nano_models.NANO)
+    config.data.update(dataset="sen1floods11", root=str(tmp_path / "data"), crop=48, d4=is_tim)
+    config.optimizer.update(learning_rate=1e-2, schedule="constant")
+    config.train.update(batch_size=8, steps=12, tune="frozen")
+    config.run.update(log_every=1, progress=False, tensorboard=False, eval_every=6, checkpoint_every=6)
+    path, both, alone = tiny_run.write_config(tmp_path / "config.py", config), tmp_path / "both", tmp_path / "alone"
+    assert tiny_run.ended(tiny_run.start(path, both, processes=2, command="finetune"), 300) == [0, 0], tiny_run.said(both, 0)
+    assert tiny_run.ended(tiny_run.start(path, alone, devices=4, command="finetune"), 300) == [0]
+    for metric in ("loss", "val/loss", "val/mIoU"):
+        ours, theirs = ([line[metric] for line in logging.read(run) if metric in line] for run in (both, alone))
+        assert len(ours) == (12 if metric == "loss" else 2)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert max(tiny_run.differences(*(finetune.load(run).variables["params"] for run in (both, alone)))) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,13 @@ class ObjectStore(type(epath.Path("/"))):
 # ---- runs in processes of their own ----
 
 
-def start(config: Path, workdir: Path, *arguments: str, processes: int = 1, devices: int = 2) -> list[subprocess.Popen]:
+def start(
+    config: Path, workdir: Path, *arguments: str, processes: int = 1, devices: int = 2, command: str = "pretrain"
+) -> list[subprocess.Popen]:
     """The command line on so many processes with as many devices each; what they say and sample goes to files beside `workdir`."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
-    program = [sys.executable, str(Path(__file__).parent / "sampled_run.py"), f"{workdir}.list", "pretrain"]
+    program = [sys.executable, str(Path(__file__).parent / "sampled_run.py"), f"{workdir}.list", command]
     command = [*program, f"--config={config}", f"--workdir={workdir}", *arguments]
     if processes > 1:
         with socket.socket() as free:

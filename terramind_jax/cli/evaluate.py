@@ -78,6 +78,14 @@ def add_commands(commands) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text}; default: {value}, PANGAEA's")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N samples of each split, to try it; default: all")
 
+    parser = add(protocols, "finetuned", "score a fine-tuned run on a split of its data set, such as test", _finetuned)
+    parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")
+    parser.add_argument("--split", default="test", metavar="NAME", help="of its data set; default: test")
+    parser.add_argument("--data", metavar="ROOT", help="the data set's folder, where it is not that of the training")
+    parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; must not exist")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N samples; default: all")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="windows at once; default: that of the training")
+
 
 def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:
     """What all protocols are told: the model, and where the results go."""
@@ -159,6 +167,12 @@ def _pangaea(parsed: argparse.Namespace) -> None:
     same = ("weights", "model", "dataset", "data", "out")
     settings = {name: getattr(parsed, name) for name in ("epochs", "batch_size", "crop", "labels", "limit", "loss", "seed")}
     pangaea.run(**{name: getattr(parsed, name) for name in same}, settings=pangaea.Settings(**settings))
+
+
+def _finetuned(parsed: argparse.Namespace) -> None:
+    from terramind_jax.evaluation import finetuned
+
+    finetuned.run(**{name: getattr(parsed, name) for name in ("weights", "split", "data", "out", "limit", "batch_size")})
 
 
 def _generated(parsed: argparse.Namespace, *others: str) -> dict:

@@ -2,9 +2,10 @@
 
 Its settings: AdamW at 1e-4, a tenth of that after 0.6 of 80 epochs and a hundredth after 0.9; batches of 8 random crops of 224 pixels, of
 MADOS around labelled pixels; a validation every 5 epochs, whose best mIoU decides on the parameters; windows that cover a test image
-evenly, in the mean where they overlap; seed 234; float32. A share of the labels is that of every stratum of three bins (`datasets.strata`),
-under random numbers of our own. Images come as `tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases
-decay, and a class that never occurs counts as 0. Known to differ: PANGAEA
+evenly, in the mean where they overlap; seed 234; float32, in products as well, which GPUs and TPUs otherwise make of rounded numbers. A
+share of the labels is that of every stratum of three bins (`datasets.strata`), under random numbers of our own. Images come as
+`tasks.datasets.pangaea` has it, the UPerNet is PANGAEA's, weights of norms and biases decay, and a class that never occurs counts as 0.
+Known to differ: PANGAEA
 
 - trains PASTIS-R and CropTypeMapping-SS against masks of their own size;
 - lets MADOS' crops lie a pixel beyond the label or the image's edge;
@@ -83,8 +84,9 @@ def run(
     check_free(out / REPORT)
     for split in datasets.SPLITS:
         test = datasets.load("pangaea", data, split, of=dataset, limit=settings.limit)  # what is not there is told before training
-    finetune.train(configuration(settings, weights, model, dataset, data), out / TRAINING)
-    confusion = tested(finetune.load(out / TRAINING), test, settings.crop, whole=dataset in WHOLE)
+    with jax.default_matmul_precision("float32"):
+        finetune.train(configuration(settings, weights, model, dataset, data), out / TRAINING)
+        confusion = tested(finetune.load(out / TRAINING), test, settings.crop, whole=dataset in WHOLE)
     found = metrics.class_scores(confusion, test.ignore_index, absent=True)
     _write(out, settings, f"{model}, {weights}", test, confusion, found)
     return found

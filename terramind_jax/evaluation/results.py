@@ -59,9 +59,15 @@ def published(protocol: str) -> tuple[list[dict[str, Any]], str]:
     return [{**row, "source": known["sources"][row["source"]]} for row in found["rows"]], found["note"]
 
 
-def compared(protocol: str, rows: Sequence[Row]) -> str:
-    """Own rows above those published ones that have a number in a column of theirs, and the note on these."""
+def compared(protocol: str, rows: Sequence[Row], *others: str) -> str:
+    """Own rows above those published ones that have a number in a column of theirs, and the note on these; rows of `others`, too.
+
+    Where own rows name their data sets, published ones of another are left out.
+    """
     theirs, note = published(protocol)
+    theirs += [row for other in others for row in published(other)[0]]
+    own = {row["data set"] for row in rows if "data set" in row}
+    theirs = [row for row in theirs if not own or row.get("data set") in (None, *own)]
     columns = {name for row in rows for name in row}
     measured = {name for row in rows for name, x in row.items() if isinstance(x, float)}
     theirs = [{name: x for name, x in row.items() if name in (*columns, "source")} for row in theirs if measured & row.keys()]

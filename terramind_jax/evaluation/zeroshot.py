@@ -76,7 +76,7 @@ def run(
             partial / "report.md",
             "Zero-shot water mapping",
             f"Water in land cover that was generated from {' + '.join(inputs)} of {len(each)} chips of Sen1Floods11 ({split}).",
-            results.compared("zeroshot", [row]),
+            results.compared("zeroshot", [row], "finetuned"),
         )
     print("\n" + text)
     return scores

@@ -49,8 +49,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     dataset = open_split(config, "train")
     config = with_sizes(config, dataset)
     held_out = open_split(config, "val")
+    loop.agree(config, {f"list of {each.split} samples": "\n".join(each.names).encode() for each in (dataset, held_out)})
     scale, loss_name = scale_of(config, dataset.facts), fields.loss_of(config, dataset.facts)
-    datasets.class_counts(dataset) if dataset.num_classes else None  # warns of classes that never occur
+    for split in (dataset, held_out) if dataset.num_classes else ():
+        datasets.class_counts(split)  # checks every label, and warns of classes that never occur
     batch_size, total = config.train.batch_size, total_samples(config, len(dataset))
 
     # ---- Model, optimizer and state, laid out on the mesh ----
@@ -74,8 +76,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     replicated = sharding.replicated(mesh)
     step = partial(train_step, loss_fn, update, config.train.seed)
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated))
-    measured = partial(validation.measure, module, criterion(config, loss_name), dataset.facts, config.model.lora_alpha)
-    measure_fn = jax.jit(measured, out_shardings=replicated)
+    measured = partial(validation.measure, module, criterion(config, loss_name), dataset.facts)
+    joined = partial(networks.join, alpha=config.model.lora_alpha)
+    measure_fn = jax.jit(lambda *trees, batch: measured(joined(*trees), batch), out_shardings=replicated)
 
     # ---- Batches, with what frozen networks make of them ----
     feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held), total)
@@ -84,8 +87,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     history = validation.Progress(config, workdir, int(train_state.step))
 
     def validated(train_state: state.State, held: Any) -> dict[str, float]:
-        sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch) for batch in feed.covering())
-        found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, sums).items()}
+        sums = (measure_fn(train_state.params, held, train_state.batch_stats, batch=batch) for batch in feed.covering())
+        found = {f"val/{name}": value for name, value in validation.summarize(dataset.facts, validation.add_up(sums)).items()}
         if history.add(found):
             save_best(workdir, int(train_state.step), train_state.params, held, train_state.batch_stats)
         return found

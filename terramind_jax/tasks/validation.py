@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,9 @@ from terramind_jax.tasks.model import TaskModel
 from terramind_jax.train import logging
 
 
-def measure(
-    module: TaskModel, criterion: losses.Loss, facts: Facts, alpha: float, params, held, batch_stats, batch
-) -> dict[str, jax.Array]:
-    """Sums of one batch, from which `summarize` makes metrics."""
-    outputs = networks.outputs(module, networks.join(params, held, batch_stats, alpha), batch)
+def measure(module: TaskModel, criterion: losses.Loss, facts: Facts, variables: Mapping, batch: Mapping) -> dict[str, jax.Array]:
+    """Sums of one batch of `batches.covering`."""
+    outputs = networks.outputs(module, variables, batch)
     target, valid = batch["target"], batch["valid"]
     count = valid.sum()
     sums = {"loss": criterion(outputs, target, valid) * count, "count": count}
@@ -38,21 +37,45 @@ def measure(
     return {**sums, "squared": jnp.square(difference).sum(), "absolute": jnp.abs(difference).sum()}
 
 
-def summarize(facts: Facts, measured: Iterator[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """``loss``, a mean over batches weighted by what is valid, and scores of classes, or ``rmse`` and ``mae``."""
+def add_up(measured: Iterable[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """The sums of all batches that `measure` gives, without overflow."""
     total: dict[str, np.ndarray] = {}
     for sums in measured:
         wide = {name: np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64) for name, x in sums.items()}
         total = {name: total.get(name, 0) + x for name, x in wide.items()}
+    return total
+
+
+def summarize(facts: Facts, total: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """``loss``, a mean over batches weighted by what is valid, and scores of classes, or ``rmse`` and ``mae``."""
     n = max(int(total["count"]), 1)
     found = {"loss": float(total["loss"]) / n}
     if "confusion" in total:
         return {**found, **metrics.class_scores(total["confusion"], facts.ignore_index)}
     if "labels" in total:
-        hit, said, true, count = total["labels"].astype(float)
-        each = 2 * hit / np.maximum(said + true, 1)
-        return {**found, "F1": float(each.mean()), "accuracy": float(((count - said - true + 2 * hit) / np.maximum(count, 1)).mean())}
+        return {**found, **{name: float(each.mean()) for name, each in label_scores(total["labels"]).items()}}
     return {**found, "rmse": math.sqrt(total["squared"] / n), "mae": float(total["absolute"]) / n}
+
+
+def label_scores(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """``F1`` and ``accuracy`` of every label, ``[K]``, from the sums ``labels`` of `measure`."""
+    hit, said, true, count = labels.astype(float)
+    return {"F1": 2 * hit / np.maximum(said + true, 1), "accuracy": (count - said - true + 2 * hit) / np.maximum(count, 1)}
+
+
+def by_class(facts: Facts, total: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Every class that truth or prediction has, as a row: how many pixels or images are of it, and its scores; none of a regression."""
+    if not facts.num_classes:
+        return []
+    if "labels" in total:
+        _, said, true, _ = total["labels"]
+        each = label_scores(total["labels"])
+    else:
+        said, true = total["confusion"].sum(0), total["confusion"].sum(1)
+        each = metrics.scores_by_class(total["confusion"])
+    of = "pixels" if facts.task == "segmentation" else "images"
+    shown = [k for k in np.flatnonzero(said + true) if k != facts.ignore_index]
+    return [{"class": facts.class_names[k], of: int(true[k]), **{name: float(x[k]) for name, x in each.items()}} for k in shown]
 
 
 class Progress:

@@ -159,8 +159,12 @@ def run(
 
 def check_agreement(config: ConfigDict, index: Index, validation: Index | None) -> None:
     """A ValueError unless all processes of a run have one configuration and one list of samples: else they would wait for each other."""
-    contents = {"configuration": _shared(config), "training index": _digest(index), "validation index": _digest(validation)}
-    processes.check_agreement(contents)
+    agree(config, {"training index": _digest(index), "validation index": _digest(validation)})
+
+
+def agree(config: ConfigDict, contents: Mapping[str, bytes]) -> None:
+    """As `check_agreement`, of any contents by name."""
+    processes.check_agreement({"configuration": _shared(config), **contents})
 
 
 def _shared(config: ConfigDict) -> bytes:

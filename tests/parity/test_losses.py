@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ with warnings.catch_warnings():
     from terratorch.tasks import classification_tasks, regression_tasks, segmentation_tasks
 
 from terramind_jax import metrics
-from terramind_jax.tasks import losses, plateau, temporal
+from terramind_jax.tasks import losses, plateau, temporal, validation
+from terramind_jax.tasks.datasets import Facts
 
 CLASSES, IGNORE = 5, -1
 
@@ -85,11 +87,73 @@ def test_scores_of_classes(ignore):
         "mIoU": torchmetrics.classification.MulticlassJaccardIndex(average="macro", **options),
         "pixel_accuracy": torchmetrics.classification.MulticlassAccuracy(average="micro", **options),
     }
-    if ignore == IGNORE:  # of an ignored class that is predicted torchmetrics still takes an F1 of 0, but no IoU
-        theirs["F1"] = torchmetrics.classification.MulticlassF1Score(average="macro", **options)
-        theirs["accuracy"] = torchmetrics.classification.MulticlassAccuracy(average="macro", **options)
+    theirs["F1"] = torchmetrics.classification.MulticlassF1Score(average="macro", **options)
+    theirs["accuracy"] = torchmetrics.classification.MulticlassAccuracy(average="macro", **options)
     for name, metric in theirs.items():
-        assert ours[name] == pytest.approx(metric(*tensors).item(), rel=1e-5), name
+        # of an ignored class that is predicted torchmetrics still takes an F1 and an accuracy of 0, but no IoU
+        more = CLASSES / (CLASSES - 1) if ignore != IGNORE and name in ("F1", "accuracy") else 1
+        assert ours[name] == pytest.approx(more * metric(*tensors).item(), rel=1e-5), name
+
+
+class Given:
+    """In the place of a network: its outputs are what it is given."""
+
+    @staticmethod
+    def apply(variables, features, **_):
+        return features
+
+
+def validated(task: str, outputs: np.ndarray, target: np.ndarray, ignore: int | None, criterion: losses.Loss) -> dict[str, float]:
+    """What fine-tuning logs of outputs ``[N, ...]`` in two batches, of which the second is filled up with what is not valid."""
+    names = tuple(map(str, range(CLASSES))) if "regression" not in task else ()
+    facts, valid = Facts("the data set", task, {}, names, ignore), np.asarray(losses.valid(jnp.asarray(target), ignore))
+    batch = {"features": outputs, "target": np.where(valid, target, 0), "valid": valid}
+    first, rest = ({name: x[rows] for name, x in batch.items()} for rows in (slice(2), slice(2, None)))
+    filled = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in rest.items()}
+    measure = jax.jit(partial(validation.measure, Given, criterion, facts, {}))
+    return validation.summarize(facts, validation.add_up(map(measure, (first, filled))))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_the_logged_scores_of_classes(task):
+    logits, target = maps(8) if task == "segmentation" else (x[0].reshape(72, -1).squeeze() for x in maps(8))
+    ours = validated(task, logits, target, IGNORE, losses.cross_entropy)
+    tensors = peer.nchw(logits) if task == "segmentation" else torch.from_numpy(logits), torch.from_numpy(target)
+    options = dict(num_classes=CLASSES, ignore_index=IGNORE)
+    theirs = {
+        "mIoU": torchmetrics.classification.MulticlassJaccardIndex(average="macro", **options),
+        "F1": torchmetrics.classification.MulticlassF1Score(average="macro", **options),
+        "accuracy": torchmetrics.classification.MulticlassAccuracy(average="macro", **options),
+        "pixel_accuracy": torchmetrics.classification.MulticlassAccuracy(average="micro", **options),
+        "loss": segmentation_tasks.init_loss("ce", ignore_index=IGNORE),
+    }
+    assert ours == pytest.approx({name: metric(*tensors).item() for name, metric in theirs.items()}, rel=1e-5)
+
+
+def test_the_logged_scores_of_several_labels():
+    rng = np.random.default_rng(9)
+    logits, target = rng.normal(size=(9, CLASSES)).astype(np.float32), rng.integers(0, 2, (9, CLASSES))
+    logits[:, 0], target[:, 0] = -1, 0  # a label that is nowhere
+    ours = validated("multilabel", logits, target, None, losses.binary_cross_entropy)
+    tensors = torch.from_numpy(logits), torch.from_numpy(target)
+    theirs = {
+        "F1": torchmetrics.classification.MultilabelF1Score(CLASSES, average="macro")(*tensors),
+        "accuracy": torchmetrics.classification.MultilabelAccuracy(CLASSES, average="macro")(*tensors),
+        "loss": classification_tasks.init_loss("bce")(tensors[0], tensors[1].float()),
+    }
+    assert ours == pytest.approx({name: x.item() for name, x in theirs.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["regression", "scalar_regression"])
+def test_the_logged_errors_of_values(task):
+    values, target = np.random.default_rng(10).normal(size=(2, 3, 7, 6) if task == "regression" else (2, 9)).astype(np.float32)
+    target = np.where(target < -0.5, np.float32(-9999), target)
+    ours = validated(task, values, target, -9999, losses.mse)
+    theirs = {"rmse": torchmetrics.MeanSquaredError(squared=False), "mae": torchmetrics.MeanAbsoluteError()}
+    for name, metric in theirs.items():
+        wrapped = regression_tasks.IgnoreIndexMetricWrapper(metric, ignore_index=-9999)
+        wrapped.update(torch.from_numpy(values), torch.from_numpy(target))
+        assert ours[name] == pytest.approx(wrapped.compute().item(), rel=1e-5)
 
 
 def test_root_mean_squared_error():

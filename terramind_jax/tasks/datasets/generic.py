@@ -20,7 +20,7 @@ import numpy as np
 
 from terramind_jax import modalities
 from terramind_jax.tasks.datasets import files
-from terramind_jax.tasks.datasets.dataset import TASKS, Dataset, Facts, Sample
+from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample
 
 _IMAGE_FIELDS = ("folder", "pattern", "bands", "use", "scale", "mean", "std", "missing", "replace", "times", "by_band")
 _LABEL_FIELDS = ("folder", "pattern", "table", "zero_is_none", "scale")
@@ -172,11 +172,13 @@ def _of_split(root: str, path: str | Mapping[str, str], split: str) -> str:
 def _names(root: str, split: str, images: Mapping[str, Mapping], splits: Mapping[str, str] | None) -> tuple[list[str], str]:
     """The samples of a split, and what names them."""
     patterns = [fields["pattern"] for fields in images.values()]
+    folder = next(iter(images.values()))["folder"]
+    known = splits if splits is not None else SPLITS if isinstance(folder, str) else folder
+    if split not in known:
+        raise ValueError(f"There is no split {split!r}; known are {', '.join(known)}.")
     if splits is None:
-        folder = _of_split(root, next(iter(images.values()))["folder"], split)
+        folder = _of_split(root, folder, split)
         return files.names_in(folder, patterns[0]), folder
-    if split not in splits:
-        raise ValueError(f"There is no split {split!r}; known are {', '.join(splits)}.")
     path = os.path.join(root, splits[split])
     names = files.split_names(path)
     if not names:
