@@ -436,7 +436,8 @@ def test_configuration_files(path, tmp_path):
         for field in (*options["images"].values(), options["labels"]):
             bands = field.get("bands", ("label",))
             file = tmp_path / field["folder"][split] / field["pattern"].replace("*", f"{split}_1")
-            geo.write(file.with_suffix(".tif"), np.ones((16, 16, len(bands)), np.uint8))
+            value = field.get("codes", (0, 1))[1]
+            geo.write(file.with_suffix(".tif"), np.full((16, 16, len(bands)), value, np.uint8))
             file.with_suffix(".tif").rename(file)
         if "splits" in options:
             (tmp_path / options["splits"][split]).write_text(f"{split}_1\n")

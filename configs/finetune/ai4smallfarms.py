@@ -5,7 +5,7 @@
 What is expected in the root, as published (https://doi.org/10.17026/dans-xy6-ngg6):
 
     {train,validate,test}/images/TILE.tif     4 bands of 10 m, reflectance x 10000
-    {train,validate,test}/masks/TILE.tif      0: other, 1: field
+    {train,validate,test}/masks/TILE.tif      0: other, 255: field
 
 Statistics are PANGAEA's (its configs/dataset/ai4smallfarms.yaml). Every other field, with its meaning: terramind_jax/tasks/config.py.
 """
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
                     "std": (283.38, 332.73, 518.90, 702.38),
                 }
             },
-            labels={"folder": {split: f"{folder}/masks" for split, folder in FOLDERS.items()}, "pattern": "*.tif"},
+            labels={"folder": {split: f"{folder}/masks" for split, folder in FOLDERS.items()}, "pattern": "*.tif", "codes": (0, 255)},
             class_names=("other", "field"),
             ignore_index=-1,
         )
