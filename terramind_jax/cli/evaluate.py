@@ -63,7 +63,7 @@ def add_commands(commands) -> None:
         "--dataset",
         required=True,
         metavar="NAME",
-        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet or spacenet7",
+        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet, spacenet7, ai4smallfarms or fivebillionpixels",
     )
     parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample NAME`")
     parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; DIR/training, where a stopped one goes on")

@@ -1,8 +1,8 @@
 """``data sample``: tiny copies of the published downstream data sets, made of the embedded world, to try fine-tuning without data.
 
-Files, names, dtypes and missing values are those of the originals, of CropTypeMapping, DynamicEarthNet and SpaceNet-7 what PANGAEA's
-readers expect; so are sizes, unless told otherwise. What the embedded world has not, burn scars, parcels' seasons, marine debris, is
-painted onto it: enough to be learned from, and nothing to draw conclusions from.
+Files, names, dtypes and missing values are those of the originals, of CropTypeMapping, DynamicEarthNet, SpaceNet-7, AI4SmallFarms and
+Five-Billion-Pixels what PANGAEA's readers expect; so are sizes, unless told otherwise. What the embedded world has not, burn scars,
+parcels' seasons, marine debris, is painted onto it: enough to be learned from, and nothing to draw conclusions from.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ import numpy as np
 from terramind_jax import geo
 from terramind_jax.data import shards, world
 from terramind_jax.modalities import S2L1C_BANDS, S2L2A_BANDS
-from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, eurosat, mados, pastis, sen1floods11, spacenet7
+from terramind_jax.tasks.datasets import (
+    ai4smallfarms,
+    burnscars,
+    croptypemapping,
+    dynamicearthnet,
+    eurosat,
+    fivebillionpixels,
+    mados,
+    pastis,
+    sen1floods11,
+    spacenet7,
+)
 
-WATER, CLOUDS = 1, 8  # LULC codes
+WATER, CROPS, CLOUDS = 1, 4, 8  # LULC codes
 
 
 def sample(name: str, out: str | os.PathLike, *, count: int = 4, size: int | None = None, seed: int = 0) -> None:
@@ -284,6 +295,42 @@ def _mosaic(scene: world.Scene, rng: np.random.Generator, size: int) -> tuple[np
     return image, np.where(built, 255, 0).astype(np.uint8)
 
 
+# ---- AI4SmallFarms ----
+
+
+def _ai4smallfarms(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Cropland as the world has it is the fields."""
+    source = (s for s in scenes(seed, size) if 0.05 < (s.arrays["LULC"][:size, :size] == CROPS).mean() < 0.95)
+    number = 0
+    for split, count in counts.items():
+        folder = os.path.join(root, ai4smallfarms.BASE, {"val": "validate"}.get(split, split))
+        for scene in (next(source) for _ in range(count)):
+            where, name = _metres(scene, size), f"{number}_{('vietnam', 'cambodia')[number % 2]}.tif"
+            image = _optical(scene, size, ai4smallfarms.BANDS).round().astype(np.uint16)
+            geo.write(os.path.join(folder, "images", name), image, where)
+            field = scene.arrays["LULC"][:size, :size, 0] == CROPS
+            geo.write(os.path.join(folder, "masks", name), np.where(field, 255, 0).astype(np.uint8), where)
+            number += 1
+
+
+# ---- Five-Billion-Pixels ----
+
+GAOFEN = (0, 11, 6, 2, 4, 12, 17, 16, 0, 9)  # the class that stands for each LULC code; 0: no label
+
+
+def _fivebillionpixels(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Land cover as the world has it, in its nine classes."""
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            name = f"GF2_PMS1__L1A{number:010d}-MSS1_0_0.tif"
+            image = np.clip(_optical(scene, size, fivebillionpixels.BANDS) / 12, 0, 255).astype(np.uint8)
+            geo.write(os.path.join(root, split, "images", name), image)
+            label = np.uint8(GAOFEN)[scene.arrays["LULC"][:size, :size, 0]]
+            geo.write(os.path.join(root, split, "labels", name), label)
+
+
 # ---- EuroSAT ----
 
 
@@ -321,4 +368,6 @@ WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] 
     "croptypemapping": (_croptypemapping, 64),
     "dynamicearthnet": (_dynamicearthnet, 1024),
     "spacenet7": (_spacenet7, 1024),
+    "ai4smallfarms": (_ai4smallfarms, 496),
+    "fivebillionpixels": (_fivebillionpixels, 520),
 }
