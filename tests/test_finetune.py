@@ -423,6 +423,15 @@ def test_thinking_needs_all_bands(tmp_path):
         finetune.train(settings(tmp_path / "data", data=dict(dataset="burnscars"), model=model), tmp_path / "run")
 
 
+def test_statistics_of_xview2_are_in_the_order_of_its_bands():
+    """PANGAEA's are of an image whose first band is blue."""
+    config = configuration.load("configs/finetune/xview2.py")
+    facts = datasets.facts("generic", **config.data.options.to_dict())
+    published = {"BLUE": (66.7703, 48.3066), "GREEN": (88.4452, 51.9129), "RED": (85.1047, 62.7612)}
+    for when, (mean, std) in finetune.scale_of(config, facts).items():
+        np.testing.assert_allclose(list(zip(mean, std, strict=True)), [published[band] for band in facts.bands[when]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.py")), ids=lambda path: path.stem)
 def test_configuration_files(path, tmp_path):
     """Those of the generic data set read what their headings say: here one sample a split, named as their patterns have it."""
