@@ -2,7 +2,8 @@
 
     terramind-jax finetune --config=configs/finetune/xview2.py --workdir=DIR --config.data.root=DATA
 
-What is expected in DATA, as published (https://xview2.org/dataset: train, hold and test); ``tier3``, more to train on, is not read:
+Without data: `terramind-jax data sample xview2 --out=DATA`. What is expected in DATA, as published (https://xview2.org/dataset: train,
+hold and test); ``tier3``, more to train on, is not read:
 
     {train,hold,test}/images/NAME_{pre,post}_disaster.png           uint8, red, green, blue, 1024 pixels
     {train,hold,test}/targets/NAME_post_disaster_target.png         0: no building, 1-4: no, minor and major damage, destroyed

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import rasterio
 
 from terramind_jax import geo
 from terramind_jax.data import shards, world
@@ -285,14 +286,74 @@ def _spacenet7(root: str, counts: dict[str, int], size: int, seed: int) -> None:
 
 def _mosaic(scene: world.Scene, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Red, green, blue and alpha ``[size - 1, size, 4]`` uint8, two columns without data, and buildings 255."""
-    cell = max(1, size // 24)
-    built = np.kron(rng.random((12, 12)) < 0.2, np.ones((cell, cell), bool))
-    built = np.pad(built, [(0, size - len(built))] * 2)[:-1]
+    built = _squares(rng.random((12, 12)) < 0.2, size)[:-1]
     image = np.clip(_optical(scene, size, spacenet7.BANDS)[:-1] / 12, 0, 255)
     image = np.where(built[..., None], 255 - image / 4, image)
     image = np.pad(image, [(0, 0), (0, 0), (0, 1)], constant_values=255).astype(np.uint8)
     image[:, -2:] = 0
     return image, np.where(built, 255, 0).astype(np.uint8)
+
+
+def _squares(values: np.ndarray, size: int) -> np.ndarray:
+    """``[size, size]`` with a square for each of ``[12, 12]`` values, together half as wide, and zeros around."""
+    cell = max(1, size // 24)
+    return np.pad(np.kron(values, np.ones((cell, cell), values.dtype)), [(0, size - 12 * cell)] * 2)
+
+
+# ---- xView2 ----
+
+
+def _xview2(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Bright squares are the buildings, the darker afterwards the more they are damaged."""
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        folder = os.path.join(root, {"val": "hold"}.get(split, split))
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            rng, name = np.random.default_rng((seed, number)), f"synthetic-flood_{number:08d}"
+            damage = _squares(rng.choice(5, (12, 12), p=(0.6, 0.1, 0.1, 0.1, 0.1)), size)[..., None]
+            image = np.clip(_optical(scene, size, ("RED", "GREEN", "BLUE")) / 12, 0, 255)
+            image = np.where(damage > 0, 255 - image / 4, image)
+            for when, seen, label in (("pre", image, damage > 0), ("post", image * (1 - 0.2 * np.maximum(damage - 1, 0)), damage)):
+                _write_png(os.path.join(folder, "images", f"{name}_{when}_disaster.png"), seen)
+                _write_png(os.path.join(folder, "targets", f"{name}_{when}_disaster_target.png"), label)
+
+
+def _write_png(path: str, pixels: np.ndarray) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    height, width, count = pixels.shape
+    with rasterio.open(path, "w", driver="PNG", height=height, width=width, count=count, dtype="uint8") as target:
+        target.write(np.moveaxis(pixels, -1, 0).astype(np.uint8))
+
+
+# ---- BioMassters ----
+
+BIOMASS = (0, 0, 150, 40, 10, 0, 0, 0, 0, 30)  # tonnes a hectare of each LULC code, on average
+MONTHS = (8, 9)  # May and June
+BIOMASSTERS = tuple(band for band in S2L2A_BANDS if band not in ("COASTAL_AEROSOL", "WATER_VAPOR"))
+
+
+def _biomassters(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Two months of twelve, of which the first lacks every second optical image; biomass as the trees of the world have it."""
+    source, number = scenes(seed, size, sar=True), 0
+    for split, count in counts.items():
+        part, chips = ("test" if split == "test" else "train"), []
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            rng, chip, where = np.random.default_rng((seed, number)), f"{number:08x}", _metres(scene, size)
+            for month in MONTHS:
+                clouds = rng.integers(0, 101, (size, size, 1)).astype(np.uint16)
+                optical = np.append((1 + 0.05 * month) * _optical(scene, size, BIOMASSTERS), clouds, -1)
+                radar = np.tile(scene.arrays["S1GRD"][:size, :size].astype(np.float32), 2) + rng.normal(0, 0.5, (size, size, 4))
+                radar[:2, :2] = -9999
+                name = os.path.join(root, f"{part}_features", f"{chip}_{{}}_{month:02d}.tif")
+                geo.write(name.format("S1"), radar.astype(np.float32), where)
+                if month == MONTHS[-1] or number % 2:
+                    geo.write(name.format("S2"), optical.round().astype(np.uint16), where)
+            mass = np.float32(BIOMASS)[scene.arrays["LULC"][:size, :size, 0]] * rng.uniform(0.8, 1.2, (size, size))
+            geo.write(os.path.join(root, f"{part}_agbm", f"{chip}_agbm.tif"), mass.astype(np.float32), where)
+            chips.append(chip)
+        _write_lines(os.path.join(root, f"{split}.txt"), chips)
 
 
 # ---- AI4SmallFarms ----
@@ -370,4 +431,6 @@ WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] 
     "spacenet7": (_spacenet7, 1024),
     "ai4smallfarms": (_ai4smallfarms, 496),
     "fivebillionpixels": (_fivebillionpixels, 520),
+    "xview2": (_xview2, 1024),
+    "biomassters": (_biomassters, 256),
 }
