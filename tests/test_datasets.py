@@ -100,6 +100,24 @@ def test_band_8a_of_eurosat_is_stored_last(roots):
     np.testing.assert_array_equal(given[..., S2L1C_BANDS.index("SWIR_2")], stored[11])
 
 
+def test_spatial_splits_of_eurosat_part_the_same_images(roots):
+    root = roots / "eurosat"
+    by_chance, spatial = ([datasets.load("eurosat", root, split, spatial=of).names for split in datasets.SPLITS] for of in (False, True))
+    assert [len(names) for names in spatial] == [len(names) for names in by_chance]
+    assert sorted(sum(spatial, ())) == sorted(sum(by_chance, ())) and list(map(set, spatial)) != list(map(set, by_chance))
+    (root / "eurosat-spatial-val.txt").rename(root / "away")
+    with pytest.raises(FileNotFoundError, match=r"eurosat-spatial-val.txt is not there; get it from .*eurosat-\[spatial-\]"):
+        datasets.load("eurosat", root, "val", spatial=True)
+    (root / "away").rename(root / "eurosat-spatial-val.txt")
+
+
+def test_eurosat_in_red_green_and_blue(roots):
+    """255 is a reflectance of 0.3558."""
+    given, rgb = (datasets.load("eurosat", roots / "eurosat", rgb=of)[0]["inputs"] for of in (False, True))
+    assert rgb.keys() == {"S2RGB"}
+    np.testing.assert_allclose(rgb["S2RGB"] / 255, given["S2L1C"][..., [3, 2, 1]] / 3558, rtol=1e-6)
+
+
 def test_coarse_bands_of_mados_are_repeated(roots):
     dataset = datasets.load("mados", roots / "mados")
     image, target = dataset[0]["inputs"]["S2L2A"], dataset[0]["target"]

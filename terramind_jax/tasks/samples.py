@@ -396,21 +396,21 @@ def _fivebillionpixels(root: str, counts: dict[str, int], size: int, seed: int) 
 
 
 def _eurosat(root: str, counts: dict[str, int], size: int, seed: int) -> None:
-    """`count` images of every class: scenes tinted with a spectrum of their class."""
+    """`count` images of every class: scenes tinted with a spectrum of their class. The spatial splits part the scenes by longitude."""
     spectra = np.random.default_rng(seed).uniform(500, 4000, (len(eurosat.CLASSES), len(S2L1C_BANDS)))
     stored, source = [S2L1C_BANDS.index(b) for b in eurosat.STORED], scenes(seed, size)
-    number = dict.fromkeys(eurosat.CLASSES, 0)
-    for split, count in counts.items():
-        names = []
-        for scene in (next(source) for _ in range(count)):
-            for spectrum, label in zip(spectra, eurosat.CLASSES, strict=True):
-                number[label] += 1
-                image = 0.5 * scene.arrays["S2L1C"][:size, :size] + 0.5 * spectrum
-                name = f"{label}_{number[label]}"
-                path = os.path.join(root, eurosat.FOLDERS[0], label, f"{name}.tif")
-                geo.write(path, image[..., stored].round().astype(np.uint16), _metres(scene, size))
-                names.append(f"{name}.jpg")
-        _write_lines(os.path.join(root, f"eurosat-{split}.txt"), names)
+    longitudes = []
+    for number, scene in zip(range(sum(counts.values())), source, strict=False):
+        longitudes.append(scene.lon)
+        for spectrum, label in zip(spectra, eurosat.CLASSES, strict=True):
+            image = 0.5 * scene.arrays["S2L1C"][:size, :size] + 0.5 * spectrum
+            path = os.path.join(root, eurosat.FOLDERS[0], label, f"{label}_{number + 1}.tif")
+            geo.write(path, image[..., stored].round().astype(np.uint16), _metres(scene, size))
+    ends = np.cumsum(list(counts.values()))
+    for kind, ordered in (("", np.arange(ends[-1])), ("spatial-", np.argsort(longitudes))):
+        for split, part in zip(counts, np.split(ordered, ends[:-1]), strict=True):
+            names = [f"{label}_{number + 1}.jpg" for number in part for label in eurosat.CLASSES]
+            _write_lines(os.path.join(root, f"eurosat-{kind}{split}.txt"), names)
 
 
 def _write_lines(path: str, lines: list[str]) -> None:
