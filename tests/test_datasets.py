@@ -100,6 +100,24 @@ def test_band_8a_of_eurosat_is_stored_last(roots):
     np.testing.assert_array_equal(given[..., S2L1C_BANDS.index("SWIR_2")], stored[11])
 
 
+def test_spatial_splits_of_eurosat_part_the_same_images(roots):
+    root = roots / "eurosat"
+    by_chance, spatial = ([datasets.load("eurosat", root, split, spatial=of).names for split in datasets.SPLITS] for of in (False, True))
+    assert [len(names) for names in spatial] == [len(names) for names in by_chance]
+    assert sorted(sum(spatial, ())) == sorted(sum(by_chance, ())) and list(map(set, spatial)) != list(map(set, by_chance))
+    (root / "eurosat-spatial-val.txt").rename(root / "away")
+    with pytest.raises(FileNotFoundError, match=r"eurosat-spatial-val.txt is not there; get it from .*eurosat-\[spatial-\]"):
+        datasets.load("eurosat", root, "val", spatial=True)
+    (root / "away").rename(root / "eurosat-spatial-val.txt")
+
+
+def test_eurosat_in_red_green_and_blue(roots):
+    """255 is a reflectance of 0.3558."""
+    given, rgb = (datasets.load("eurosat", roots / "eurosat", rgb=of)[0]["inputs"] for of in (False, True))
+    assert rgb.keys() == {"S2RGB"}
+    np.testing.assert_allclose(rgb["S2RGB"] / 255, given["S2L1C"][..., [3, 2, 1]] / 3558, rtol=1e-6)
+
+
 def test_coarse_bands_of_mados_are_repeated(roots):
     dataset = datasets.load("mados", roots / "mados")
     image, target = dataset[0]["inputs"]["S2L2A"], dataset[0]["target"]
@@ -348,3 +366,49 @@ def test_a_class_that_never_occurs(roots):
 def test_fields_that_cannot_be(roots, changes, message):
     with pytest.raises(ValueError, match=message):
         datasets.load("generic", roots / "sen1floods11", **{**FLOODS, **changes})
+
+
+# ---- stored codes ----
+
+
+def stored_codes(root, label, **labels):
+    """A data set of one image whose mask is `label`."""
+    geo.write(root / "images" / "a.tif", np.ones((*label.shape, 2), np.float32))
+    geo.write(root / "masks" / "a.tif", label, nodata=labels.pop("nodata", None))
+    images, masks = ({"folder": folder, "pattern": "*.tif"} for folder in ("images", "masks"))
+    return datasets.load("generic", root, images={"S1GRD": images}, labels={**masks, **labels}, class_names=("land", "field", "lake"))
+
+
+@pytest.mark.parametrize("nodata", [None, 0, 7])
+def test_stored_codes_are_classes_by_place(tmp_path, nodata):
+    """Whatever their order, and even if the file calls one of them no data; its other nodata is none."""
+    label = np.uint8([[0, 255], [10, 0 if nodata is None else nodata]])
+    dataset = stored_codes(tmp_path, label, codes=(0, 255, 10), nodata=nodata)
+    np.testing.assert_array_equal(dataset[0]["target"], [[0, 1], [2, -1 if nodata == 7 else 0]])
+    assert datasets.class_counts(dataset).tolist() == [1 if nodata == 7 else 2, 1, 1]
+
+
+def test_a_value_that_is_no_code(tmp_path):
+    with pytest.raises(ValueError, match=r"masks.a.tif has the label 9; its codes are 0, 255, 10\."):
+        list(stored_codes(tmp_path, np.uint8([[0, 255], [10, 9]]), codes=(0, 255, 10)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"codes": (0, 255)}, "labels.codes are 0, 255; expected one for each of 3 classes"),
+        ({"codes": (0, 255, 255)}, "labels.codes are 0, 255, 255; expected one for each of 3 classes"),
+        ({"codes": (0, 1, 2), "zero_is_none": True}, "leave no zero_is_none"),
+    ],
+)
+def test_codes_that_cannot_be(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message):
+        stored_codes(tmp_path, np.zeros((2, 2), np.uint8), **labels)
+
+
+def test_own_data_that_is_not_there_is_told_with_its_source(tmp_path):
+    images, masks = ({"folder": {"train": f"train/{folder}"}, "pattern": "*.tif"} for folder in ("images", "masks"))
+    fields = dict(images={"S1GRD": images}, labels=masks, num_classes=2, title="fields", source="the fields' owner")
+    (tmp_path / "train/images").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="fields is not complete in .*: train/masks is not there; get it from the fields' owner."):
+        datasets.load("generic", tmp_path, **fields)

@@ -8,7 +8,7 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import cli, models, weights
+from terramind_jax import cli, geo, models, weights
 from terramind_jax.evaluation import classification, features, fewshot
 from terramind_jax.tasks import datasets
 from terramind_jax.tasks.samples import sample
@@ -56,6 +56,47 @@ def test_nearest_neighbours_of_the_training_split(root, tmp_path, capsys):
     assert all(row["sample"].startswith(row["truth"]) for row in predicted) and len(predicted) == 20
     assert "| TerraMind-large | EuroSAT | S2RGB | k 5 | 0.751 |" in (out / "report.md").read_text()
     assert cli.main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_the_split_and_the_input_of_the_published_numbers(root, tmp_path):
+    out = tmp_path / "out"
+    command = ["evaluate", "knn", *OF_MODEL, f"--data={root}", f"--out={out}", "--spatial", "--inputs=S2RGB", "--k=5"]
+    assert cli.main(command) == 0
+    text = (out / "report.md").read_text()
+    assert "EuroSAT, spatial split, 20 test images" in text and "| terramind_v1_tiny | EuroSAT | S2RGB | k 5 |" in text
+    assert {row["sample"] for row in rows(out / "predictions.csv")} == set(datasets.load("eurosat", root, "test", spatial=True).names)
+
+
+OWN = """
+from ml_collections import ConfigDict
+from terramind_jax.tasks.config import finetuning
+
+def get_config():
+    config = finetuning()
+    config.data.options = ConfigDict(dict(
+        title="sheds", task="classification", class_names=("dark", "bright"),
+        images={"S1GRD": {"folder": "images", "pattern": "*.tif"}}, labels={"table": "labels.csv"},
+        splits={"train": "train.txt", "test": "test.txt"},
+    ))
+    return config
+"""
+
+
+def test_images_of_ones_own(tmp_path):
+    """Radar that a configuration of `finetune` describes, where bright and dark are told apart without a model."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    names = [f"{kind}{i}" for i in range(6) for kind in ("dark", "bright")]
+    for i, name in enumerate(names):
+        geo.write(data / "images" / f"{name}.tif", np.full((SIZE, SIZE, 2), (-25 if i % 2 == 0 else -5) + i / 10, np.float32))
+    (data / "labels.csv").write_text("name,label\n" + "".join(f"{name},{name[:-1]}\n" for name in names))
+    (data / "train.txt").write_text("\n".join(names[:8]))
+    (data / "test.txt").write_text("\n".join(names[8:]))
+    (tmp_path / "own.py").write_text(OWN)
+    command = ["evaluate", "knn", *OF_MODEL, f"--config={tmp_path / 'own.py'}", f"--config.data.root={data}", f"--out={out}", "--k=3"]
+    assert cli.main(command) == 0
+    of_model, of_bands = rows(out / "scores.csv")
+    assert of_model["data set"] == "sheds" and of_model["input"] == "S1GRD" and float(of_bands["accuracy"]) == 1
+    assert [row["truth"] for row in rows(out / "predictions.csv")] == ["dark", "bright"] * 2
 
 
 def test_linear_probe(root, tmp_path):
@@ -107,6 +148,11 @@ def test_prototypes_of_classes_that_lie_apart():
     [
         (["--dataset=nothing"], "There is no data set 'nothing'"),
         (["--dataset=sen1floods11"], "Sen1Floods11 is not complete"),
+        (["--dataset=sen1floods11", "--spatial"], "--spatial is a split of EuroSAT; sen1floods11 has none such"),
+        (["--config=configs/finetune/eurosat.py", "--spatial"], "tells the data set and its options; leave out --dataset and --spatial"),
+        (["--config=configs/pretrain/tiny.py"], "tiny.py is of pretrain; expected a configuration of finetune"),
+        (["--config.data.root=here"], "--config.data.root=here needs --config=FILE"),
+        (["--data="], "--data=ROOT is missing, the folder of the data set"),
         (["--inputs=S1GRD"], "The inputs of EuroSAT are S2L1C; S1GRD is none"),
         (["--layer=5"], "The layer is 5; this model's are 0-1"),
         (["--k=0"], "k is 0; expected numbers of neighbours"),

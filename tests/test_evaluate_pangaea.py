@@ -64,6 +64,44 @@ def test_every_data_set_can_be_tried():
     assert routed.KNOWN.keys() <= WRITERS.keys()
 
 
+def test_the_data_sets_are_those_of_the_published_table():
+    """By the titles of its columns, which a report is compared by."""
+    columns = {name for row in results.published("pangaea")[0] for name, x in row.items() if isinstance(x, float)} - {"average"}
+    assert {of.FACTS.title for of in routed.KNOWN.values()} == columns
+
+
+def test_tiles_of_small_farms(tmp_path):
+    """Masks are 0 and 255; the folder of the validation has either name."""
+    sample("ai4smallfarms", tmp_path / "data", count=2, size=48)
+    masks = tmp_path / "data/sentinel-2-asia/train/masks"
+    mask, image = (geo.read(folder / "0_vietnam.tif") for folder in (masks, masks.with_name("images")))
+    assert set(np.unique(mask)) == {0, 255} and mask.dtype == np.uint8 and image.dtype == np.uint16
+    first = datasets.load("pangaea", tmp_path / "data", of="ai4smallfarms")[0]
+    np.testing.assert_array_equal(first["target"], mask[..., 0] == 255)
+    np.testing.assert_array_equal(first["inputs"]["S2L2A"][..., [1, 2, 3, 7]], image)
+    assert not first["inputs"]["S2L2A"][..., [0, 4, 5, 6, 8, 9, 10, 11]].any()
+    names = datasets.load("pangaea", tmp_path / "data", "val", of="ai4smallfarms").names
+    (tmp_path / "data/sentinel-2-asia/validate").rename(tmp_path / "data/sentinel-2-asia/val")
+    assert datasets.load("pangaea", tmp_path / "data", "val", of="ai4smallfarms").names == names
+    masks.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="AI4SmallFarms is not complete in .*: sentinel-2-asia/train/masks is not there; get"):
+        datasets.load("pangaea", tmp_path / "data", of="ai4smallfarms")
+
+
+def test_tiles_of_five_billion_pixels(tmp_path):
+    """Near infrared first; what has no label does not count, and is a class that nothing is."""
+    sample("fivebillionpixels", tmp_path / "data", count=2, size=48)
+    labels = tmp_path / "data/train/labels"
+    name = "GF2_PMS1__L1A0000000001-MSS1_0_0"
+    mask, image = (geo.read(folder / f"{name}.tif") for folder in (labels, labels.with_name("images")))
+    (labels / f"{name}.tif").rename(labels / f"{name}_24label.tif")
+    dataset = datasets.load("pangaea", tmp_path / "data", of="fivebillionpixels")
+    assert dataset.num_classes == 25 and dataset.ignore_index == 0 and dataset.class_names[24] == "airport"
+    np.testing.assert_array_equal(dataset[0]["inputs"]["S2L2A"][..., [7, 3, 2, 1]], image)
+    np.testing.assert_array_equal(dataset[0]["target"], mask[..., 0])
+    assert image.dtype == mask.dtype == np.uint8 and mask.max() > 1
+
+
 def test_tiles_of_spacenet(tmp_path, monkeypatch):
     """Of months without clouds that are labelled, the rows of a tile alone; a mosaic a row short is brought to its size."""
     monkeypatch.setattr(spacenet7, "AREAS", {"train": "1_1_1 2_2_2", "val": "3_3_3", "test": "4_4_4"})
@@ -230,7 +268,8 @@ def test_the_report_is_in_per_cent(roots, tmp_path):
 def test_the_whole_protocol(roots, tmp_path, capsys):
     """On a tiny copy, and again on what is there."""
     common = ["evaluate", "pangaea", "--model=terramind_v1_tiny", "--weights=random", "--crop=64", "--limit=8", "--epochs=5"]
-    for name in ("burnscars", "pastis"):
+    sample("ai4smallfarms", roots / "ai4smallfarms", count=4, size=SIZE)
+    for name in ("burnscars", "pastis", "ai4smallfarms"):
         out = tmp_path / name
         command = [*common, f"--dataset={name}", f"--data={roots / name}", f"--out={out}"]
         assert cli.main(command) == 0

@@ -464,25 +464,69 @@ def test_thinking_needs_all_bands(tmp_path):
         finetune.train(settings(tmp_path / "data", data=dict(dataset="burnscars"), model=model), tmp_path / "run")
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.py")), ids=lambda path: path.stem)
-def test_configuration_files(path, tmp_path):
-    """Those of the generic data set read what their headings say: here one sample a split, named as their patterns have it."""
-    config = configuration.load(str(path), [f"--config.data.root={tmp_path}", "--config.data.crop=16"])
+def test_statistics_of_xview2_are_in_the_order_of_its_bands():
+    """PANGAEA's are of an image whose first band is blue."""
+    config = configuration.load("configs/finetune/xview2.py")
+    facts = datasets.facts("generic", **config.data.options.to_dict())
+    published = {"BLUE": (66.7703, 48.3066), "GREEN": (88.4452, 51.9129), "RED": (85.1047, 62.7612)}
+    for when, (mean, std) in finetune.scale_of(config, facts).items():
+        np.testing.assert_allclose(list(zip(mean, std, strict=True)), [published[band] for band in facts.bands[when]], rtol=1e-6)
+
+
+def configured(name, folder):
+    """A file of ``configs/finetune``, and a copy of its data set in `folder`."""
+    sample(name, folder, count=2, size=SIZE)
+    return configuration.load(f"configs/finetune/{name}.py", [f"--config.data.root={folder}", "--config.data.crop=32"])
+
+
+CONFIGURED = sorted(path.stem for path in Path("configs/finetune").glob("*.py"))
+FIRST = ("ai4smallfarms",)  # the others train in the full tests
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_configuration_files(name, tmp_path):
+    """Each reads its data set as `data sample` makes it."""
+    config = configured(name, tmp_path / "data")
     check(config)
     assert configuration.command_of(config) == "finetune"
-    if config.data.dataset != "generic":
-        return
-    options = config.data.options.to_dict()
-    for split in datasets.SPLITS:
-        for field in (*options["images"].values(), options["labels"]):
-            bands = field.get("bands", ("label",))
-            file = tmp_path / field["folder"][split] / field["pattern"].replace("*", f"{split}_1")
-            geo.write(file.with_suffix(".tif"), np.ones((16, 16, len(bands)), np.uint8))
-            file.with_suffix(".tif").rename(file)
-        if "splits" in options:
-            (tmp_path / options["splits"][split]).write_text(f"{split}_1\n")
-    for split in datasets.SPLITS:
-        dataset = finetune.open_split(config, split)
-        assert dataset.names == (f"{split}_1",) and dataset[0]["inputs"].keys() == options["images"].keys()
-    assert finetune.scale_of(config, dataset.facts).keys() == options["images"].keys()
-    assert finetune.backbone_options(config, dataset.facts)["modalities"]
+    splits = [finetune.open_split(config, split) for split in datasets.SPLITS]
+    facts = splits[0].facts
+    assert len({sample for of in splits for sample in of.names}) == sum(map(len, splits)) >= 4
+    assert finetune.scale_of(config, facts).keys() == splits[2][0]["inputs"].keys() == facts.bands.keys()
+    assert finetune.backbone_options(config, facts)["modalities"]
+
+
+@pytest.mark.parametrize("name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURED])
+def test_configurations_train(name, tmp_path):
+    """Each takes a step and validates, here with the nano model and a narrow decoder."""
+    config = configured(name, tmp_path / "data")
+    narrow = {"unet": (16, 8, 8, 8), "upernet": (16,)}.get(config.model.decoder, ())
+    config.model.update(name="terramind_v1_tiny", weights="random", layers=(0, 0, 1, 1), channels=narrow)
+    config.train.update(steps=1, batch_size=8)
+    config.run.update(log_every=1, progress=False, tensorboard=False)
+    found = finetune.train(config, tmp_path / "run")
+    assert np.isfinite(found["loss"]) and config.train.monitor in found
+
+
+def test_a_month_of_biomassters(tmp_path):
+    """Without the cloud probability, the descending orbit and marks of no data; in hundreds of tonnes."""
+    tmp_path = tmp_path / "data"
+    dataset = finetune.open_split(configured("biomassters", tmp_path), "val")
+    (chip,), (read,) = dataset.names, dataset
+    optical, radar = (geo.read(tmp_path / f"train_features/{chip}_{kind}_09.tif") for kind in ("S2", "S1"))
+    assert not (tmp_path / f"train_features/{chip}_S2_08.tif").exists() or int(chip, 16) % 2
+    np.testing.assert_array_equal(read["inputs"]["S2L2A"], optical[..., :10])
+    assert (radar[:2, :2] == -9999).all() and not read["inputs"]["S1GRD"][:2, :2].any()
+    np.testing.assert_array_equal(read["inputs"]["S1GRD"][2:], radar[2:, :, :2])
+    np.testing.assert_allclose(read["target"], geo.read(tmp_path / f"train_agbm/{chip}_agbm.tif")[..., 0] / 100, rtol=1e-6)
+
+
+def test_buildings_of_xview2(tmp_path):
+    """Two pictures, red first, and the damage that the later one shows."""
+    tmp_path = tmp_path / "data"
+    read = finetune.open_split(configured("xview2", tmp_path), "val")[0]
+    assert not list(tmp_path.rglob("*.xml"))
+    for when in ("pre", "post"):
+        np.testing.assert_array_equal(read["inputs"][when], geo.read(tmp_path / f"hold/images/{read['name']}_{when}_disaster.png"))
+    darker, damage = (read["inputs"]["pre"] - read["inputs"]["post"]).mean(-1), read["target"]
+    assert set(np.unique(damage)) == set(range(5)) and (darker[damage == 4] > 60).all() and not darker[damage < 2].any()

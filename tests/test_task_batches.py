@@ -117,5 +117,20 @@ def test_images_of_several_sizes_or_too_small_for_a_crop():
     mixed = dataset(2)
     object.__setattr__(mixed, "read_inputs", lambda s: {"S1GRD": read_inputs(s)["S1GRD"][: 40 - 8 * s.inputs]})
     object.__setattr__(mixed, "read_target", lambda s: read_target(s)[: 40 - 8 * s.inputs])
-    with pytest.raises(ValueError, match="1 is 32x56 pixels, the first of its split 40x56; images need one size"):
+    with pytest.raises(ValueError, match="1 is 32x56 pixels, the first of its split 40x56: 2 and 4 windows of 32 cover them; choose"):
         list(batches.covering(mixed, SCALE, crop=CROP, batch_size=2))
+    with pytest.raises(ValueError, match="are 32x56 pixels; data.crop=40 can be at most 32"):
+        list(batches.covering(mixed, SCALE, crop=40, batch_size=2))
+
+
+def test_images_that_differ_a_little_in_size():
+    """Those that as many windows cover are validated to their own edges."""
+    few = dataset(3)
+    object.__setattr__(few, "read_inputs", lambda s: {"S1GRD": read_inputs(s)["S1GRD"][: 40 - 3 * s.inputs]})
+    object.__setattr__(few, "read_target", lambda s: read_target(s)[: 40 - 3 * s.inputs])
+    seen = [
+        tuple(np.round(pixel * [2, 4] + [1, 2]).astype(int))
+        for batch in batches.covering(few, SCALE, crop=CROP, batch_size=2)
+        for pixel in batch["inputs"]["S1GRD"][batch["valid"]]
+    ]
+    assert len(seen) == len(set(seen)) == (40 + 37 + 34) * (SIZE[1] - 2)

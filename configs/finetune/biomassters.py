@@ -2,8 +2,9 @@
 
     terramind-jax finetune --config=configs/finetune/biomassters.py --workdir=DIR --config.data.root=DATA
 
-What is expected in DATA: the files as published (https://huggingface.co/datasets/nascetti-a/BioMassters), and lists of chips, as not every
-chip has every month and the publishers keep none for validation:
+Without data: `terramind-jax data sample biomassters --out=DATA`. What is expected in DATA: the files as published
+(https://huggingface.co/datasets/nascetti-a/BioMassters), and lists of chips, as not every chip has every month and the publishers keep none
+for validation:
 
     {train,test}_features/CHIP_S2_09.tif     10 bands, reflectance x 10000, and the probability of clouds; months count from September
     {train,test}_features/CHIP_S1_09.tif     VV and VH in dB of ascending, then of descending orbits, -9999: no data
@@ -35,6 +36,7 @@ def get_config() -> ConfigDict:
     config.data.options = ConfigDict(
         dict(
             title="BioMassters",
+            source="https://huggingface.co/datasets/nascetti-a/BioMassters; the lists are your own, see configs/finetune/biomassters.py",
             task="regression",
             images={
                 "S2L2A": {"folder": features, "pattern": f"*_S2_{MONTH:02d}.tif", **optical},

@@ -2,13 +2,14 @@
 
     terramind-jax finetune --config=configs/finetune/xview2.py --workdir=DIR --config.data.root=DATA
 
-What is expected in DATA, as published (https://xview2.org/dataset: train, hold and test); ``tier3``, more to train on, is not read:
+Without data: `terramind-jax data sample xview2 --out=DATA`. What is expected in DATA, as published (https://xview2.org/dataset: train,
+hold and test); ``tier3``, more to train on, is not read:
 
     {train,hold,test}/images/NAME_{pre,post}_disaster.png           uint8, red, green, blue, 1024 pixels
     {train,hold,test}/targets/NAME_post_disaster_target.png         0: no building, 1-4: no, minor and major damage, destroyed
 
-The two images are modalities of their own, which TerraMind learns here, standardised with ImageNet's statistics. Every other field:
-terramind_jax/tasks/config.py.
+The two images are modalities of their own, which TerraMind learns here. Statistics are PANGAEA's (its configs/dataset/xview2.yaml), which
+stand there from blue to red, as its reader has the bands. Every other field: terramind_jax/tasks/config.py.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from terramind_jax.tasks.config import finetuning
 
 FOLDERS = {"train": "train", "val": "hold", "test": "test"}
-RGB = {"bands": ("RED", "GREEN", "BLUE"), "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+RGB = {"bands": ("RED", "GREEN", "BLUE"), "mean": (85.1047, 88.4452, 66.7703), "std": (62.7612, 51.9129, 48.3066)}
 
 
 def get_config() -> ConfigDict:
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     config.data.options = ConfigDict(
         dict(
             title="xView2",
+            source="https://xview2.org/dataset",
             images={when: {"folder": images, "pattern": f"*_{when}_disaster.png", **RGB} for when in ("pre", "post")},
             labels={"folder": targets, "pattern": "*_post_disaster_target.png"},
             class_names=("no building", "no damage", "minor damage", "major damage", "destroyed"),

@@ -63,7 +63,7 @@ def add_commands(commands) -> None:
         "--dataset",
         required=True,
         metavar="NAME",
-        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet or spacenet7",
+        help="sen1floods11, burnscars, mados, pastis, croptypemapping, dynamicearthnet, spacenet7, ai4smallfarms or fivebillionpixels",
     )
     parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample NAME`")
     parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; DIR/training, where a stopped one goes on")
@@ -107,9 +107,14 @@ def _add_generation(parser: argparse.ArgumentParser, split: str) -> None:
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
     """Which images of which data set, and their features."""
-    parser.add_argument("--dataset", default="eurosat", metavar="NAME", help="whose images have one label each; default: eurosat")
-    parser.add_argument("--data", required=True, metavar="ROOT", help="its folder; a tiny copy: `data sample eurosat`")
-    parser.add_argument("--inputs", default="", metavar="A,B", help="modalities; default: all that it has")
+    parser.add_argument("--dataset", metavar="NAME", help="whose images have one label each; default: eurosat")
+    parser.add_argument("--spatial", action="store_true", help="EuroSAT's splits by longitude, as published of knn and linear")
+    text = "your own data: a configuration of finetune, of which data.dataset, data.options and data.root are taken"
+    parser.add_argument("--config", metavar="FILE", help=text)
+    parser.set_defaults(overrides=[])
+    parser.add_argument("--data", metavar="ROOT", help="its folder, needed if no --config tells it; a tiny copy: `data sample eurosat`")
+    text = "modalities; default: all that it has; of EuroSAT also S2RGB, made of S2L1C"
+    parser.add_argument("--inputs", default="", metavar="A,B", help=text)
     parser.add_argument("--layer", type=int, default=-1, metavar="I", help="of the encoder, 0 the first; default: -1, the last")
     parser.add_argument("--resize", type=int, metavar="S", help="bring images to S x S pixels; default: as they are")
     parser.add_argument("--limit", type=positive, metavar="N", help="only N samples of a split, drawn under the seed; default: all")
@@ -120,8 +125,37 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
 
 
 def _features(parsed: argparse.Namespace) -> dict:
-    same = ("weights", "model", "dataset", "data", "out", "layer", "resize", "limit", "statistics", "batch_size", "seed")
-    return {"inputs": names(parsed.inputs), **{name: getattr(parsed, name) for name in same}}
+    same = ("weights", "model", "out", "layer", "resize", "limit", "statistics", "batch_size", "seed")
+    return {"inputs": names(parsed.inputs), **_labelled(parsed), **{name: getattr(parsed, name) for name in same}}
+
+
+def _labelled(parsed: argparse.Namespace) -> dict:
+    """Which data set, in which folder, with which options: a configuration's, or one by name."""
+    if parsed.config:
+        found = _configured(parsed)
+    elif parsed.overrides:
+        raise ValueError(f"{parsed.overrides[0]} needs --config=FILE.")
+    else:
+        name = parsed.dataset or "eurosat"
+        if parsed.spatial and name != "eurosat":
+            raise ValueError(f"--spatial is a split of EuroSAT; {name} has none such.")
+        options = {"spatial": parsed.spatial, "rgb": names(parsed.inputs) == ["S2RGB"]} if name == "eurosat" else {}
+        found = {"dataset": name, "data": parsed.data, "options": options}
+    if not found["data"]:
+        raise ValueError("--data=ROOT is missing, the folder of the data set.")
+    return found
+
+
+def _configured(parsed: argparse.Namespace) -> dict:
+    from terramind_jax import config
+
+    if parsed.dataset or parsed.spatial:
+        raise ValueError(f"{parsed.config} tells the data set and its options; leave out --dataset and --spatial.")
+    settings = config.load(parsed.config, parsed.overrides)
+    if config.command_of(settings) != "finetune":
+        raise ValueError(f"{parsed.config} is of {config.command_of(settings)}; expected a configuration of finetune.")
+    told = settings.data
+    return {"dataset": told.dataset, "data": parsed.data or told.root, "options": told.options.to_dict()}
 
 
 def _knn(parsed: argparse.Namespace) -> None:

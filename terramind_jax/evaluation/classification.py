@@ -129,7 +129,8 @@ def _write(
     text = results.write_report(
         out / "report.md",
         {"knn": "k-nearest neighbours", "linear": "Linear probe"}[protocol],
-        f"{facts.title}, {len(test.names)} test images, frozen features. {said} Always the most common class: {majority:.3f}.",
+        f"{facts.title}{features.told(options)}, {len(test.names)} test images, frozen features. {said} Always the most common class: "
+        f"{majority:.3f}.",
         results.compared(protocol, rows),
         f"## By class, of the first row\n\n{results.table(each)}",
     )

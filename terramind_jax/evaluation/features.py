@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ def run(
     dataset: str,
     data: str | os.PathLike,
     splits: Sequence[str],
+    options: Mapping[str, Any] = {},
     model: str | None = None,
     inputs: Sequence[str] = (),
     layer: int = -1,
@@ -56,7 +58,7 @@ def run(
 
     Args:
       weights: work directory of a pretrained model; with `model`, what `weights.load` takes.
-      dataset, data: name of a data set whose images have one label, and its folder.
+      dataset, data: name of a data set whose images have one label, and its folder; `options` are of `datasets.load`.
       inputs: modalities; empty: all that the data set has.
       layer: of the encoder, 0 the first; -1: the last, which alone is normalised.
       resize: side that images are brought to, bilinearly; None: they stay, and one that is no multiple of 16 is seen through windows.
@@ -68,7 +70,7 @@ def run(
       FileNotFoundError: no model, or a data set that is not complete.
     """
     sources.declare(workdir(weights))
-    chosen = [_chosen(dataset, data, split, inputs, limit, seed) for split in splits]
+    chosen = [_chosen(datasets.load(dataset, data, split, **options), inputs, limit, seed) for split in splits]
     facts = chosen[0].facts
     network = spread(load_encoder(weights, model, facts))
     depth = network.module.config.encoder_depth
@@ -80,14 +82,18 @@ def run(
     return facts, [extract(network, of, scale, layer=layer, resize=resize, batch_size=batch_size) for of in chosen]
 
 
-def _chosen(name: str, data: str | os.PathLike, split: str, inputs: Sequence[str], limit: int | None, seed: int) -> Dataset:
-    dataset = datasets.load(name, data, split)
+def _chosen(dataset: Dataset, inputs: Sequence[str], limit: int | None, seed: int) -> Dataset:
     if dataset.facts.task != "classification":
         raise ValueError(f"{dataset.facts.title} is a {dataset.facts.task}; this protocol needs images with one label each.")
     dataset = dataset.only(inputs) if inputs else dataset
     if limit is None or limit >= len(dataset):
         return dataset
     return dataset.select(np.sort(order.permutation(len(dataset), seed, 0)[:limit]))
+
+
+def told(options: Mapping[str, Any]) -> str:
+    """For a report: whether the split of `run` is EuroSAT's spatial one."""
+    return ", spatial split" if options.get("options", {}).get("spatial") else ""
 
 
 def load_encoder(source: str | os.PathLike, model: str | None, facts: Facts) -> Network:

@@ -59,8 +59,8 @@ def run(
         text = results.write_report(
             partial / "report.md",
             f"{shots}-shot {ways}-way classification",
-            f"Accuracy in per cent on the test images of {facts.title}, mean and standard deviation of {runs} runs; the mean is known to "
-            f"±{rows[0]['deviation'] / math.sqrt(runs):.1f}. Chance is {100 / ways:.0f}.",
+            f"Accuracy in per cent on the test images of {facts.title}{features.told(options)}, mean and standard deviation of {runs} "
+            f"runs; the mean is known to ±{rows[0]['deviation'] / math.sqrt(runs):.1f}. Chance is {100 / ways:.0f}.",
             results.compared("fewshot", rows),
         )
     print("\n" + text)

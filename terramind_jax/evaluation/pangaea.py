@@ -9,7 +9,8 @@ Known to differ: PANGAEA
 
 - trains PASTIS-R and CropTypeMapping-SS against masks of their own size;
 - lets MADOS' crops lie a pixel beyond the label or the image's edge;
-- gives the two classes of SpaceNet-7 one logit, and in its example dice as the loss (`loss`);
+- gives the two classes of SpaceNet-7 and of AI4SmallFarms one logit, and in its examples dice as the loss (`loss`), with every tile of
+  AI4SmallFarms twice an epoch;
 - takes some strata for one, as it cuts their names to the length of the first one's;
 - validates as it tests, while here of windows that overlap the first one counts, and a class that never occurs does not;
 - validates before the first epoch, too, and takes those parameters if none that were trained are better.

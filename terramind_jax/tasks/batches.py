@@ -63,13 +63,13 @@ def covering(
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """This host's share of all windows of all samples, whose images have one size; the last batch is filled up with what is not valid.
+    """This host's share of all windows of all samples; the last batch is filled up with what is not valid.
 
-    As of `training`, all turned in one `way`; the view is the window's number.
+    As of `training`, all turned in one `way`; the view is the window's number. Images may differ in size, but a ValueError tells of one
+    that takes another number of windows than the first.
     """
-    shape = dataset.image_size()
-    total, parts = count(dataset, crop, batch_size), windows(shape, crop)
-    read = functools.partial(_window, _Reader(dataset), scale, shape, parts, way)
+    total, first = count(dataset, crop, batch_size), dataset.image_size()
+    read = functools.partial(_window, _Reader(dataset, crop, first, len(windows(first, crop))), scale, way)
     return iterate(grain.MapDataset.range(0, total)[host::hosts].map(read).batch(batch_size // hosts), workers, threads)
 
 
@@ -104,12 +104,10 @@ def _corner(rng: np.random.Generator, size: Sequence[int], crop: int, labelled: 
     return [int(rng.integers(first, last + 1)) for first, last in spans]
 
 
-def _window(reader: _Reader, scale: Mapping, shape: tuple[int, int], parts: list[Window], way: int, position: int) -> Batch:
-    i, number = divmod(position, len(parts))
-    sample, part = reader(min(i, len(reader.dataset) - 1)), parts[number]
-    if (size := next(iter(sample["inputs"].values())).shape[-3:-1]) != shape:
-        first = f"{shape[0]}x{shape[1]}"
-        raise ValueError(f"{sample['name']} is {size[0]}x{size[1]} pixels, the first of its split {first}; images need one size.")
+def _window(reader: _Reader, scale: Mapping, way: int, position: int) -> Batch:
+    i, number = divmod(position, reader.many)
+    sample, parts = reader(min(i, len(reader.dataset) - 1))
+    part = parts[number]
     found = cut(reader.dataset, sample, scale, part.rows, part.columns)
     own = part.own if found["valid"].ndim == 2 else np.bool_(True)
     found["valid"] = found["valid"] & own & (i < len(reader.dataset))
@@ -176,13 +174,27 @@ def windows(size: tuple[int, int], crop: int) -> list[Window]:
 
 @dataclasses.dataclass(eq=False)
 class _Reader:
-    """Keeps the sample that was read last: its windows follow each other."""
+    """Keeps the sample that was read last, as its windows follow each other: as `many` as an image of the size `first` has."""
 
     dataset: Dataset
-    kept: tuple[int, Any] | None = None
+    crop: int
+    first: tuple[int, int]
+    many: int
+    kept: tuple[int, Any, list[Window]] | None = None
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> tuple[Any, list[Window]]:
         kept = self.kept
         if kept is None or kept[0] != i:
-            self.kept = kept = (i, self.dataset.unrouted(i))
-        return kept[1]
+            sample = self.dataset.unrouted(i)
+            self.kept = kept = (i, sample, self._windows(sample))
+        return kept[1:]
+
+    def _windows(self, sample: Mapping[str, Any]) -> list[Window]:
+        size = next(iter(sample["inputs"].values())).shape[-3:-1]
+        check_crop(self.dataset, self.crop, size)
+        found = windows(size, self.crop)
+        if len(found) != self.many:
+            what = f"{sample['name']} is {size[0]}x{size[1]} pixels, the first of its split {self.first[0]}x{self.first[1]}"
+            told = f"{len(found)} and {self.many} windows of {self.crop} cover them"
+            raise ValueError(f"{what}: {told}; choose a data.crop of which all need as many, or cut the images to one size.")
+        return found

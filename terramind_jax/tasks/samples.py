@@ -1,8 +1,8 @@
 """``data sample``: tiny copies of the published downstream data sets, made of the embedded world, to try fine-tuning without data.
 
-Files, names, dtypes and missing values are those of the originals, of CropTypeMapping, DynamicEarthNet and SpaceNet-7 what PANGAEA's
-readers expect; so are sizes, unless told otherwise. What the embedded world has not, burn scars, parcels' seasons, marine debris, is
-painted onto it: enough to be learned from, and nothing to draw conclusions from.
+Files, names, dtypes and missing values are those of the originals, of CropTypeMapping, DynamicEarthNet, SpaceNet-7, AI4SmallFarms and
+Five-Billion-Pixels what PANGAEA's readers expect; so are sizes, unless told otherwise. What the embedded world has not, burn scars,
+parcels' seasons, marine debris, is painted onto it: enough to be learned from, and nothing to draw conclusions from.
 """
 
 from __future__ import annotations
@@ -13,13 +13,25 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import rasterio
 
 from terramind_jax import geo
 from terramind_jax.data import shards, world
 from terramind_jax.modalities import S2L1C_BANDS, S2L2A_BANDS
-from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, eurosat, mados, pastis, sen1floods11, spacenet7
+from terramind_jax.tasks.datasets import (
+    ai4smallfarms,
+    burnscars,
+    croptypemapping,
+    dynamicearthnet,
+    eurosat,
+    fivebillionpixels,
+    mados,
+    pastis,
+    sen1floods11,
+    spacenet7,
+)
 
-WATER, CLOUDS = 1, 8  # LULC codes
+WATER, CROPS, CLOUDS = 1, 4, 8  # LULC codes
 
 
 def sample(name: str, out: str | os.PathLike, *, count: int = 4, size: int | None = None, seed: int = 0) -> None:
@@ -274,9 +286,7 @@ def _spacenet7(root: str, counts: dict[str, int], size: int, seed: int) -> None:
 
 def _mosaic(scene: world.Scene, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Red, green, blue and alpha ``[size - 1, size, 4]`` uint8, two columns without data, and buildings 255."""
-    cell = max(1, size // 24)
-    built = np.kron(rng.random((12, 12)) < 0.2, np.ones((cell, cell), bool))
-    built = np.pad(built, [(0, size - len(built))] * 2)[:-1]
+    built = _squares(rng.random((12, 12)) < 0.2, size)[:-1]
     image = np.clip(_optical(scene, size, spacenet7.BANDS)[:-1] / 12, 0, 255)
     image = np.where(built[..., None], 255 - image / 4, image)
     image = np.pad(image, [(0, 0), (0, 0), (0, 1)], constant_values=255).astype(np.uint8)
@@ -284,25 +294,123 @@ def _mosaic(scene: world.Scene, rng: np.random.Generator, size: int) -> tuple[np
     return image, np.where(built, 255, 0).astype(np.uint8)
 
 
+def _squares(values: np.ndarray, size: int) -> np.ndarray:
+    """``[size, size]`` with a square for each of ``[12, 12]`` values, together half as wide, and zeros around."""
+    cell = max(1, size // 24)
+    return np.pad(np.kron(values, np.ones((cell, cell), values.dtype)), [(0, size - 12 * cell)] * 2)
+
+
+# ---- xView2 ----
+
+
+def _xview2(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Bright squares are the buildings, the darker afterwards the more they are damaged."""
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        folder = os.path.join(root, {"val": "hold"}.get(split, split))
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            rng, name = np.random.default_rng((seed, number)), f"synthetic-flood_{number:08d}"
+            damage = _squares(rng.choice(5, (12, 12), p=(0.6, 0.1, 0.1, 0.1, 0.1)), size)[..., None]
+            image = np.clip(_optical(scene, size, ("RED", "GREEN", "BLUE")) / 12, 0, 255)
+            image = np.where(damage > 0, 255 - image / 4, image)
+            for when, seen, label in (("pre", image, damage > 0), ("post", image * (1 - 0.2 * np.maximum(damage - 1, 0)), damage)):
+                _write_png(os.path.join(folder, "images", f"{name}_{when}_disaster.png"), seen)
+                _write_png(os.path.join(folder, "targets", f"{name}_{when}_disaster_target.png"), label)
+
+
+def _write_png(path: str, pixels: np.ndarray) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    height, width, count = pixels.shape
+    with rasterio.open(path, "w", driver="PNG", height=height, width=width, count=count, dtype="uint8") as target:
+        target.write(np.moveaxis(pixels, -1, 0).astype(np.uint8))
+
+
+# ---- BioMassters ----
+
+BIOMASS = (0, 0, 150, 40, 10, 0, 0, 0, 0, 30)  # tonnes a hectare of each LULC code, on average
+MONTHS = (8, 9)  # May and June
+BIOMASSTERS = tuple(band for band in S2L2A_BANDS if band not in ("COASTAL_AEROSOL", "WATER_VAPOR"))
+
+
+def _biomassters(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Two months of twelve, of which the first lacks every second optical image; biomass as the trees of the world have it."""
+    source, number = scenes(seed, size, sar=True), 0
+    for split, count in counts.items():
+        part, chips = ("test" if split == "test" else "train"), []
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            rng, chip, where = np.random.default_rng((seed, number)), f"{number:08x}", _metres(scene, size)
+            for month in MONTHS:
+                clouds = rng.integers(0, 101, (size, size, 1)).astype(np.uint16)
+                optical = np.append((1 + 0.05 * month) * _optical(scene, size, BIOMASSTERS), clouds, -1)
+                radar = np.tile(scene.arrays["S1GRD"][:size, :size].astype(np.float32), 2) + rng.normal(0, 0.5, (size, size, 4))
+                radar[:2, :2] = -9999
+                name = os.path.join(root, f"{part}_features", f"{chip}_{{}}_{month:02d}.tif")
+                geo.write(name.format("S1"), radar.astype(np.float32), where)
+                if month == MONTHS[-1] or number % 2:
+                    geo.write(name.format("S2"), optical.round().astype(np.uint16), where)
+            mass = np.float32(BIOMASS)[scene.arrays["LULC"][:size, :size, 0]] * rng.uniform(0.8, 1.2, (size, size))
+            geo.write(os.path.join(root, f"{part}_agbm", f"{chip}_agbm.tif"), mass.astype(np.float32), where)
+            chips.append(chip)
+        _write_lines(os.path.join(root, f"{split}.txt"), chips)
+
+
+# ---- AI4SmallFarms ----
+
+
+def _ai4smallfarms(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Cropland as the world has it is the fields."""
+    source = (s for s in scenes(seed, size) if 0.05 < (s.arrays["LULC"][:size, :size] == CROPS).mean() < 0.95)
+    number = 0
+    for split, count in counts.items():
+        folder = os.path.join(root, ai4smallfarms.BASE, {"val": "validate"}.get(split, split))
+        for scene in (next(source) for _ in range(count)):
+            where, name = _metres(scene, size), f"{number}_{('vietnam', 'cambodia')[number % 2]}.tif"
+            image = _optical(scene, size, ai4smallfarms.BANDS).round().astype(np.uint16)
+            geo.write(os.path.join(folder, "images", name), image, where)
+            field = scene.arrays["LULC"][:size, :size, 0] == CROPS
+            geo.write(os.path.join(folder, "masks", name), np.where(field, 255, 0).astype(np.uint8), where)
+            number += 1
+
+
+# ---- Five-Billion-Pixels ----
+
+GAOFEN = (0, 11, 6, 2, 4, 12, 17, 16, 0, 9)  # the class that stands for each LULC code; 0: no label
+
+
+def _fivebillionpixels(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """Land cover as the world has it, in its nine classes."""
+    source, number = scenes(seed, size), 0
+    for split, count in counts.items():
+        for scene in (next(source) for _ in range(count)):
+            number += 1
+            name = f"GF2_PMS1__L1A{number:010d}-MSS1_0_0.tif"
+            image = np.clip(_optical(scene, size, fivebillionpixels.BANDS) / 12, 0, 255).astype(np.uint8)
+            geo.write(os.path.join(root, split, "images", name), image)
+            label = np.uint8(GAOFEN)[scene.arrays["LULC"][:size, :size, 0]]
+            geo.write(os.path.join(root, split, "labels", name), label)
+
+
 # ---- EuroSAT ----
 
 
 def _eurosat(root: str, counts: dict[str, int], size: int, seed: int) -> None:
-    """`count` images of every class: scenes tinted with a spectrum of their class."""
+    """`count` images of every class: scenes tinted with a spectrum of their class. The spatial splits part the scenes by longitude."""
     spectra = np.random.default_rng(seed).uniform(500, 4000, (len(eurosat.CLASSES), len(S2L1C_BANDS)))
     stored, source = [S2L1C_BANDS.index(b) for b in eurosat.STORED], scenes(seed, size)
-    number = dict.fromkeys(eurosat.CLASSES, 0)
-    for split, count in counts.items():
-        names = []
-        for scene in (next(source) for _ in range(count)):
-            for spectrum, label in zip(spectra, eurosat.CLASSES, strict=True):
-                number[label] += 1
-                image = 0.5 * scene.arrays["S2L1C"][:size, :size] + 0.5 * spectrum
-                name = f"{label}_{number[label]}"
-                path = os.path.join(root, eurosat.FOLDERS[0], label, f"{name}.tif")
-                geo.write(path, image[..., stored].round().astype(np.uint16), _metres(scene, size))
-                names.append(f"{name}.jpg")
-        _write_lines(os.path.join(root, f"eurosat-{split}.txt"), names)
+    longitudes = []
+    for number, scene in zip(range(sum(counts.values())), source, strict=False):
+        longitudes.append(scene.lon)
+        for spectrum, label in zip(spectra, eurosat.CLASSES, strict=True):
+            image = 0.5 * scene.arrays["S2L1C"][:size, :size] + 0.5 * spectrum
+            path = os.path.join(root, eurosat.FOLDERS[0], label, f"{label}_{number + 1}.tif")
+            geo.write(path, image[..., stored].round().astype(np.uint16), _metres(scene, size))
+    ends = np.cumsum(list(counts.values()))
+    for kind, ordered in (("", np.arange(ends[-1])), ("spatial-", np.argsort(longitudes))):
+        for split, part in zip(counts, np.split(ordered, ends[:-1]), strict=True):
+            names = [f"{label}_{number + 1}.jpg" for number in part for label in eurosat.CLASSES]
+            _write_lines(os.path.join(root, f"eurosat-{kind}{split}.txt"), names)
 
 
 def _write_lines(path: str, lines: list[str]) -> None:
@@ -321,4 +429,8 @@ WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] 
     "croptypemapping": (_croptypemapping, 64),
     "dynamicearthnet": (_dynamicearthnet, 1024),
     "spacenet7": (_spacenet7, 1024),
+    "ai4smallfarms": (_ai4smallfarms, 496),
+    "fivebillionpixels": (_fivebillionpixels, 520),
+    "xview2": (_xview2, 1024),
+    "biomassters": (_biomassters, 256),
 }

@@ -75,10 +75,11 @@ def _replace(image: np.ndarray, how: Bands) -> tuple[np.ndarray, np.ndarray]:
     return image if how.scale == 1 else image * np.float32(how.scale), nothing
 
 
-def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = False) -> np.ndarray:
+def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = False, codes: Sequence[float] = ()) -> np.ndarray:
     """A map of one band as ``[H, W]`` float32, `ignore_index` where the file has no data.
 
-    With `zero_is_none` stored classes count from 1, and 0 is none of them.
+    With `zero_is_none` stored classes count from 1, and 0 is none of them. With `codes` class k is stored as ``codes[k]``, even if the
+    file calls that value no data; a ValueError for a value that is no code.
     """
     if path.endswith(".npy"):
         mask = np.squeeze(np.load(path)).astype(np.float32)
@@ -86,6 +87,8 @@ def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = Fal
         mask = geo.read_valid(path, ("label",), "a mask")[..., 0]
     if mask.ndim != 2:
         raise ValueError(f"{path} has shape {mask.shape}, expected a mask of one band, [H, W].")
+    if codes:
+        mask = _classes(path, mask, codes, ignore_index)
     missing = np.isnan(mask)
     if zero_is_none:
         missing |= mask == 0
@@ -93,6 +96,19 @@ def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = Fal
     if missing.any() and ignore_index is None:
         raise ValueError(f"{path} has {int(missing.sum())} pixels without a label; give them an ignore_index.")
     return np.where(missing, ignore_index, mask).astype(np.float32) if missing.any() else mask
+
+
+def _classes(path: str, mask: np.ndarray, codes: Sequence[float], ignore_index: float | None) -> np.ndarray:
+    """Stored codes to classes; NaN and `ignore_index`, unless it is a code, stay."""
+    nodata = None if path.endswith(".npy") else geo.read_header(path).nodata
+    mask = np.where(np.isnan(mask), nodata, mask) if nodata in codes else mask
+    order = np.argsort(codes)
+    stored = np.float32(codes)[order]
+    at = np.searchsorted(stored, mask).clip(max=len(codes) - 1)
+    known, none = stored[at] == mask, np.isnan(mask) | (mask == ignore_index)
+    if not (known | none).all():
+        raise ValueError(f"{path} has the label {mask[~(known | none)][0]:g}; its codes are {', '.join(f'{code:g}' for code in codes)}.")
+    return np.where(known, order[at], mask).astype(np.float32)
 
 
 # ---- names ----

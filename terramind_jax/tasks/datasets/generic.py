@@ -23,7 +23,7 @@ from terramind_jax.tasks.datasets import files
 from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample
 
 _IMAGE_FIELDS = ("folder", "pattern", "bands", "use", "scale", "mean", "std", "missing", "replace", "times", "by_band")
-_LABEL_FIELDS = ("folder", "pattern", "table", "zero_is_none", "scale")
+_LABEL_FIELDS = ("folder", "pattern", "table", "zero_is_none", "codes", "scale")
 IGNORE = -1
 
 
@@ -39,6 +39,7 @@ def dataset(
     num_classes: int | None = None,
     ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
+    source: str = "",
 ) -> Dataset:
     """A split of the data in `root`, to which folders and files are relative; see the module.
 
@@ -50,11 +51,13 @@ def dataset(
         ``[T, H, W, C]``; ``by_band`` if it has all times of one band together. ``.npy`` files are ``[C, H, W]`` or ``[T, C, H, W]``.
       labels: ``folder`` and ``pattern`` of the masks, or ``table``, a ``.csv``, which may be told by split, with a heading whose first
         column are the samples' names and whose others are the label: a class by number or name, a value, or 0 and 1 for every class. With
-        ``zero_is_none`` stored classes count from 1. Values of a regression are multiplied by ``scale``.
+        ``zero_is_none`` stored classes count from 1; with ``codes``, such as ``(0, 255)``, each is stored as the code in its place. Values
+        of a regression are multiplied by ``scale``.
       splits: by split the file with its samples, ``.txt`` or ``.csv``; without, every file of the first modality's folder is a sample.
       class_names, num_classes: either will do.
       ignore_index: of pixels without a label, in masks and in metrics; by default -1 among classes; among values there is none, but NaN and
         the file's own nodata do not count.
+      source: where to get the data, for what is said if folders or split files are not there.
 
     Raises:
       ValueError: unknown fields, bands or task, a split without samples; FileNotFoundError: a folder, split file or sample is not there.
@@ -62,6 +65,8 @@ def dataset(
     root = os.fspath(root)
     own = dict(images=images, labels=labels, task=task, class_names=class_names, num_classes=num_classes)
     known = facts(**own, ignore_index=ignore_index, title=title)
+    if source:
+        files.require(title, root, _parts(split, images, labels, splits), source)
     found, where = _names(root, split, images, splits)
     paths = {name: {m: files.path_of(_of_split(root, f["folder"], split), f["pattern"], name) for m, f in images.items()} for name in found}
     if "table" in labels:
@@ -72,7 +77,7 @@ def dataset(
     else:
         targets = {name: files.path_of(_of_split(root, labels["folder"], split), labels["pattern"], name) for name in found}
         files.check_present(targets.items(), where)
-        options = dict(zero_is_none=labels.get("zero_is_none", False), scale=labels.get("scale", 1.0))
+        options = dict(zero_is_none=labels.get("zero_is_none", False), codes=tuple(labels.get("codes", ())), scale=labels.get("scale", 1.0))
         read_target = functools.partial(read_map, task=task, ignore_index=known.ignore_index, **options)
     files.check_present(((name, path) for name, of in paths.items() for path in of.values()), where)
     samples = tuple(Sample(name, paths[name], targets[name]) for name in found)
@@ -89,10 +94,12 @@ def facts(
     num_classes: int | None = None,
     ignore_index: int | Literal["auto"] | None = "auto",
     title: str = "the data set",
+    source: str = "",
 ) -> Facts:
     """What the fields of `dataset` say, without any file."""
     _check_fields(images, labels, task)
     names = _class_names(class_names, num_classes, task)
+    _check_codes(labels, names, task)
     statistics = {key: {m: tuple(f[key]) for m, f in images.items() if f.get(key)} for key in ("mean", "std")}
     how = {m: _bands(m, fields) for m, fields in images.items()}
     if ignore_index == "auto":
@@ -109,10 +116,18 @@ def read_images(how: Mapping[str, files.Bands], sample: Sample) -> dict[str, np.
     return {modality: files.read_image(path, how[modality]) for modality, path in sample.inputs.items()}
 
 
-def read_map(sample: Sample, *, task: str, ignore_index: int | None, zero_is_none: bool = False, scale: float = 1.0) -> np.ndarray:
+def read_map(
+    sample: Sample,
+    *,
+    task: str,
+    ignore_index: int | None,
+    zero_is_none: bool = False,
+    codes: Sequence[float] = (),
+    scale: float = 1.0,
+) -> np.ndarray:
     """The target of a sample that has a mask; a value that is not known is NaN if it has no `ignore_index`."""
     nothing = math.nan if ignore_index is None and task == "regression" else ignore_index
-    mask = files.read_mask(sample.target, nothing, zero_is_none=zero_is_none)
+    mask = files.read_mask(sample.target, nothing, zero_is_none=zero_is_none, codes=codes)
     if task == "segmentation":
         return mask.astype(np.int32)
     return mask if scale == 1 else np.where(mask == nothing, mask, mask * np.float32(scale))
@@ -141,6 +156,20 @@ def _check_fields(images: Mapping[str, Mapping], labels: Mapping, task: str) -> 
         raise ValueError(f"{task} needs labels of {'a table' if 'table' not in labels else 'masks, a folder and a pattern'}.")
 
 
+def _check_codes(labels: Mapping, class_names: Sequence[str], task: str) -> None:
+    codes = labels.get("codes", ())
+    if codes and (task != "segmentation" or labels.get("zero_is_none")):
+        raise ValueError("labels.codes are of the masks of a segmentation, and leave no zero_is_none.")
+    if codes and (len(codes) != len(class_names) or len(set(codes)) < len(codes)):
+        raise ValueError(f"labels.codes are {', '.join(map(str, codes))}; expected one for each of {len(class_names)} classes.")
+
+
+def _parts(split: str, images: Mapping[str, Mapping], labels: Mapping, splits: Mapping[str, str] | None) -> list[str]:
+    """The folders, table and split file of a split, relative to the root."""
+    parts = [*(fields["folder"] for fields in images.values()), labels.get("table") or labels["folder"], *([splits] if splits else [])]
+    return list(dict.fromkeys(part if isinstance(part, str) else _given(part, split) for part in parts))
+
+
 def _class_names(names: Sequence[str], count: int | None, task: str) -> tuple[str, ...]:
     if names and count not in (None, len(names)):
         raise ValueError(f"num_classes is {count}, but {len(names)} classes are named.")
@@ -162,11 +191,13 @@ def _bands(modality: str, fields: Mapping[str, Any]) -> files.Bands:
 
 def _of_split(root: str, path: str | Mapping[str, str], split: str) -> str:
     """A folder or table, which may be told by split."""
-    if isinstance(path, str):
-        return os.path.join(root, path)
-    if split not in path:
-        raise ValueError(f"No folder or table is given for the split {split}; those of {', '.join(path)} are.")
-    return os.path.join(root, path[split])
+    return os.path.join(root, path if isinstance(path, str) else _given(path, split))
+
+
+def _given(paths: Mapping[str, str], split: str) -> str:
+    if split not in paths:
+        raise ValueError(f"No folder or table is given for the split {split}; those of {', '.join(paths)} are.")
+    return paths[split]
 
 
 def _names(root: str, split: str, images: Mapping[str, Mapping], splits: Mapping[str, str] | None) -> tuple[list[str], str]:

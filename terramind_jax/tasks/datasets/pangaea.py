@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from terramind_jax import modalities
-from terramind_jax.tasks.datasets import burnscars, croptypemapping, dynamicearthnet, mados, pastis, sen1floods11, spacenet7
+from terramind_jax.tasks.datasets import (
+    ai4smallfarms,
+    burnscars,
+    croptypemapping,
+    dynamicearthnet,
+    fivebillionpixels,
+    mados,
+    pastis,
+    sen1floods11,
+    spacenet7,
+)
 from terramind_jax.tasks.datasets.dataset import Dataset, Facts, Sample
 
 KNOWN = {
@@ -26,6 +36,8 @@ KNOWN = {
     "croptypemapping": croptypemapping,
     "dynamicearthnet": dynamicearthnet,
     "spacenet7": spacenet7,
+    "ai4smallfarms": ai4smallfarms,
+    "fivebillionpixels": fivebillionpixels,
 }
 ENTERS_AS = {"S2L1C": "S2L2A", "S2L2A": "S2L2A", "S1GRD": "S1GRD"}
 STANDS_FOR = {"WATER_VAPOR": "CIRRUS"}  # what the data set's band is called that lies at a band of the model
