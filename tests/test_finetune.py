@@ -317,7 +317,7 @@ def test_an_ltae_refuses_single_images(root):
     dataset = finetune.open_split(config, "train")
     module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
-    with pytest.raises(ValueError, match=r"has an L-TAE and reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
+    with pytest.raises(ValueError, match=r"With time='ltae' a model reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
         jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
     with pytest.raises(ValueError, match="S1Hand.tif is one image, and the model takes series: give arrays"):
         predict.open_scene(SimpleNamespace(facts=dataset.facts, crop=32, module=module), "scene", dataset.samples[0].inputs)
@@ -405,6 +405,8 @@ def test_other_tasks(tmp_path, task):
         (dict(train=dict(batch_size=9)), "train.batch_size=9 must be a multiple of the 8 devices"),
         (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
         (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
+        (dict(model=dict(time="sum")), "model.time='sum'; expected one of mean, max, concat, diff, ltae"),
+        (dict(model=dict(time="concat")), "Sen1Floods11 has single images; model.time='concat' is of time series"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=())), "model.tim_modalities is empty"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=("S3",))), "S3"),
         (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),
@@ -432,15 +434,16 @@ def test_configuration_files(path, tmp_path):
     if config.data.dataset != "generic":
         return
     options = config.data.options.to_dict()
-    for split in datasets.SPLITS:
+    splits = [split for split in datasets.SPLITS if split in options["labels"]["folder"]]
+    for split in splits:
         for field in (*options["images"].values(), options["labels"]):
-            bands = field.get("bands", ("label",))
+            bands = field.get("bands", ("label",)) * field.get("times", 1)
             file = tmp_path / field["folder"][split] / field["pattern"].replace("*", f"{split}_1")
             geo.write(file.with_suffix(".tif"), np.ones((16, 16, len(bands)), np.uint8))
             file.with_suffix(".tif").rename(file)
         if "splits" in options:
             (tmp_path / options["splits"][split]).write_text(f"{split}_1\n")
-    for split in datasets.SPLITS:
+    for split in splits:
         dataset = finetune.open_split(config, split)
         assert dataset.names == (f"{split}_1",) and dataset[0]["inputs"].keys() == options["images"].keys()
     assert finetune.scale_of(config, dataset.facts).keys() == options["images"].keys()

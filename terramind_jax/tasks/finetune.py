@@ -158,7 +158,7 @@ def with_architecture(config: ConfigDict) -> ConfigDict:
 
 
 def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
-    """The configuration with what follows from the training data: an epoch in steps, and the side of whole images."""
+    """The configuration with what follows from the training data: an epoch in steps, the side of whole images, the length of series."""
     config = config.copy_and_resolve_references().unlock()
     steps = max(1, len(dataset) // config.train.batch_size)
     config.run.eval_every = config.run.eval_every or steps
@@ -168,7 +168,19 @@ def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         if height != width or height % PATCH_SIZE:
             raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
         config.data.crop = height
+    if config.model.time == "concat":
+        config.model.times = _length(config.model.times, dataset)
     return config.lock()
+
+
+def _length(told: int, dataset: Dataset) -> int:
+    """Images of a time series; a ValueError if they are other than what is told."""
+    found = dataset.length()
+    if not found:
+        raise ValueError(f"{dataset.facts.title} has single images; model.time='concat' is of time series.")
+    if told not in (0, found):
+        raise ValueError(f"model.times={told}, but the series of {dataset.facts.title} have {found} images.")
+    return found
 
 
 def total_samples(config: ConfigDict, samples: int) -> int:
@@ -254,7 +266,9 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
     names = {name: stream.key for name, stream in extractor.streams.items()}
     if isinstance(extractor, ThinkingInModalities):
         names |= {stream: stream for stream in thinker_of(config, extractor).targets}
-    return TaskModel(own, head, tuple(names.items()), config.model.time)
+    if config.model.time == "concat" and not config.model.times:
+        raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
+    return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times)
 
 
 def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: FeatureExtractor) -> dict[str, Any] | None:
