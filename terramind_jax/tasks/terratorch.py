@@ -47,6 +47,7 @@ SILENT = {
     *("accelerator", "strategy", "devices", "num_nodes", "logger", "log_every_n_steps", "default_root_dir", "enable_checkpointing"),
     *("enable_progress_bar", "num_workers", "pin_memory", "persistent_workers", "rgb_indices", "rgb_modality", "plot_on_val"),
     *("allow_substring_file_names", "model_factory", "remove_cls_token", "task", "modalities", "verbose", "metadata_file_name"),
+    "decoder_num_classes",
 }
 SILENT_CALLBACKS = ("RichProgressBar", "TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint", "EarlyStopping")
 DEFAULTS = {
@@ -132,6 +133,7 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
     if decoder is not None:
         m.decoder = DECODERS.get(decoder, m.decoder)
         rest += [] if decoder in DECODERS else [f"model.init_args.model_args.decoder={decoder}"]
+        rest += [f"model.init_args.model_args.decoder={decoder}: without a head here"] if decoder == "LinearDecoder" else []
     if m.decoder == "upernet":
         m.channels = m.channels or (256,)  # as there
     _time(config, args)
