@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from terramind_jax import cli, geo, sharding, tim, weights
+from terramind_jax import cli, flops, geo, sharding, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
 from terramind_jax.draws import probabilities
@@ -74,6 +74,7 @@ def test_a_run_learns_water_from_radar(finished):
     assert losses(finished)[-1] < 0.7 * losses(finished)[0]
     assert lines[-1]["val/pixel_accuracy"] > 0.75
     assert {"val/mIoU", "val/F1", "val/accuracy"} <= lines[-1].keys()
+    assert 0 < [line["mfu"] for line in logging.read(finished) if "mfu" in line][-1] < 1
 
 
 def test_a_run_goes_on_with_the_same_numbers(root, tmp_path, finished):
@@ -160,6 +161,27 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
     expected = jax.jit(task.module.apply)(task.variables, {"S1GRD": scaled, **{key: thought[key] for key in targets}})
     np.testing.assert_array_equal(made[2:], expected[0].argmax(-1)[2:])  # in the corner above there is no data
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        (dict(train=dict(tune="full")), 3),
+        (dict(train=dict(tune="lora")), 2),
+        (dict(train=dict(tune="frozen")), 1),
+        (dict(train=dict(tune="frozen"), data=dict(crop=SIZE, d4=False)), 0),
+    ],
+)
+def test_what_a_step_costs(root, changes, passes):
+    """Of the backbone as often as it runs or is gone back through, and three times a transposed convolution to two classes."""
+    config = settings(root, model=dict(image_size=32), **changes)
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    tokens, own = (config.data.crop // 16) ** 2, module.backbone
+    patches = 2 * tokens * 16**2 * 2 * own.dim
+    encode = patches + own.encoder_depth * flops.encoder_block(tokens, own.dim, own.mlp_ratio, own.gated_mlp)
+    found = finetune.step_flops(config, module, dataset)
+    assert found == 8 * (passes * encode + 3 * 2 * tokens * own.dim * 16**2 * 2)
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):

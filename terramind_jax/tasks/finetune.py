@@ -20,7 +20,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights, zoo
+from terramind_jax import build, checkpoint, declarations, files, flops, modalities, sharding, weights, zoo
 from terramind_jax import config as configuration
 from terramind_jax.data import order
 from terramind_jax.modalities import PATCH_SIZE
@@ -99,7 +99,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         title=f"{dataset.facts.title}: {state.size(train_state.params)} parameters of {state.size((train_state.params, held['frozen']))}, "
         f"{len(dataset)} samples",
         total=total,
-        work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": 0.0},
+        work={
+            "images": batch_size,
+            "samples": batch_size,
+            "flops": step_flops(config, module, dataset),
+            "peak": flops.peak() * jax.device_count(),
+        },
         summed=("bad",),
         step=step_fn,
         batches=lambda consumed: with_rate(feed.training(consumed)),
@@ -141,6 +146,24 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
     """The loss of a configuration."""
     weights = tuple(config.train.class_weights)
     return partial(losses.cross_entropy, weights=weights) if weights else losses.LOSSES[name]
+
+
+def step_flops(config: ConfigDict, module: TaskModel, dataset: Dataset) -> float:
+    """Floating-point operations of a step: a forward pass, and two more back through what is trained, of which LoRA needs one.
+
+    What a thinker makes is not counted, nor are features that are kept.
+    """
+    side, length = config.data.crop, dataset.length()
+    lead, grid = (config.train.batch_size, *(length,) * bool(length)), (side // PATCH_SIZE,) * 2
+    inputs = {name: jax.ShapeDtypeStruct((*lead, side, side, len(bands)), jnp.float32) for name, bands in dataset.facts.bands.items()}
+    for stream in (stream for stream in module.backbone.streams if stream.kind != "pixels"):  # which a thinker makes
+        places = (stream.max_tokens,) if stream.kind == "sequence" else (*grid, *stream.codes)
+        inputs[stream.key] = jax.ShapeDtypeStruct((*lead, *places), jnp.int32)
+    variables = jax.eval_shape(lambda key: meta.unbox(module.init(key, method="everything")), jax.random.key(0))
+    encode, decode = (partial(module.apply, method=method) for method in ("features", "decode"))
+    features = jax.eval_shape(encode, variables, inputs)
+    passes = {"full": 3, "lora": 2, "frozen": 0 if feeding.keeps_features(config, dataset) else 1}[config.train.tune]
+    return passes * flops.traced(encode, variables, inputs) + 3 * flops.traced(decode, variables, features)
 
 
 # ---- from a configuration ----
