@@ -359,9 +359,11 @@ _AT_LEAST = {
     **dict.fromkeys(
         ("run.log_every", "run.checkpoint_every", "run.keep", "run.eval_batches", "run.patience", "run.heartbeat_seconds", "run.threads"), 1
     ),
-    **dict.fromkeys(("model.depth", "train.steps", "run.eval_every", "run.workers", "run.rewinds", "run.probe_scenes"), 0),
+    **dict.fromkeys(("model.depth", "model.times", "train.steps", "run.eval_every", "run.workers", "run.rewinds", "run.probe_scenes"), 0),
     **dict.fromkeys(("optimizer.spike_factor", "run.max_bad_fraction", "run.stall_seconds", "run.pictures_every", "data.tile_size"), 0),
-    **dict.fromkeys(("run.timesteps", "model.num_codebooks", "model.model_channels", "model.num_res_blocks"), 1),
+    **dict.fromkeys(
+        ("model.num_convs", "model.upsampling", "run.timesteps", "model.num_codebooks", "model.model_channels", "model.num_res_blocks"), 1
+    ),
 }
 _ONE_OF = {
     "model.dtype": ("auto", "float32", "bfloat16"),  # float16 would need its loss scaled
@@ -372,7 +374,7 @@ _ONE_OF = {
     "train.tune": ("full", "frozen", "lora"),
     "optimizer.schedule": ("constant", "cosine", "steps", "plateau"),
     "data.statistics": ("pretrained", "dataset"),
-    "model.time": ("mean", "max", "ltae"),
+    "model.time": ("mean", "max", "concat", "diff", "ltae"),
 }
 
 
@@ -436,11 +438,14 @@ def interval(profile: str) -> tuple[int, int] | None:
 
 
 def of_workdir(workdir: str | os.PathLike) -> ConfigDict:
-    """The configuration that `workdir` was trained with."""
+    """The configuration that `workdir` was trained with; a field that is newer has its default."""
     path = files.folder(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} has no config.json, so it is not the work directory of a training run.")
-    return from_json(path.read_text())
+    config = from_json(path.read_text()).unlock()
+    for group, fields in defaults(command_of(config)).items():
+        config[group] = ConfigDict({**fields, **config.get(group, {})})
+    return config.lock()
 
 
 def bind_workdir(config: ConfigDict, workdir: str | os.PathLike, *, write: bool = True) -> None:

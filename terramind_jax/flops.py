@@ -1,14 +1,18 @@
 """What a step costs: an analytic count of the floating-point operations of the matrix products, and the rate of the devices.
 
+Of networks that are put together freely, as in fine-tuning, the products of the traced program are counted instead.
+
 XLA's own count is of no use here: it counts the body of a scan once, whatever its length. One multiply-add is two operations; a
 backward pass is two forward passes; rematerialisation is not counted, so that MFU is the *model's* utilisation.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +188,25 @@ def unet_forward(config: TokenizerConfig, image_size: int) -> float:
 def tokenizer_step(config: TokenizerConfig, batch_size: int, image_size: int) -> float:
     """Operations of one training step of a tokenizer."""
     return 3 * batch_size * tokenizer_forward(config, image_size)
+
+
+def traced(f: Callable[..., Any], *arguments: Any) -> float:
+    """Operations of the matrix products and convolutions of a program on abstract arguments, with every pass of a scan."""
+    return float(_products(jax.make_jaxpr(f)(*arguments).jaxpr))
+
+
+def _products(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, outputs = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[outputs]
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        total += equation.params.get("length", 1) * sum(_products(j) for j in inner if hasattr(j, "eqns"))
+    return total
 
 
 def peak(device: jax.Device | None = None) -> float:

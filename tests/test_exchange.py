@@ -11,11 +11,14 @@ import nano_models
 import numpy as np
 import pytest
 
-from terramind_jax import build, cli
+from terramind_jax import build, cli, geo
 from terramind_jax.convert import files, rules
 from terramind_jax.tasks import config as fields
-from terramind_jax.tasks import convert, datasets, exchange, finetune, terratorch
+from terramind_jax.tasks import convert, datasets, exchange, finetune, predict, terratorch
+from terramind_jax.tasks.datasets import multitemporal_crop
+from terramind_jax.tasks.samples import sample
 
+CONFIGURATIONS = Path(__file__).parent / "configurations"
 YAML = (Path(__file__).parent / "terratorch.yaml").read_text()
 
 
@@ -58,6 +61,124 @@ def test_a_configuration_of_terratorch(path):
     assert "trainer.accumulate_grad_batches=4" in rest and "train_transform=ColorJitter" in told and "16-mixed" in told
     assert "ReduceLROnPlateau.monitor=val/loss: val/mIoU here" in rest
     assert len(rest) == 4, rest
+
+
+# Files with the keys of those of the TerraMind repository: which one is changed how, and what is read of it.
+TIM = "_tim\n      backbone_tim_modalities: [DEM]"
+REPOSITORY = {
+    "burnscars": ("burnscars", {}, dict(modalities=("S2L2A",), merge_method="mean"), 6),
+    "multitemporal_crop": ("multitemporal_crop", {}, dict(modalities=("S2L2A",), time="concat", times=3), 6),
+    "sen1floods11": ("sen1floods11", {}, dict(name="terramind_v1_tiny", weights="hub", modalities=("S2L1C", "S1GRD")), 13),
+    "tim_lulc_sen1floods11": (
+        "sen1floods11",
+        {
+            "backbone: terramind_v1_tiny": f"backbone: terramind_v1_tiny{TIM}",
+            "    no_data": "    allow_substring_file_names: true\n    no_data",
+        },
+        dict(name="terramind_v1_tiny_tim", tim_modalities=("DEM",)),
+        13,
+    ),
+    "frozen": ("sen1floods11", {"freeze_backbone: false": "freeze_backbone: true"}, dict(channels=(16, 16, 8, 8)), 13),
+}
+
+
+@pytest.mark.parametrize("name", REPOSITORY)
+def test_the_configurations_of_the_terramind_repository(tmp_path, name):
+    """Nothing of theirs is left but the precision, and a model of its own shapes can be made."""
+    file, changes, model, bands = REPOSITORY[name]
+    text = (CONFIGURATIONS / f"{file}.yaml").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "a.yaml").write_text(text)
+    config, rest = terratorch.read(tmp_path / "a.yaml")
+    fields.check(config)
+    assert rest == ["trainer.precision=16-mixed: bfloat16 here, on accelerators"]
+    assert {field: config.model[field] for field in model} == model and config.model.head_dropout == 0.2
+    assert config.train.tune == ("frozen" if name == "frozen" else "full")
+    assert config.train.loss == ("ce" if name == "multitemporal_crop" else "dice")
+    assert config.data.d4 and config.data.statistics == "dataset" and config.optimizer.plateau_patience == 3
+    facts = _facts(config).only(config.model.modalities)
+    (_, first), *_ = facts.bands.items()
+    assert len(first) == bands and facts.ignore_index == -1 and facts.num_classes == (13 if name == "multitemporal_crop" else 2)
+    assert facts.has_times == (name == "multitemporal_crop") and finetune.scale_of(config, facts).keys() == facts.bands.keys()
+    assert random_state(config, facts)["decoder.decoder.blocks.0.conv1.0.weight"].shape[0] == 16
+
+
+def test_crops_of_three_images_are_trained_and_predicted(tmp_path):
+    """From the file to a map: features of three images side by side, classes that count from 1, what is not known left out."""
+    sample("multitemporal_crop", tmp_path / "crops", count=8, size=48)
+    config, _ = terratorch.read(CONFIGURATIONS / "multitemporal_crop.yaml")
+    config.data.root = str(tmp_path)
+    config.train.update(batch_size=8, steps=2)
+    config.run.update(progress=False, tensorboard=False, log_every=1)
+    dataset = finetune.open_split(config, "train")
+    read = dataset[0]
+    assert dataset.class_names[2] == "corn" and read["inputs"]["S2L2A"].shape == (3, 48, 48, 6)
+    stored = geo.read_valid(dataset.samples[0].inputs["S2L2A"], range(18), "crops")
+    np.testing.assert_array_equal(read["inputs"]["S2L2A"][1, ..., 3], stored[..., 6 + 3])  # all bands of a day together
+    mask = geo.read_valid(dataset.samples[0].target, ("label",), "a mask")[..., 0]
+    assert mask.min() == 0 and mask.max() > 1
+    np.testing.assert_array_equal(read["target"], mask - 1)
+    with pytest.raises(ValueError, match="model.times=2, but the series of Multi-Temporal Crop Classification have 3 images"):
+        config.model.times = 2
+        finetune.train(config, tmp_path / "run")
+    config.model.times = 0  # those that there are
+    found = finetune.train(config, tmp_path / "run")
+    assert np.isfinite(found["loss"]) and np.isfinite(found["val/loss"])
+    task = finetune.load(tmp_path / "run")
+    assert task.module.times == 3
+    path = datasets.load("generic", tmp_path, "val", **multitemporal_crop.options("crops")).samples[0].inputs["S2L2A"]
+    (made,) = predict.run(tmp_path / "run", {"S2L2A": path}, tmp_path / "out")
+    assert np.asarray(geo.read(made)).shape[:2] == (48, 48) and geo.same_grid(geo.place(made), geo.place(path))
+    with pytest.raises(ValueError, match="joins the features of 3 images, and its input is a series of 2"):
+        task({"S2L2A": read["inputs"]["S2L2A"][None, :2]})
+
+
+@pytest.mark.parametrize(
+    ("decoder", "expected", "name", "shape"),
+    [
+        (
+            "UperNetDecoder\n      decoder_pool_scales: [1, 2]",
+            dict(channels=(256,), pool_scales=(1, 2)),
+            "decoder.bottleneck.conv",
+            (256, 64 + 2 * 256),
+        ),
+        ("FCNDecoder\n      decoder_num_convs: 2\n      decoder_channels: 16", dict(num_convs=2), "decoder.convs.1.1", (16, 16)),
+        (
+            "LinearDecoder\n      decoder_upsampling_size: 8\n      decoder_num_classes: 2",
+            dict(upsampling=8),
+            "decoder.conv",
+            (64, 2, 8, 8),
+        ),
+    ],
+)
+def test_sizes_of_decoders(path, decoder, expected, name, shape):
+    """What is not told has TerraTorch's defaults."""
+    path.write_text(YAML.replace("UNetDecoder\n      decoder_channels: [16, 16, 8, 8]\n      head_dropout: 0.2", decoder))
+    config, rest = terratorch.read(path)
+    assert {field: config.model[field] for field in expected} == expected and config.model.head_dropout == 0
+    assert [line for line in rest if "decoder" in line] == (
+        ["model.init_args.model_args.decoder=LinearDecoder: without a head here"] if "Linear" in decoder else []
+    )
+    state = random_state(config, _facts(config))
+    assert state[f"{name}.weight"].shape[: len(shape)] == shape and "decoder.convs.2.1.weight" not in state
+
+
+def test_series_of_a_generic_data_module(path):
+    """How many images a file has is known from the transforms, or from the wrapper; whose order, from a field."""
+    series = YAML.replace("label_grep", "expand_temporal_dimension: true\n    temporal_channel_major: true\n    label_grep")
+    path.write_text(series)
+    config, rest = terratorch.read(path)
+    assert "data.init_args.expand_temporal_dimension=True" in rest and not _facts(config).has_times
+    unflatten = "      - {class_path: UnflattenTemporalFromChannels, init_args: {n_timesteps: 4}}\n      - class_path: ToTensorV2"
+    path.write_text(series.replace("      - class_path: ToTensorV2", unflatten))
+    config, rest = terratorch.read(path)
+    assert len(rest) == 4 and all(how.times == 4 and how.by_band for how in _facts(config).files.values())
+    path.write_text(YAML.replace("backbone: terramind_v1_tiny", "backbone: terramind_v1_tiny\n      backbone_temporal_pooling: keep"))
+    assert len(terratorch.read(path)[1]) == 4  # without the wrapper it is nothing
+    path.write_text(path.read_text().replace("_pooling: keep", "_pooling: keep\n      backbone_use_temporal: true"))
+    assert "model.init_args.model_args.backbone_temporal_pooling=keep" in terratorch.read(path)[1]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from terramind_jax import cli, geo, sharding, tim, weights
+from terramind_jax import cli, flops, geo, sharding, tim, weights
 from terramind_jax import config as configuration
 from terramind_jax.convert import rules
 from terramind_jax.draws import probabilities
@@ -75,6 +75,7 @@ def test_a_run_learns_water_from_radar(finished):
     assert losses(finished)[-1] < 0.7 * losses(finished)[0]
     assert lines[-1]["val/pixel_accuracy"] > 0.75
     assert {"val/mIoU", "val/F1", "val/accuracy"} <= lines[-1].keys()
+    assert 0 < [line["mfu"] for line in logging.read(finished) if "mfu" in line][-1] < 1
 
 
 def test_a_run_goes_on_with_the_same_numbers(root, tmp_path, finished):
@@ -161,6 +162,27 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     thought = tim.think(task.thinker.module, task.generator, {"untok_sen1grd@224": scaled}, targets, seed=5, temperature=0.0)
     expected = jax.jit(task.module.apply)(task.variables, {"S1GRD": scaled, **{key: thought[key] for key in targets}})
     np.testing.assert_array_equal(made[2:], expected[0].argmax(-1)[2:])  # in the corner above there is no data
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        (dict(train=dict(tune="full")), 3),
+        (dict(train=dict(tune="lora")), 2),
+        (dict(train=dict(tune="frozen")), 1),
+        (dict(train=dict(tune="frozen"), data=dict(crop=SIZE, d4=False)), 0),
+    ],
+)
+def test_what_a_step_costs(root, changes, passes):
+    """Of the backbone as often as it runs or is gone back through, and three times a transposed convolution to two classes."""
+    config = settings(root, model=dict(image_size=32), **changes)
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    tokens, own = (config.data.crop // 16) ** 2, module.backbone
+    patches = 2 * tokens * 16**2 * 2 * own.dim
+    encode = patches + own.encoder_depth * flops.encoder_block(tokens, own.dim, own.mlp_ratio, own.gated_mlp)
+    found = finetune.step_flops(config, module, dataset)
+    assert found == 8 * (passes * encode + 3 * 2 * tokens * own.dim * 16**2 * 2)
 
 
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
@@ -318,7 +340,7 @@ def test_an_ltae_refuses_single_images(root):
     dataset = finetune.open_split(config, "train")
     module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
-    with pytest.raises(ValueError, match=r"has an L-TAE and reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
+    with pytest.raises(ValueError, match=r"With time='ltae' a model reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
         jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))
     with pytest.raises(ValueError, match="S1Hand.tif is one image, and the model takes series: give arrays"):
         predict.open_scene(SimpleNamespace(facts=dataset.facts, crop=32, module=module), "scene", dataset.samples[0].inputs)
@@ -406,6 +428,8 @@ def test_other_tasks(tmp_path, task):
         (dict(train=dict(batch_size=9)), "train.batch_size=9 must be a multiple of the 8 devices"),
         (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
         (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
+        (dict(model=dict(time="sum")), "model.time='sum'; expected one of mean, max, concat, diff, ltae"),
+        (dict(model=dict(time="concat")), "Sen1Floods11 has single images; model.time='concat' is of time series"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=())), "model.tim_modalities is empty"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=("S3",))), "S3"),
         (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),

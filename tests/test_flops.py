@@ -1,7 +1,6 @@
 """The analytic count against XLA's own, for programs without a loop, and against the products of the traced program."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +49,7 @@ def forward_of(**settings):
 def test_transformer_agrees_with_xla(gated):
     config, forward, arguments = forward_of(gated_mlp=gated, unroll=2)
     formula = flops.transformer_forward(config, 196, TARGETS, {"untok_sen2l2a@224": 196}, {"tok_lulc@224": TARGETS})
-    assert formula == products(jax.make_jaxpr(forward)(*arguments).jaxpr)
+    assert formula == flops.traced(forward, *arguments)
     assert formula == pytest.approx(xla_flops(forward, *arguments), rel=0.03)  # XLA adds softmax, norms and activations
 
 
@@ -68,19 +67,18 @@ def test_codebooks_cost_an_mlp_either_way():
         return module.apply(variables, method=run)
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 14, 14, 4), (1, TARGETS))]
-    assert flops.transformer_forward(module.config, 196, TARGETS) == products(jax.make_jaxpr(forward)(variables, *shapes).jaxpr)
+    assert flops.transformer_forward(module.config, 196, TARGETS) == flops.traced(forward, variables, *shapes)
 
 
-def products(jaxpr) -> int:
-    """Operations of the matrix products of a traced program, loops unrolled."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        total += equation.params.get("length", 1) * sum(products(j) for j in inner if hasattr(j, "eqns"))
-    return total
+def test_convolutions_are_counted():
+    """Whatever their layout and groups; each output is a sum over the kernel."""
+
+    def forward(x, kernel, last):
+        y = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
+        return jax.lax.scan(lambda y, _: (y @ last, None), y, length=3)[0]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 8, 4), (3, 3, 2, 6), (6, 6))]
+    assert flops.traced(forward, *shapes) == 2 * (16 * 6) * (9 * 2) + 3 * 2 * 16 * 6 * 6
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -89,7 +87,7 @@ def test_what_a_remat_policy_repeats(gated):
     for remat in ("none", "dots", "full"):
         config, forward, arguments = forward_of(gated_mlp=gated, remat=remat)
         gradient = jax.grad(lambda *a, f=forward: f(*a).sum(), allow_int=True)
-        counted[remat] = products(jax.make_jaxpr(gradient)(*arguments).jaxpr)
+        counted[remat] = flops.traced(gradient, *arguments)
         formula[remat] = flops.transformer_recomputed(config, 196, TARGETS)
     assert formula == {remat: count - counted["none"] for remat, count in counted.items()}
     assert 0 == formula["none"] < formula["dots"] < formula["full"]

@@ -17,8 +17,8 @@ def add_commands(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     text = "write a tiny copy of a published downstream data set, made of the embedded world, in its own layout"
     parser = add(actions, "sample", text, _sample)
-    text = "sen1floods11, burnscars, mados, pastis, eurosat, croptypemapping, dynamicearthnet, spacenet7, ai4smallfarms, "
-    text += "fivebillionpixels, xview2 or biomassters"
+    text = "sen1floods11, burnscars, mados, pastis, eurosat, multitemporal_crop, croptypemapping, dynamicearthnet, spacenet7, "
+    text += "ai4smallfarms, fivebillionpixels, xview2 or biomassters"
     parser.add_argument("dataset", metavar="DATASET", help=text)
     parser.add_argument("--out", required=True, metavar="DIR")
     text = "training samples, of EuroSAT a class, of SpaceNet-7 mosaics; default: 4"

@@ -25,15 +25,20 @@ def finetuning() -> ConfigDict:
     config.model.pyramid = True  # learned interpolation to four resolutions
     config.model.decoder = "unet"  # unet | upernet | upernet_pangaea | fcn | linear | identity, which is for labels of images
     config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN
+    config.model.pool_scales = (1, 2, 3, 6)  # of an UPerNet
+    config.model.num_convs = 4  # of an FCN, each of which doubles the resolution
+    config.model.upsampling = 16  # of a linear decoder
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
+    config.model.linear_after_pool = False  # of labels of images: the head sees the mean over the image, not each token
     config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read
     config.model.tim_chained = True  # each conditions those after it; the embeddings, which both networks share, are not trained
     config.model.tim_steps = 1  # in which an image of them is drawn
     config.model.tim_temperature = 1.0  # 0: the most probable token
     config.model.tim_top_p = 0.8
     config.model.tim_top_k = 0
-    config.model.time = "mean"  # of time series: mean | max | ltae
+    config.model.time = "mean"  # of the features of time series: mean | max | concat | diff, of the first image to the second | ltae
+    config.model.times = 0  # images of a series, which concat must know; 0: as many as the training data have
     config.model.drop_path_rate = 0.0
     config.model.modality_drop_rate = 0.0  # in training each modality is left out with this probability, but never all
     config.model.lora_rank = 16  # of train.tune="lora"
@@ -89,11 +94,16 @@ def finetuning() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """A ValueError of one sentence for the first value with which a run would fail or go wrong only after it has begun."""
+    check_values(config)
+    if not config.data.root:
+        raise ValueError("config.data.root is empty; set it to the data set's folder with --config.data.root=DIR.")
+
+
+def check_values(config: ConfigDict) -> None:
+    """As `check`, of a configuration without data."""
     resolved = config.copy_and_resolve_references().unlock()
     resolved.run.checkpoint_every = config.run.checkpoint_every or 1
     configuration.check(resolved, "finetune")
-    if not config.data.root:
-        raise ValueError("config.data.root is empty; set it to the data set's folder with --config.data.root=DIR.")
     if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
     if config.data.strata < 0:
@@ -136,5 +146,9 @@ def decoder_config(config: ConfigDict, facts: Facts, depth: int, dtype: str) -> 
         channels=tuple(model.channels),
         head_channels=tuple(model.head_channels),
         head_dropout=model.head_dropout,
+        pool_scales=tuple(model.pool_scales),
+        num_convs=model.num_convs,
+        upsampling=model.upsampling,
+        linear_after_pool=model.linear_after_pool,
         dtype=dtype,
     )

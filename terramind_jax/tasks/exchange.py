@@ -22,6 +22,7 @@ from terramind_jax import config as configuration
 from terramind_jax.convert import files, rules
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.models import ThinkingInModalities
+from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Facts
@@ -119,6 +120,7 @@ def import_model(source: str | os.PathLike, workdir: str | os.PathLike, config: 
     files.check_free(workdir)
     config.train.tune = "full"  # LoRA's products are in the kernels
     config.data.crop = config.data.crop or IMAGE_SIZE
+    fields.check_values(config)
     facts = datasets.facts(config.data.dataset, **config.data.options.to_dict())
     facts = facts.only(config.model.modalities) if config.model.modalities else facts
     state = files.read(source)

@@ -75,7 +75,7 @@ def open_feed(
     def keep(split: Dataset, make: Callable[[Batch], Any], way: int = 0) -> caching.Kept:
         return caching.keep(to_mesh(windows(split, way=way)), make, batches.count(split, config.data.crop, size))
 
-    if config.train.cache and is_seen_in_one_way(config, dataset):
+    if keeps_features(config, dataset):
         share = dict(batch_size=size, host=host, hosts=hosts)
         seen, validated = keep(dataset, frozen.featured), keep(held_out, frozen.featured)
         in_order = partial(caching.training, seen, len(dataset), seed=config.train.seed, **share)
@@ -98,10 +98,11 @@ def has_whole_images(config: ConfigDict, dataset: Dataset) -> bool:
     return set(dataset.image_size()) == {config.data.crop}
 
 
-def is_seen_in_one_way(config: ConfigDict, dataset: Dataset) -> bool:
-    """Whether the features of a sample never change."""
+def keeps_features(config: ConfigDict, dataset: Dataset) -> bool:
+    """Whether features are kept: those of a sample never change."""
     drops = config.model.drop_path_rate or config.model.modality_drop_rate
-    return config.train.tune == "frozen" and not config.data.d4 and not drops and has_whole_images(config, dataset)
+    never_change = config.train.tune == "frozen" and not config.data.d4 and not drops and has_whole_images(config, dataset)
+    return config.train.cache and never_change
 
 
 def with_ids(stream: Iterable[Batch], ids: caching.Kept) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from terramind_jax import build, checkpoint, declarations, files, modalities, sharding, weights, zoo
+from terramind_jax import build, checkpoint, declarations, files, flops, modalities, sharding, weights, zoo
 from terramind_jax import config as configuration
 from terramind_jax.data import order
 from terramind_jax.modalities import PATCH_SIZE
@@ -102,7 +102,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         title=f"{dataset.facts.title}: {state.size(train_state.params)} parameters of {state.size((train_state.params, held['frozen']))}, "
         f"{len(dataset)} samples",
         total=total,
-        work={"images": batch_size, "samples": batch_size, "flops": 0.0, "peak": 0.0},
+        work={
+            "images": batch_size,
+            "samples": batch_size,
+            "flops": step_flops(config, module, dataset),
+            "peak": flops.peak() * jax.device_count(),
+        },
         summed=("bad",),
         step=step_fn,
         batches=lambda consumed: with_rate(feed.training(consumed)),
@@ -146,6 +151,24 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
     return partial(losses.cross_entropy, weights=weights) if weights else losses.LOSSES[name]
 
 
+def step_flops(config: ConfigDict, module: TaskModel, dataset: Dataset) -> float:
+    """Floating-point operations of a step: a forward pass, and two more back through what is trained, of which LoRA needs one.
+
+    What a thinker makes is not counted, nor are features that are kept.
+    """
+    side, length = config.data.crop, dataset.length()
+    lead, grid = (config.train.batch_size, *(length,) * bool(length)), (side // PATCH_SIZE,) * 2
+    inputs = {name: jax.ShapeDtypeStruct((*lead, side, side, len(bands)), jnp.float32) for name, bands in dataset.facts.bands.items()}
+    for stream in (stream for stream in module.backbone.streams if stream.kind != "pixels"):  # which a thinker makes
+        places = (stream.max_tokens,) if stream.kind == "sequence" else (*grid, *stream.codes)
+        inputs[stream.key] = jax.ShapeDtypeStruct((*lead, *places), jnp.int32)
+    variables = jax.eval_shape(lambda key: meta.unbox(module.init(key, method="everything")), jax.random.key(0))
+    encode, decode = (partial(module.apply, method=method) for method in ("features", "decode"))
+    features = jax.eval_shape(encode, variables, inputs)
+    passes = {"full": 3, "lora": 2, "frozen": 0 if feeding.keeps_features(config, dataset) else 1}[config.train.tune]
+    return passes * flops.traced(encode, variables, inputs) + 3 * flops.traced(decode, variables, features)
+
+
 # ---- from a configuration ----
 
 
@@ -161,7 +184,7 @@ def with_architecture(config: ConfigDict) -> ConfigDict:
 
 
 def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
-    """The configuration with what follows from the training data: an epoch in steps, and the side of whole images."""
+    """The configuration with what follows from the training data: an epoch in steps, the side of whole images, the length of series."""
     config = config.copy_and_resolve_references().unlock()
     steps = max(1, len(dataset) // config.train.batch_size)
     config.run.eval_every = config.run.eval_every or steps
@@ -171,7 +194,19 @@ def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         if height != width or height % PATCH_SIZE:
             raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
         config.data.crop = height
+    if config.model.time == "concat":
+        config.model.times = _length(config.model.times, dataset)
     return config.lock()
+
+
+def _length(told: int, dataset: Dataset) -> int:
+    """Images of a time series; a ValueError if they are other than what is told."""
+    found = dataset.length()
+    if not found:
+        raise ValueError(f"{dataset.facts.title} has single images; model.time='concat' is of time series.")
+    if told not in (0, found):
+        raise ValueError(f"model.times={told}, but the series of {dataset.facts.title} have {found} images.")
+    return found
 
 
 def total_samples(config: ConfigDict, samples: int) -> int:
@@ -257,7 +292,9 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
     names = {name: stream.key for name, stream in extractor.streams.items()}
     if isinstance(extractor, ThinkingInModalities):
         names |= {stream: stream for stream in thinker_of(config, extractor).targets}
-    return TaskModel(own, head, tuple(names.items()), config.model.time)
+    if config.model.time == "concat" and not config.model.times:
+        raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
+    return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times)
 
 
 def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: FeatureExtractor) -> dict[str, Any] | None:

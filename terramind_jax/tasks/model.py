@@ -22,6 +22,7 @@ from terramind_jax.tasks.thinking import Thinker
 
 Variables = Mapping[str, Any]
 EMBEDDINGS = tuple(name for group, name in tim.SHARED if group == "params")
+SERIES = ("concat", "diff", "ltae")  # of the ways to pool over time, those that no single image has
 ADAPTED = ("attn/qkv/kernel", "attn/proj/kernel")  # what LoRA adds to, of each layer of the encoder
 
 
@@ -32,6 +33,7 @@ class TaskModel(nn.Module):
     config: DecoderConfig
     streams: tuple[tuple[str, str], ...]  # (user name, stream) of the inputs, in order; then of what is generated, (stream, stream)
     time: str = "mean"  # how the features of a time series become those of one image
+    times: int = 1  # images of a series, for ``concat``, which makes features as many times as wide
 
     def setup(self) -> None:
         c = self.config
@@ -53,9 +55,13 @@ class TaskModel(nn.Module):
         ordered = collections.OrderedDict((stream, inputs[name]) for name, stream in self.streams if name in inputs)
         encode = lambda x: [every[i] for every in [self.encoder(x, train=train)] for i in self.config.layers]  # noqa: E731
         if (first := next(iter(ordered.values()))).ndim == 4:
-            if self.over_time is not None:
-                raise ValueError(f"The model has an L-TAE and reads time series, [B, T, H, W, C]; its input has the shape {first.shape}.")
+            if self.time in SERIES:
+                raise ValueError(
+                    f"With time={self.time!r} a model reads time series, [B, T, H, W, C]; its input has the shape {first.shape}."
+                )
             return encode(ordered)
+        if self.time == "concat" and first.shape[1] != self.times:
+            raise ValueError(f"The model joins the features of {self.times} images, and its input is a series of {first.shape[1]}.")
         return temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
 
     def decode(
@@ -79,7 +85,7 @@ class TaskModel(nn.Module):
     def everything(self) -> jax.Array:
         """Touches every parameter once: what `init` runs."""
         self.encoder.everything()
-        width = self.backbone.out_channels[0]
+        width = self.backbone.out_channels[0] * (self.times if self.time == "concat" else 1)
         time = () if self.over_time is None else (2,)
         return self.decode([jnp.zeros((1, *time, 16, width))] * len(self.config.layers))
 

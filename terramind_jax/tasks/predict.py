@@ -28,6 +28,7 @@ from terramind_jax.scenes.windows import Cut
 from terramind_jax.tasks import batches, finetune
 from terramind_jax.tasks.datasets.files import Bands, read_rows_of
 from terramind_jax.tasks.finetune import Task
+from terramind_jax.tasks.model import SERIES
 
 BATCH_SIZE = 8
 LABELS = "labels.json"
@@ -91,7 +92,7 @@ def run(
 
 
 def open_scene(task: Task, name: str, paths: Mapping[str, Path]) -> Scene:
-    """One scene, whose rasters lie on one grid and hold a window at least, and, for an L-TAE, series."""
+    """One scene, whose rasters lie on one grid and hold a window at least, and are series for a model that needs them."""
     paths = {modality: paths[modality] for modality in task.facts.bands}
     (first, place), *others = ((path, geo.place(path)) for path in paths.values())
     for path, other in others:
@@ -100,7 +101,7 @@ def open_scene(task: Task, name: str, paths: Mapping[str, Path]) -> Scene:
     scene = Scene(name, paths, place, {})
     reading.check_size(scene, task.crop)
     single = next((path for modality, path in paths.items() if _how(task, modality).times == 1), None)
-    if task.module.time == "ltae" and single is not None:
+    if task.module.time in SERIES and single is not None:
         raise ValueError(f"{single} is one image, and the model takes series: give arrays [B, T, H, W, C] to what finetune.load returns.")
     return scene
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rasterio
@@ -26,12 +26,15 @@ from terramind_jax.tasks.datasets import (
     eurosat,
     fivebillionpixels,
     mados,
+    multitemporal_crop,
     pastis,
     sen1floods11,
     spacenet7,
 )
 
 WATER, CROPS, CLOUDS = 1, 4, 8  # LULC codes
+# Of a season on the bands of PASTIS-R, and on six of HLS.
+EFFECT_OF_TEN, EFFECT_OF_SIX = (0, 0, -0.3, -0.1, 0.1, 0.3, 0.4, 0.4, 0, -0.1), (0, 0, -0.3, 0.4, 0, -0.1)
 
 
 def sample(name: str, out: str | os.PathLike, *, count: int = 4, size: int | None = None, seed: int = 0) -> None:
@@ -193,10 +196,9 @@ def _pastis(root: str, counts: dict[str, int], size: int, seed: int) -> None:
         json.dump({"type": "FeatureCollection", "features": features}, f)
 
 
-def _seasons(optical: np.ndarray, green: np.ndarray) -> np.ndarray:
+def _seasons(optical: np.ndarray, green: np.ndarray, effect: Sequence[float] = EFFECT_OF_TEN) -> np.ndarray:
     """``[T, C, H, W]`` int16: the near infrared rises and red falls with the green."""
-    effect = np.float32([0, 0, -0.3, -0.1, 0.1, 0.3, 0.4, 0.4, 0, -0.1])
-    series = optical[None] * (1 + effect * green[..., None])
+    series = optical[None] * (1 + np.float32(effect) * green[..., None])
     return np.moveaxis(series, -1, 1).round().astype(np.int16)
 
 
@@ -209,6 +211,29 @@ def _backscatter(radar: np.ndarray, green: np.ndarray, rng: np.random.Generator)
 def _save(path: str, array: np.ndarray) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     np.save(path, array)
+
+
+# ---- HLS Multi-Temporal Crop Classification ----
+
+
+def _multitemporal_crop(root: str, counts: dict[str, int], size: int, seed: int) -> None:
+    """As of PASTIS-R land covers are the crops; on the border nothing is known. There are no chips for testing."""
+    source, number = scenes(seed, size), 0
+    for split, name in multitemporal_crop.SPLITS.items():
+        chips = []
+        for scene in (next(source) for _ in range(counts[split])):
+            number += 1
+            chip = f"chip_{number:03d}_{number:03d}"
+            crop = 1 + scene.arrays["LULC"][:size, :size, 0] % len(multitemporal_crop.CLASSES)
+            crop[:, :2] = 0
+            green = np.sin(2 * np.pi * np.linspace(0, 1, multitemporal_crop.TIMES)[:, None, None] + crop)  # [T, H, W]
+            series = _seasons(_optical(scene, size, multitemporal_crop.BANDS), green, EFFECT_OF_SIX)
+            image = np.moveaxis(series.reshape(-1, size, size), 0, -1)  # all bands of a day together
+            where, base = _metres(scene, size, 30.0), os.path.join(root, f"{name}_chips", chip)
+            geo.write(f"{base}_merged.tif", image, where)
+            geo.write(f"{base}.mask.tif", crop.astype(np.uint8), where)
+            chips.append(chip)
+        _write_lines(os.path.join(root, f"{name}_data.txt"), chips)
 
 
 # ---- CropTypeMapping-SS ----
@@ -426,6 +451,7 @@ WRITERS: dict[str, tuple[Callable[[str, dict[str, int], int, int], None], int]] 
     "mados": (_mados, 240),
     "pastis": (_pastis, 128),
     "eurosat": (_eurosat, 64),
+    "multitemporal_crop": (_multitemporal_crop, 224),
     "croptypemapping": (_croptypemapping, 64),
     "dynamicearthnet": (_dynamicearthnet, 1024),
     "spacenet7": (_spacenet7, 1024),

@@ -14,6 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from terramind_jax.tasks.config import finetuning
+from terramind_jax.tasks.datasets import multitemporal_crop
 
 SUFFIXES = (".yaml", ".yml")
 TASKS = {
@@ -25,6 +26,7 @@ TASKS = {
 }
 MULTIMODAL = "GenericMultiModalDataModule"
 ONE_MODALITY = ("GenericNonGeoSegmentationDataModule", "GenericNonGeoPixelwiseRegressionDataModule")
+CROPS = "MultiTemporalCropClassificationDataModule"
 DECODERS = {
     "UNetDecoder": "unet",
     "UperNetDecoder": "upernet",
@@ -32,6 +34,8 @@ DECODERS = {
     "LinearDecoder": "linear",
     "IdentityDecoder": "identity",
 }
+POOLINGS = ("mean", "max", "concat", "diff")  # over time
+TRANSFORMS = ("ToTensorV2", "FlattenTemporalIntoChannels")  # of layout alone
 NECKS = ("SelectIndices", "ReshapeTokensToImage", "LearnedInterpolateToPyramidal")
 DTYPES = {"16-mixed": "auto", "bf16-mixed": "auto", "32": "float32", "32-true": "float32"}
 METRICS = {"F1_Score": "F1", "Accuracy": "accuracy", "Pixel_Accuracy": "pixel_accuracy", "RMSE": "rmse", "MAE": "mae"}
@@ -42,10 +46,17 @@ MONITORING, PLATEAU = ("ModelCheckpoint", "EarlyStopping"), "ReduceLROnPlateau" 
 SILENT = {
     *("accelerator", "strategy", "devices", "num_nodes", "logger", "log_every_n_steps", "default_root_dir", "enable_checkpointing"),
     *("enable_progress_bar", "num_workers", "pin_memory", "persistent_workers", "rgb_indices", "rgb_modality", "plot_on_val"),
-    *("allow_substring_file_names", "model_factory", "remove_cls_token", "task", "modalities", "verbose"),
+    *("allow_substring_file_names", "model_factory", "remove_cls_token", "task", "modalities", "verbose", "metadata_file_name"),
+    "decoder_num_classes",
 }
 SILENT_CALLBACKS = ("RichProgressBar", "TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint", "EarlyStopping")
-DEFAULTS = {"freeze_decoder": False, "rescale": True, "drop_last": True, "check_val_every_n_epoch": 1}
+DEFAULTS = {
+    **dict.fromkeys(
+        ("freeze_decoder", "use_metadata", "expand_temporal_dimension", "temporal_channel_major", "decoder_scale_modules"), False
+    ),
+    **dict.fromkeys(("rescale", "drop_last", "decoder_align_corners"), True),
+    "check_val_every_n_epoch": 1,
+}
 
 Fields = dict[str, Any]
 
@@ -108,9 +119,12 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
     names = dict(backbone_merge_method="merge_method", backbone_tim_temps="tim_temperature", backbone_tim_top_p="tim_top_p")
     names |= dict(backbone_tim_top_k="tim_top_k", backbone_tim_decoding_steps="tim_steps", backbone_tim_chained_generations="tim_chained")
     names |= dict(backbone_drop_path_rate="drop_path_rate", backbone_modality_drop_rate="modality_drop_rate", head_dropout="head_dropout")
+    names |= dict(decoder_num_convs="num_convs", decoder_upsampling_size="upsampling", head_linear_after_pool="linear_after_pool")
+    m.head_dropout = 0.0  # as there
     for name, value in _pop(args, **names):
         m[name] = type(m[name])(value)
-    for name, value in _pop(args, backbone_tim_modalities="tim_modalities", decoder_channels="channels"):
+    tuples = dict(backbone_tim_modalities="tim_modalities", decoder_channels="channels", decoder_pool_scales="pool_scales")
+    for name, value in _pop(args, **tuples):
         m[name] = _tuple(value)
     for name in ("head_channel_list", "head_dim_list"):
         m.head_channels = _tuple(args.pop(name, None) or m.head_channels)
@@ -119,8 +133,10 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
     if decoder is not None:
         m.decoder = DECODERS.get(decoder, m.decoder)
         rest += [] if decoder in DECODERS else [f"model.init_args.model_args.decoder={decoder}"]
-    if args.pop("backbone_use_temporal", False) and args.get("backbone_temporal_pooling", "mean") in ("mean", "max"):
-        m.time = args.pop("backbone_temporal_pooling", "mean")
+        rest += [f"model.init_args.model_args.decoder={decoder}: without a head here"] if decoder == "LinearDecoder" else []
+    if m.decoder == "upernet":
+        m.channels = m.channels or (256,)  # as there
+    _time(config, args)
     if node.pop("freeze_backbone", False):
         config.train.tune = "frozen"
     _adapters(config, args)
@@ -131,6 +147,17 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
         config.train.loss = ""
     if node.get("lr") is not None:
         config.optimizer.learning_rate = float(node.pop("lr"))
+
+
+def _time(config: ConfigDict, args: Fields) -> None:
+    """How features of time series are pooled, and how many images those have."""
+    own = {name: args.pop(name) for name in [*args] if name.startswith("backbone_temporal_")}
+    if not args.pop("backbone_use_temporal", False):
+        return
+    if own.get("backbone_temporal_pooling", "mean") in POOLINGS:
+        config.model.time = own.pop("backbone_temporal_pooling", "mean")
+    config.model.times = int(own.pop("backbone_temporal_n_timestamps", None) or 0)
+    args.update(own)
 
 
 def _necks(config: ConfigDict, args: Fields) -> None:
@@ -163,7 +190,7 @@ def _adapters(config: ConfigDict, args: Fields) -> None:
 def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list[str]) -> None:
     kind, own = _class(node), node.get("init_args") or {}
     config.train.batch_size = int(own.pop("batch_size", 8))
-    if kind != MULTIMODAL and kind not in ONE_MODALITY:
+    if kind not in (MULTIMODAL, *ONE_MODALITY, CROPS):
         rest.append(f"data.class_path={kind}: set data.dataset, data.root and data.options")
         node.pop("init_args", None)
         return
@@ -173,32 +200,50 @@ def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list
     if not names:
         raise ValueError("The configuration does not say which modalities the data are; give model_args.backbone_modalities.")
     config.model.modalities = config.model.modalities or names
+    known = args.pop("backbone_bands", None) or {}
+    options = _crops(own, names[0]) if kind == CROPS else _folders(config, own, names, known, task)
+    classes = tuple(map(str, model.pop("class_names", None) or ()))
+    count = own.pop("num_classes", None) or args.get("num_classes")
+    args.pop("num_classes", None)
+    ignore, replaced = model.pop("ignore_index", None), own.pop("no_label_replace", None)
+    options |= dict(task=task, ignore_index=replaced if ignore is None else ignore)
+    options |= {"class_names": classes} if classes else {"num_classes": count} if count and "regression" not in task else {}
+    has_own = any(image.get("mean") for image in options["images"].values())
+    config.data.update(dataset="generic", root=".", statistics="dataset" if has_own else "pretrained")
+    config.data.options = ConfigDict(options)
+
+
+def _crops(own: Fields, modality: str) -> Fields:
+    """Images, labels and splits of the one data set that this data module reads."""
+    fields = dict(_pop(own, data_root="root", bands="bands", reduce_zero_label="zero_is_none", no_data_replace="replace"))
+    if own.get("expand_temporal_dimension", True):
+        own.pop("expand_temporal_dimension", None)
+    return multitemporal_crop.options(modality=modality, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _folders(config: ConfigDict, own: Fields, names: tuple[str, ...], known: Mapping[str, Any], task: str) -> Fields:
+    """Images, labels and splits as a generic data module tells them; `known` are the bands that the backbone reads, by modality."""
 
     def of(name: str, field: str, default: Any = None) -> Any:
         """A field of one modality."""
         value = own.get(field)
         return (value.get(name, default) if isinstance(value, Mapping) else value) if value is not None else default
 
-    known = args.get("backbone_bands") or {}
-    images = {name: _image(of, name, known.get(name), kind == MULTIMODAL) for name in names}
-    classes = tuple(map(str, model.pop("class_names", None) or ()))
-    count = own.pop("num_classes", None) or args.get("num_classes")
-    args.pop("num_classes", None)
-    ignore, replaced = model.pop("ignore_index", None), own.pop("no_label_replace", None)
+    series = {}
+    if config.model.times and own.get("expand_temporal_dimension"):
+        own.pop("expand_temporal_dimension")
+        series = {"times": config.model.times, "by_band": bool(own.pop("temporal_channel_major", False))}
+    images = {name: _image(of, name, known.get(name)) | series for name in names}
     found, pattern = {s: own[f] for s in SPLITS if (f := _label_root(own, s))}, own.pop("label_grep", "*")
     labels = {"folder": found, "pattern": pattern} if task in ("segmentation", "regression") else {"table": found}
     if own.pop("reduce_zero_label", False):
         labels["zero_is_none"] = True
-    options = dict(images=images, labels=labels, task=task, ignore_index=replaced if ignore is None else ignore)
-    options |= {"splits": {s: own[f"{s}_split"] for s in SPLITS if own.get(f"{s}_split")}} if own.get("train_split") else {}
-    options |= {"class_names": classes} if classes else {"num_classes": count} if count and "regression" not in task else {}
-    config.data.update(dataset="generic", root=".", statistics="dataset" if own.get("means") else "pretrained")
-    config.data.options = ConfigDict(options)
+    splits = {"splits": {s: own[f"{s}_split"] for s in SPLITS if own.get(f"{s}_split")}} if own.get("train_split") else {}
     fields = ("means", "stds", "image_grep", "img_grep", "dataset_bands", "output_bands", "constant_scale", "no_data_replace")
     roots = (f"{s}_{what}" for s in SPLITS for what in ("split", "data_root", "label_data_root"))
     for name in (*fields, *roots):
         own.pop(name, None)
-    args.pop("backbone_bands", None)
+    return dict(images=images, labels=labels, **splits)
 
 
 def _label_root(own: Fields, split: str) -> str | None:
@@ -206,11 +251,11 @@ def _label_root(own: Fields, split: str) -> str | None:
     return next((name for name in (f"{split}_label_data_root", f"{split}_data_root") if isinstance(own.get(name), str)), None)
 
 
-def _image(of: Any, name: str, read: Any, several: bool) -> Fields:
+def _image(of: Any, name: str, read: Any) -> Fields:
     """A modality's fields as `datasets.generic` takes them; `read` are the bands that the backbone reads."""
     folders = {split: folder for split in SPLITS if (folder := of(name, f"{split}_data_root"))}
     stored = of(name, "dataset_bands") or read
-    fields = {"folder": folders, "pattern": of(name, "image_grep" if several else "img_grep", "*"), "bands": stored}
+    fields = {"folder": folders, "pattern": of(name, "image_grep") or of(name, "img_grep", "*"), "bands": stored}
     fields |= {"use": of(name, "output_bands"), "mean": of(name, "means"), "std": of(name, "stds")}
     fields |= {"replace": of(name, "no_data_replace"), "scale": of(name, "constant_scale")}
     return {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items() if x is not None}
@@ -225,7 +270,9 @@ def _transforms(config: ConfigDict, own: Fields, rest: list[str]) -> None:
             config.data.d4 = True
         elif name == "RandomCrop" and args.get("height") == args.get("width"):
             config.data.crop = args["height"]
-        elif name != "ToTensorV2":
+        elif name == "UnflattenTemporalFromChannels":
+            config.model.times = config.model.times or int(args.get("n_timesteps", 0))
+        elif name not in TRANSFORMS:
             rest.append(f"data.init_args.train_transform={name}")
 
 

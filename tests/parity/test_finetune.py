@@ -17,20 +17,21 @@ from flax.core import meta
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning
-    from terratorch import tasks
+    from terratorch import datamodules, tasks
     from terratorch.models import EncoderDecoderFactory
     from terratorch.tasks import segmentation_tasks
 
 from terramind_jax import cli
 from terramind_jax.convert import rules
-from terramind_jax.tasks import batches, convert, finetune
+from terramind_jax.tasks import batches, convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import finetuning
+from terramind_jax.tasks.datasets import multitemporal_crop
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
 STEPS, CHANNELS = 30, (32, 16, 16, 8)
-CONFIGURATION = Path(__file__).parents[1] / "terratorch.yaml"
+CONFIGURATIONS = Path(__file__).parents[1]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -100,6 +101,7 @@ BACKBONE, PYRAMID = "backbone: terramind_v1_tiny", "        - name: LearnedInter
 THINKING = f"{BACKBONE}_tim\n      backbone_tim_modalities: [LULC]\n      backbone_tim_temps: 0.0"
 SERIES = f"{BACKBONE}\n      backbone_use_temporal: true\n      backbone_temporal_pooling: max"
 CLASSES = "      num_classes: 2\n    loss: dice"
+UNET = "UNetDecoder\n      decoder_channels: [16, 16, 8, 8]\n"
 CHANGES = {
     "segmentation": {},
     "thinking": {BACKBONE: THINKING},
@@ -110,16 +112,21 @@ CHANGES = {
         "    class_names: [Others, Flood]\n": "",
     },
     "classification": {
-        **{"SemanticSegmentationTask": "ClassificationTask", "loss: dice": "loss: ce", PYRAMID: ""},
-        **{"UNetDecoder": "IdentityDecoder", "      decoder_channels: [16, 16, 8, 8]\n": "", "/label": ".csv"},
+        **{"SemanticSegmentationTask": "ClassificationTask", "loss: dice": "loss: ce", PYRAMID: "", "/label": ".csv"},
+        UNET: "IdentityDecoder\n      head_linear_after_pool: true\n",
     },
+    "crops": {},
+    "upernet": {UNET: "UperNetDecoder\n      decoder_channels: 16\n      decoder_pool_scales: [1, 2]\n"},
+    "fcn": {UNET: "FCNDecoder\n      decoder_channels: 16\n      decoder_num_convs: 2\n", PYRAMID: ""},
 }
+TIMES = {"series": 3, "crops": 3}
+SLOW = ("thinking", "upernet", "fcn")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case == "thinking" else case for case in CHANGES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CHANGES])
 def test_tasks_come_and_go(tmp_path, case):
     """A task's checkpoint, as Lightning writes it, becomes a work directory of equal outputs, and what that exports loads strictly."""
-    text = CONFIGURATION.read_text()
+    text = (CONFIGURATIONS / ("configurations/multitemporal_crop.yaml" if case == "crops" else "terratorch.yaml")).read_text()
     for old, new in CHANGES[case].items():
         assert old in text
         text = text.replace(old, new)
@@ -135,7 +142,7 @@ def test_tasks_come_and_go(tmp_path, case):
     assert cli.main(["convert", f"{tmp_path}/best.ckpt", f"{tmp_path}/run", f"--config={tmp_path}/floods.yaml"]) == 0
     ours = finetune.load(tmp_path / "run")
     rng, side = np.random.default_rng(0), 64
-    shape = (2, 3, side, side) if case == "series" else (2, side, side)
+    shape = (2, TIMES[case], side, side) if case in TIMES else (2, side, side)
     images = {name: rng.normal(size=(*shape, len(bands))).astype(np.float32) for name, bands in ours.facts.bands.items()}
     theirs = {name: torch.from_numpy(np.moveaxis(x, -1, 1).copy()) for name, x in images.items()}
     with torch.no_grad():
@@ -150,6 +157,23 @@ def test_tasks_come_and_go(tmp_path, case):
     for name, x in task.model.state_dict().items():
         if "tokenizer." not in name:  # which we do not hold
             assert torch.equal(state[name], x), name
+
+
+def test_crops_are_read_alike(tmp_path):
+    """The data set of TerraTorch's module from our sample: pixels, classes, splits and statistics."""
+    sample("multitemporal_crop", tmp_path, count=2, size=32)
+    theirs = datamodules.MultiTemporalCropClassificationDataModule(data_root=str(tmp_path))
+    theirs.setup("fit")
+    ours = multitemporal_crop.options()
+    for split, expected in (("train", theirs.train_dataset), ("val", theirs.val_dataset)):
+        dataset = datasets.load("generic", tmp_path, split, **ours)
+        assert len(dataset) == len(expected)
+        for found, other in zip(dataset, expected, strict=True):
+            np.testing.assert_array_equal(np.moveaxis(found["inputs"]["S2L2A"], -1, 0), other["image"])
+            np.testing.assert_array_equal(found["target"], other["mask"])
+    assert dataset.class_names == expected.class_names
+    np.testing.assert_allclose(ours["images"]["S2L2A"]["mean"], theirs.means)
+    np.testing.assert_allclose(ours["images"]["S2L2A"]["std"], theirs.stds)
 
 
 @pytest.mark.slow

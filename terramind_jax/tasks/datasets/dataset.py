@@ -105,6 +105,11 @@ class Dataset:
         height, width = next(iter(self.unrouted(0)["inputs"].values())).shape[-3:-1]
         return height, width
 
+    def length(self) -> int:
+        """Images of the first sample's time series, which are read; 0 of single images."""
+        first = next(iter(self.unrouted(0)["inputs"].values()))
+        return len(first) if first.ndim == 4 else 0
+
     def target(self, i: int) -> Any:
         """The target of sample `i` alone, its classes checked; the images are not read."""
         target = self.read_target(self.samples[i])
