@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -83,6 +84,10 @@ def find_tiles(folder: str | os.PathLike | None) -> dict[str, dict[str, Path]]:
     return dict(sorted(found.items()))
 
 
+def name_of(desk: Desk) -> str:
+    return desk.model or Path(desk.weights).resolve().name
+
+
 def choices(desk: Desk) -> tuple[list[str], list[str]]:
     """The images that a model takes, and those that it makes. Land cover is taken if its codes are known."""
     if desk.model is None:
@@ -141,10 +146,14 @@ def quicklook(desk: Desk, tile: str | None, uploads: Mapping[str, str | os.PathL
     return session / "quicklook.png"
 
 
+_at_work: set[Path] = set()  # sessions in which a thread still makes something
+
+
 @contextlib.contextmanager
 def _session(desk: Desk) -> Iterator[Path]:
     """A new folder of `desk.folder`. If what is done in it fails it goes, and what a visitor can do wrong is told without its path."""
     session = Path(tempfile.mkdtemp(prefix="session_", dir=desk.folder))
+    _at_work.add(session)
     try:
         yield session
     except BaseException as error:
@@ -152,6 +161,8 @@ def _session(desk: Desk) -> Iterator[Path]:
         if isinstance(error, ERRORS):
             raise ValueError(str(error).replace(f"{session}{os.sep}", "")) from error
         raise
+    finally:
+        _at_work.discard(session)
 
 
 def _open(desk: Desk, session: Path, tile, uploads, inputs, to=()) -> reading.Scene:
@@ -174,7 +185,8 @@ def _make(desk: Desk, session: Path, tile, uploads, inputs, to, **options) -> Ma
     network = _network(desk.weights, desk.model, tuple(inputs), tuple(to), desk.tokenizers)
     same = dict(weights=desk.weights, model=desk.model, tokenizers=desk.tokenizers, lulc_codes=desk.lulc_codes, network=network)
     given = {m: scene.paths[m] for m in inputs}
-    written = generate_scenes.run(inputs=given, to=to, out=session / "made", quicklook=False, **same, **options)
+    tags = dict(model=name_of(desk), inputs={m: path.name for m, path in given.items()})  # no folders of this machine
+    written = generate_scenes.run(inputs=given, to=to, out=session / "made", quicklook=False, tags=tags, **same, **options)
     look = generate_scenes.look(session / "made", scene, inputs, to)
     shown = pictures(look)
     for label, image in shown.items():
@@ -248,6 +260,8 @@ def run(
 ) -> None:
     """Serves the page at ``http://{host}:{port}`` until Ctrl-C or SIGTERM; the rest as of `Desk`.
 
+    What is being generated then is given up, and the process ends with it.
+
     Raises:
       FileNotFoundError: no weights, or no tiles.
       ImportError: Gradio, the extra ``demo``, is not installed.
@@ -255,13 +269,16 @@ def run(
     """
     if max_mb < 1:
         raise ValueError(f"max_mb is {max_mb}; expected at least 1.")
-    with tempfile.TemporaryDirectory(prefix="terramind_jax_") as folder:
+    with tempfile.TemporaryDirectory(prefix="terramind_jax_", ignore_cleanup_errors=True) as folder:  # files may come as it goes
         desk = Desk(Path(folder).resolve(), weights, model, tokenizers, tiles, lulc_codes, max_mb)
         blocks = start(desk, host, port)
         threading.Thread(target=_keep_deleting, args=[desk.folder], daemon=True).start()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes then, too
         print(f"The page is at http://{host}:{port}; Ctrl-C ends it.", flush=True)
         blocks.block_thread()
+    if _at_work:  # the interpreter would abort as it ends, with a thread in the midst of XLA
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def start(desk: Desk, host: str, port: int):
@@ -324,7 +341,7 @@ def page(desk: Desk):
     inputs = [name for name in readable if not first or name in tiles[first]]
     with gr.Blocks(title="terramind_jax", analytics_enabled=False) as blocks:
         made = gr.State()
-        gr.Markdown(INTRODUCTION.format(model=desk.model or Path(desk.weights).name, minutes=MAX_AGE / 60, max_mb=desk.max_mb))
+        gr.Markdown(INTRODUCTION.format(model=name_of(desk), minutes=MAX_AGE / 60, max_mb=desk.max_mb))
         with gr.Row():
             with gr.Column(scale=1):
                 tile = gr.Dropdown([("GeoTIFFs of mine", ""), *tiles], value=first, label="Tile", visible=bool(tiles))
@@ -345,8 +362,8 @@ def page(desk: Desk):
                 sheet = gr.Image(label="All", show_label=False, interactive=False, visible=False, buttons=["fullscreen"], format="png")
                 files = gr.File(label="GeoTIFFs", file_count="multiple", interactive=False)
         looked = dict(fn=glance, inputs=[tile, chosen, *uploads], outputs=seen, api_visibility="private", trigger_mode="always_last")
-        gr.on([tile.input, chosen.input], choose, [tile, chosen], [chosen, *uploads], api_visibility="private").then(**looked)
-        gr.on([blocks.load, *(upload.change for upload in uploads)], **looked)
+        gr.on([tile.change, chosen.input], choose, [tile, chosen], [chosen, *uploads], api_visibility="private").then(**looked)
+        gr.on([blocks.load, *(event for upload in uploads for event in (upload.upload, upload.clear))], **looked)
         results = [made, left, right, slider, sheet, files]
         button.click(generate, [tile, chosen, to, seed, timesteps, *uploads], results, api_name="generate", show_progress_on=slider)
         gr.on([left.input, right.input], compare, [made, left, right], slider, api_name="compare")
