@@ -173,10 +173,10 @@ def _open(desk: Desk, session: Path, tile, uploads, inputs, to=()) -> reading.Sc
     absent = [name for name in inputs if name not in given]
     if absent:
         raise ValueError(f"There is no {absent[0]} among the {'files of this tile' if tile else 'uploads'}; add it, or leave it out.")
-    name = re.sub(r"[^\w.-]", "_", given[inputs[0]].stem)[:80]
+    names = {m: re.sub(r"[^\w.-]", "_", path.stem)[:80] for m, path in given.items()}
     compared = [m for m in to if m in given and m not in inputs and (m != "LULC" or desk.lulc_codes)]
-    taken = {m: take(given[m], session / m / f"{name}.tif", m, desk.max_mb) for m in (*inputs, *compared)}
-    return reading.open_scene(name, taken, desk.lulc_codes)
+    taken = {m: take(given[m], session / m / f"{names[m]}.tif", m, desk.max_mb) for m in (*inputs, *compared)}
+    return reading.open_scene(names[inputs[0]], taken, desk.lulc_codes)
 
 
 def _make(desk: Desk, session: Path, tile, uploads, inputs, to, **options) -> Made:
@@ -228,9 +228,10 @@ def take(source: Path, target: Path, modality: str, max_mb: int) -> Path:
 
 
 def pictures(scene: plot.Scene) -> dict[str, np.ndarray]:
-    """Every view of a scene as colours ``[h, w, 3]`` in 0-1, by its name; truth and what was generated share their limits."""
+    """Every view of a scene as colours ``[h, w, 3]`` in 0-1, by its name; what was generated has the limits of what was measured."""
+    given = dataclasses.replace(scene, truth={**scene.inputs, **scene.truth})
     shown = {"input": scene.inputs, "generated": scene.generated, "tile": scene.truth}
-    return {f"{view} ({role})": plot.render(view, x, scene.limits(view)) for role, found in shown.items() for view, x in found.items()}
+    return {f"{view} ({role})": plot.render(view, x, given.limits(view)) for role, found in shown.items() for view, x in found.items()}
 
 
 def delete_old(folder: Path, age: float = MAX_AGE) -> None:
