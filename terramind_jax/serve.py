@@ -318,10 +318,13 @@ def page(desk: Desk):
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     def choose(tile, inputs):
-        """What can be chosen of a tile, and places for uploads where there is none."""
+        """What can be chosen of another tile, and the places for uploads where it is none."""
         known = [name for name in readable if name in tiles[tile]] if tile else readable
         inputs = [name for name in inputs if name in known] or known[:1]
-        return [gr.CheckboxGroup(known, value=inputs), *(gr.File(visible=not tile and name in inputs) for name in readable)]
+        return [gr.CheckboxGroup(known, value=inputs), *places(tile, inputs)]
+
+    def places(tile, inputs):
+        return [gr.File(visible=not tile and name in inputs) for name in readable]
 
     def glance(tile, inputs, *uploads):
         picture = told(quicklook, tile, dict(zip(readable, uploads, strict=True)), inputs)
@@ -363,7 +366,8 @@ def page(desk: Desk):
                 sheet = gr.Image(label="All", show_label=False, interactive=False, visible=False, buttons=["fullscreen"], format="png")
                 files = gr.File(label="GeoTIFFs", file_count="multiple", interactive=False)
         looked = dict(fn=glance, inputs=[tile, chosen, *uploads], outputs=seen, api_visibility="private", trigger_mode="always_last")
-        gr.on([tile.change, chosen.input], choose, [tile, chosen], [chosen, *uploads], api_visibility="private").then(**looked)
+        tile.change(choose, [tile, chosen], [chosen, *uploads], api_visibility="private").then(**looked)
+        chosen.input(places, [tile, chosen], uploads, api_visibility="private").then(**looked)
         gr.on([blocks.load, *(event for upload in uploads for event in (upload.upload, upload.clear))], **looked)
         results = [made, left, right, slider, sheet, files]
         button.click(generate, [tile, chosen, to, seed, timesteps, *uploads], results, api_name="generate", show_progress_on=slider)

@@ -309,7 +309,14 @@ def test_a_second_server_on_the_port_ends_in_a_sentence(server, folder):
 
 def test_ctrl_c_ends_it_in_the_midst_of_a_generation(server, page, folder):
     process, _ = server
-    tick(page, "Outputs", "S1GRD")  # which no test has made: it is compiled first
+    large = geo.Place("EPSG:32633", (10.0, 0, 5e5, 0, -10.0, 5.3e6), 640, 640)
+    geo.write(folder / "dem.tif", np.random.default_rng(0).integers(0, 3000, (640, 640, 1)).astype(np.int16), like=large)
+    choose(page, "Tile", "GeoTIFFs of mine")
+    quicklook(page).wait_for(state="hidden")
+    tick(page, "Inputs", "DEM")
+    page.locator("input[type=file]").set_input_files(folder / "dem.tif")
+    quicklook(page).wait_for()
+    tick(page, "Outputs", "S1GRD", "NDVI", "LULC")
     page.get_by_role("button", name="Generate").click()
     while not wait_for_line(process).startswith("Loading"):
         pass
