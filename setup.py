@@ -60,6 +60,7 @@ setup(
         "export": ["flatbuffers>=24"],
         "geo": ["geopandas>=1.0", "pyarrow>=15"],
         "demo": ["gradio>=6"],
+        "page": ["gradio>=6", "playwright>=1.40"],
         "torch": ["torch>=2.6"],
         "parity": ["torch>=2.6", "terratorch==1.2.11", "diffusers>=0.30"],
         "test": TEST,

@@ -45,6 +45,7 @@ def run(
     clip: Clip = "published",
     only: Collection[str] | None = None,
     network: Network | None = None,
+    tags: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Path]:
     """Generates modalities of one scene, or of every scene of a folder.
@@ -74,6 +75,7 @@ def run(
       timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
+      tags: what the files say of some arguments instead, such as names without the folders of this machine.
       **options: those of `decoding.generate_tokens`, such as steps and temperature.
 
     Returns:
@@ -113,7 +115,7 @@ def run(
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(to=list(to), lulc_codes=lulc_codes, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size, **options),
-    )
+    ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
         for scene, cut in zip(scenes, cuts, strict=True):

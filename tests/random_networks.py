@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terramind_jax import generate_scenes, modalities, model, tokenizer
+from terramind_jax import checkpoint, config, generate_scenes, modalities, model, tokenizer
+from terramind_jax.train import pretrain
+from terramind_jax.train import tokenizer as train_tokenizer
 
 
 def random_variables(init, module, scale):
@@ -49,3 +51,26 @@ def as_workdir(monkeypatch, folder, network, tokenizers):
     monkeypatch.setattr(generate_scenes.tokenizer, "load", lambda workdir: tokenizers[workdir.name])
     monkeypatch.setattr(generate_scenes, "spread", lambda network: network)
     return folder
+
+
+def write_workdir(folder, inputs, targets, image_size=48):
+    """A small model and its tokenizers in `folder` as the quickstart leaves them, for commands in processes of their own."""
+    sizes = dict(encoder_depth=1, decoder_depth=1, num_heads=1, image_size=image_size)
+    settings = config.pretraining()
+    settings.model.update(dim=64, **sizes)
+    settings.data.update(inputs=inputs, targets=targets)
+    module = model.TerraMind(pretrain.transformer_config(settings))
+    _write(folder / "model", settings, random_variables(model.init, module, scale=0.6))
+    for name in targets:
+        settings = config.tokenizer_training()
+        settings.model.update(modality=name, levels=modalities.get(name).levels, dim=32, depth=1, num_heads=2, image_size=image_size)
+        module = tokenizer.Tokenizer(train_tokenizer.tokenizer_config(settings))
+        _write(folder / "tokenizers" / name, settings, random_variables(tokenizer.init, module, scale=0.6))
+    return folder
+
+
+def _write(workdir, settings, variables):
+    config.bind_workdir(settings, workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    checkpoints.save(1, variables, {})
+    checkpoints.close()

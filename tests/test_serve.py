@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import random_networks
 from matplotlib.image import imread
 
-from terramind_jax import cli, config, generate_scenes, geo, serve
+from terramind_jax import cli, config, generate_scenes, geo, plot, serve
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes.feeding import Network
 
@@ -76,7 +77,11 @@ def test_a_tile_becomes_what_the_command_makes_of_it(desk, tmp_path):
     for path, other in zip(made.files, expected, strict=True):
         np.testing.assert_array_equal(geo.read(path), geo.read(other))
         assert geo.place(path) == PLACE
+    again = serve.make(desk, "a", {}, ["DEM"], ["NDVI", "LULC"], seed=3)
+    assert [path.read_bytes() for path in again.files] == [path.read_bytes() for path in made.files]
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in made.files)
     truth, generated = (imread(made.pictures[f"NDVI ({role})"])[..., :3] for role in ("tile", "generated"))
+    assert imread(made.sheet).std() > 0.1
     assert truth.shape == generated.shape == (TILE, TILE, 3) and truth.std() > 0 and (truth != generated).any()
 
 
@@ -87,6 +92,31 @@ def test_an_upload_is_used_where_no_tile_is_chosen(desk):
     assert [path.name for path in (*uploaded.files, *tile.files)] == ["mine___yours_NDVI.tif", "b_NDVI.tif"]
     np.testing.assert_array_equal(geo.read(uploaded.files[0].parent / "DEM" / "mine___yours.tif"), geo.read(mine))
     assert (imread(uploaded.pictures["DEM (input)"]) != imread(tile.pictures["DEM (input)"])).any()
+
+
+def test_an_input_that_is_generated_again_keeps_its_colours():
+    image = np.random.default_rng(0).uniform(500, 2000, (8, 8, 12))
+    alone, again = (serve.pictures(plot.Scene("a", {"S2L2A": image}, made)) for made in ({}, {"S2L2A": 20 * image}))
+    np.testing.assert_array_equal(again["S2L2A (input)"], alone["S2L2A (input)"])
+    assert again["S2L2A (generated)"].mean() > 0.9  # in the colours of the input
+
+
+def test_a_quicklook_of_what_is_chosen(desk):
+    mine = write(desk.folder / "mine.tif", seed=5)
+    assert serve.quicklook(desk, "", {"DEM": None}, ["DEM"]) is None and serve.quicklook(desk, "a", {}, []) is None
+    own, b = serve.quicklook(desk, "", {"DEM": mine}, ["DEM"]), serve.quicklook(desk, "b", {}, ["DEM"])
+    both = serve.quicklook(desk, "a", {}, ["DEM", "NDVI"])
+    assert (imread(own) != imread(b)).any() and imread(both).shape[1] > 1.5 * imread(b).shape[1]
+    assert {path.name for path in desk.folder.rglob("*") if path.is_file()} == {"mine.tif", "quicklook.png"}  # no copies
+    before = sorted(desk.folder.rglob("*"))
+    with pytest.raises(ValueError, match="There is no NDVI among the files of this tile"):
+        serve.quicklook(desk, "b", {}, ["NDVI"])
+    (desk.folder / "large").mkdir()
+    other = write(desk.folder / "large" / "other.tif", side=64)
+    with pytest.raises(ValueError, match="^NDVI/other.tif and DEM/mine.tif do not lie on one grid"):
+        serve.quicklook(desk, "", {"DEM": mine, "NDVI": other}, ["DEM", "NDVI"])
+    shutil.rmtree(other.parent)
+    assert sorted(desk.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -174,7 +204,7 @@ def test_the_page(desk, monkeypatch, tmp_path):
     blocks = serve.start(desk, "127.0.0.1", port)
     try:
         visitor = client.Client(blocks.local_url, verbose=False, download_files=tmp_path / "downloads")
-        *_, pair, files = visitor.predict("a", ["DEM"], ["NDVI"], 0, 10, None, api_name="/generate")
+        *_, pair, sheet, files = visitor.predict("a", ["DEM"], ["NDVI"], 0, 10, None, api_name="/generate")
         np.testing.assert_array_equal(geo.read(files[0]), geo.read(next(desk.folder.glob("session_*/a_NDVI.tif"))))
         assert [imread(path).shape[:2] for path in pair] == [(TILE, TILE)] * 2
         other = visitor.predict("NDVI (tile)", "NDVI (generated)", api_name="/compare")
