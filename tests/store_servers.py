@@ -100,7 +100,12 @@ class Gcs(_Store):
     def _describe(self, path: Path) -> dict[str, str]:
         status = path.stat()
         found = {"kind": "storage#object", "name": self.key(path), "bucket": "bucket", "size": str(status.st_size)}
-        return found | {"generation": str(status.st_mtime_ns), "etag": _tag(path), "updated": _modified(path), "timeCreated": _modified(path)}
+        return found | {
+            "generation": str(status.st_mtime_ns),
+            "etag": _tag(path),
+            "updated": _modified(path),
+            "timeCreated": _modified(path),
+        }
 
     def _send_json(self, content: dict, status: int = 200) -> None:
         self.send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})

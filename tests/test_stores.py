@@ -107,7 +107,11 @@ def test_who_may_not_read_is_told_so_at_once(store, capsys):
     for command in ("index", "check"):
         assert cli.main(["data", command, url]) == 2
         said = capsys.readouterr().err.strip()
-        assert said.startswith(f"error: {url}/train/S2L2A may not be read with the credentials at hand (") and "orbidden" in said or "gated" in said
+        assert (
+            said.startswith(f"error: {url}/train/S2L2A may not be read with the credentials at hand (")
+            and "orbidden" in said
+            or "gated" in said
+        )
         assert said.endswith(f"; sign in with: {STORES[url[:2]][3]}") and "\n" not in said
     with pytest.raises(DataError, match="sample 's000' cannot be read .*may not be read with the credentials at hand"):
         index.read(0, "LULC")
