@@ -60,15 +60,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = self.root / self.path.strip("/")
-        if self.faults.unlisted and not path.is_file():
-            self.refuse(403)
-        elif path.is_dir():
+        if path.is_dir() and not self.faults.unlisted:
             links = "".join(f'<a href="{n}">{n}</a>\n' for n in sorted(os.listdir(path)))
             self.send(200, links.encode(), {"Content-Type": "text/html"})
         elif path.is_file():
             self.send_file(path)
         else:
-            self.refuse(404)
+            self.refuse_missing()
+
+    def refuse_missing(self) -> None:
+        self.refuse(403 if self.faults.unlisted else 404)
 
     def refuse(self, status: int) -> None:
         self.send(status)
@@ -110,7 +111,7 @@ def serve(root: Path, handler: type[Handler] = Handler) -> Iterator[tuple[str, F
     """The address of the server and its faults."""
     faults = Faults()
     server = _Server(("127.0.0.1", 0), type(handler.__name__, (handler,), {"root": root, "faults": faults}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", faults

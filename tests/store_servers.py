@@ -57,12 +57,12 @@ class S3(_Store):
     def answer(self) -> None:
         (_, *key), query = self.parts(), self.query()
         path = self.root / "/".join(key)
-        if "list-type" in query:
+        if "list-type" in query and not self.faults.unlisted:
             self.send(200, self._listing(query.get("prefix", "")).encode())
         elif path.is_file():
             self.send_file(path)
         else:
-            self.refuse(404)
+            self.refuse_missing()
 
     def _listing(self, prefix: str) -> str:
         files, folders = self.within(prefix)
@@ -86,26 +86,21 @@ class Gcs(_Store):
         media = self.path.startswith("/download")
         _, _, *name = self.parts("/download/storage/v1/b/" if media else "/storage/v1/b/")
         path = self.root / "/".join(name)
-        if not name:
+        if not name and not self.faults.unlisted:
             files, folders = self.within(self.query().get("prefix", ""))
             items = [self._describe(path) for path in files]
             self._send_json({"kind": "storage#objects", "items": items, "prefixes": [f"{self.key(path)}/" for path in folders]})
         elif not path.is_file():
-            self.refuse(404)
+            self.refuse_missing()
         elif media:
             self.send_file(path)
         else:
             self._send_json(self._describe(path))
 
     def _describe(self, path: Path) -> dict[str, str]:
-        status = path.stat()
-        found = {"kind": "storage#object", "name": self.key(path), "bucket": "bucket", "size": str(status.st_size)}
-        return found | {
-            "generation": str(status.st_mtime_ns),
-            "etag": _tag(path),
-            "updated": _modified(path),
-            "timeCreated": _modified(path),
-        }
+        status, modified = path.stat(), _modified(path)
+        names = {"kind": "storage#object", "name": self.key(path), "bucket": "bucket", "generation": str(status.st_mtime_ns)}
+        return names | {"size": str(status.st_size), "etag": _tag(path), "timeCreated": modified, "updated": modified}
 
     def _send_json(self, content: dict, status: int = 200) -> None:
         self.send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -128,7 +123,7 @@ class Hub(_Store):
         elif what == "resolve" and path.is_file():
             self.send_file(path)
         else:
-            self.refuse(404)
+            self.refuse_missing()
 
     def _describe(self, path: Path) -> dict:
         if path.is_dir():
