@@ -1,4 +1,4 @@
-"""Byte ranges of shards: from local disks, or from any store that fsspec knows (``http``, ``gs``, ``s3``, ``hf``), with retries.
+"""Byte ranges of shards: from local disks, or from a store that fsspec knows, with retries; tested are ``http``, ``gs``, ``s3`` and ``hf``.
 
 A store is given by the URL of its root and travels to data workers as nothing but that.
 """
