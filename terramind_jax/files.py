@@ -6,6 +6,10 @@ import os
 
 from etils import epath
 
+# Read once, when gcsfs is first imported. Else it asks by gRPC before each request what kind of bucket it is, until it is told, which
+# who reads without signing in never is. "true" in the environment is for zonal buckets, which are only read so.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether `path` lies in an object store."""

@@ -32,73 +32,86 @@ class Faults:
             self.most_at_once = max(self.most_at_once, self.at_once)
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as a web server does, with files and pages of links; subclasses speak as other stores do."""
+
+    root: Path
+    faults: Faults
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        faults = self.faults
+        next(faults.requests)
+        faults.enter(1)
+        time.sleep(faults.latency)
+        faults.enter(-1)
+        if faults.random.random() < faults.stalls:
+            next(faults.failed)
+            time.sleep(faults.stall)
+        if faults.forbidden or faults.random.random() < faults.errors:
+            next(faults.failed)
+            return self.refuse(403 if faults.forbidden else 503)
+        self.answer()
+
+    do_HEAD = do_GET
+
+    def answer(self) -> None:
+        path = self.root / self.path.strip("/")
+        if path.is_dir() and not self.faults.unlisted:
+            links = "".join(f'<a href="{n}">{n}</a>\n' for n in sorted(os.listdir(path)))
+            self.send(200, links.encode(), {"Content-Type": "text/html"})
+        elif path.is_file():
+            self.send_file(path)
+        else:
+            self.refuse_missing()
+
+    def refuse_missing(self) -> None:
+        self.refuse(403 if self.faults.unlisted else 404)
+
+    def refuse(self, status: int) -> None:
+        self.send(status)
+
+    def send_file(self, path: Path) -> None:
+        """The file, or the range of it that is asked for."""
+        status = path.stat()
+        size, wanted, tag = status.st_size, self.headers.get("Range"), {"ETag": f'"{status.st_size}-{status.st_mtime_ns}"'}
+        if wanted is None:
+            return self.send(200, path.read_bytes(), tag)
+        first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
+        if first >= size:
+            return self.refuse(416)
+        with open(path, "rb") as f:
+            f.seek(first)
+            self.send(206, f.read(last - first + 1))
+
+    def send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | (headers or {})).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            with self.faults.lock:
+                self.faults.sent += len(body)
+            self.wfile.write(body)
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+    def handle_error(self, request, address) -> None:  # clients that gave up a stalled request
+        pass
+
+
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[tuple[str, Faults]]:
+def serve(root: Path, handler: type[Handler] = Handler) -> Iterator[tuple[str, Faults]]:
     """The address of the server and its faults."""
     faults = Faults()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *arguments) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self._answer(send=False)
-
-        def do_GET(self) -> None:
-            self._answer(send=True)
-
-        def _answer(self, send: bool) -> None:
-            next(faults.requests)
-            faults.enter(1)
-            time.sleep(faults.latency)
-            faults.enter(-1)
-            if faults.random.random() < faults.stalls:
-                next(faults.failed)
-                time.sleep(faults.stall)
-            if faults.forbidden or faults.random.random() < faults.errors:
-                next(faults.failed)
-                return self._send(403 if faults.forbidden else 503, b"", send)
-            path = root / self.path.strip("/")
-            if faults.unlisted and not path.is_file():
-                return self._send(403, b"", send)
-            if path.is_dir():
-                links = "".join(f'<a href="{n}">{n}</a>\n' for n in sorted(os.listdir(path)))
-                return self._send(200, links.encode(), send, kind="text/html")
-            if not path.is_file():
-                return self._send(404, b"", send)
-            size, wanted = path.stat().st_size, self.headers.get("Range")
-            if wanted is None:
-                return self._send(200, path.read_bytes(), send, tag=f"{size}-{path.stat().st_mtime_ns}")
-            first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
-            if first >= size:
-                return self._send(416, b"", send)
-            with open(path, "rb") as f:
-                f.seek(first)
-                return self._send(206, f.read(last - first + 1), send)
-
-        def _send(self, status: int, body: bytes, send: bool, kind: str = "application/octet-stream", tag: str = "") -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Accept-Ranges", "bytes")
-            if tag:
-                self.send_header("ETag", tag)
-            self.end_headers()
-            if send:
-                with faults.lock:
-                    faults.sent += len(body)
-                self.wfile.write(body)
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 128
-
-        def handle_error(self, request, address) -> None:  # clients that gave up a stalled request
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    server = _Server(("127.0.0.1", 0), type(handler.__name__, (handler,), {"root": root, "faults": faults}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", faults

@@ -1,6 +1,7 @@
 """The join over modalities, its cache, and what damaged shards do."""
 
 import dataclasses
+import gc
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import re
 import tarfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -217,6 +219,23 @@ def test_any_damaged_byte_of_tokens_is_a_data_error_or_harmless(tmp_path):
         except DataError as error:
             failed.append(str(error))
     assert "holds float64 instead of integer token ids" in failed[-2] and "is no readable .npy file" in failed[-1] and len(failed) > 100
+
+
+def test_tokens_are_sound_whatever_other_threads_do(root):
+    """Where the garbage collector calls Python, as JAX has it do, CPython 3.11 mixes up the syntax trees that several threads build."""
+    index, before = open_index(root, "train"), gc.get_threshold()
+
+    def collected(*_) -> None:
+        time.sleep(0)  # lets another thread in
+
+    gc.callbacks.append(collected)
+    try:
+        gc.set_threshold(7)
+        with ThreadPoolExecutor(16) as pool:
+            assert all((ids == 5).all() for ids in pool.map(lambda _: index.tokens(2, "LULC"), range(3000)))
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*before)
 
 
 def test_pixels_that_are_no_real_numbers(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import os
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
+_HEADERS = threading.Lock()  # NumPy parses headers as Python, and CPython 3.11 takes those that threads parse together for damaged
 _LOOKED_AT = 256  # shards of a store at most of which one has to hold a sample where its index says
 
 
@@ -282,7 +284,8 @@ class Index:
             return self._records.tokens(row, modality)
         payload = self._payload(self._tokens, i, modality)
         try:
-            ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
+            with _HEADERS:
+                ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
         except Exception as error:  # a damaged header raises SyntaxError, TypeError, MemoryError, ...
             raise DataError(f"{self._where(self._tokens, i, modality)} is no readable .npy file ({error}).") from error
         if ids.dtype.kind not in "iu":

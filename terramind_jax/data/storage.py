@@ -1,4 +1,4 @@
-"""Byte ranges of shards: from local disks, or from any store that fsspec knows (``http``, ``gs``, ``s3``, ``hf``), with retries.
+"""Byte ranges of shards: from local disks, or from a store that fsspec knows, with retries; tested are ``http``, ``gs``, ``s3`` and ``hf``.
 
 A store is given by the URL of its root and travels to data workers as nothing but that.
 """
@@ -24,6 +24,8 @@ TIMEOUT = 30.0  # seconds without an answer after which a request is made again
 KEPT = 256 << 20  # bytes of blocks that a process keeps of a store
 BLOCKS_IN_USE = 10  # of each folder at most: a window of samples lies in five, and the next one is read ahead
 _REQUEST = 1 << 20  # bytes that are sent in the time that a request takes besides
+_EXTRAS = {"http": "http", "https": "http", "gs": "gcs", "s3": "s3"}  # of this package, by what a URL begins with
+_SIGN_IN = {"gs": "gcloud auth application-default login", "s3": "aws configure", "hf": "hf auth login"}
 
 
 class Object(NamedTuple):
@@ -84,7 +86,9 @@ class RemoteStore:
         try:
             self._files, _ = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise ImportError(f"{url} cannot be read: {error}; install terramind-jax with the extra of that store.") from error
+            extra = _EXTRAS.get(_scheme(url))
+            remedy = f"pip install 'terramind-jax[{extra}]'" if extra else "install what is missing"
+            raise ImportError(f"{url} cannot be read: {str(error).rstrip('.')}; {remedy}.") from error
         self._kept: OrderedDict[tuple[str, int, int], Future[bytes]] = OrderedDict()  # the last blocks that were asked for
         self._kept_bytes, self._lock = 0, threading.Lock()
 
@@ -181,7 +185,9 @@ class RemoteStore:
         return True
 
     def put(self, source: str, path: str) -> bool:
-        """Copies a local file into the store, False if it cannot be written to."""
+        """Copies a local file into the store, False if it cannot be written to. Nor is the Hub, where that would be a commit."""
+        if _scheme(path) == "hf":
+            return False
         try:
             self._files.put_file(source, path)
         except Exception:  # read-only stores say so in many ways
@@ -195,8 +201,12 @@ class RemoteStore:
         timeout = TIMEOUT if timeout == -1 else timeout
 
         def call() -> Any:
+            if name in ("ls", "info"):  # others may have written since it was listed
+                self._files.invalidate_cache(path)
             if getattr(self._files, "async_impl", False):
                 return sync(self._files.loop, getattr(self._files, f"_{name}"), *arguments, timeout=timeout, **options)
+            if name == "cat_file":
+                options["cache_type"] = "none"  # such a file system opens a file for it, and would read ahead
             return getattr(self._files, name)(*arguments, **options)
 
         return with_retries(call, path)
@@ -221,24 +231,41 @@ def with_retries(call: Callable[[], Any], path: str) -> Any:
         try:
             return call()
         except Exception as raised:
-            # Of a web server fsspec says that a file is not there whatever the answer was, which is then the cause.
-            hidden = raised.__cause__ if isinstance(raised, FileNotFoundError) and path.startswith("http") else None
+            # Of a web server and the Hub fsspec says that a file is not there whatever the answer was, which is then the cause.
+            hidden = raised.__cause__ if isinstance(raised, FileNotFoundError) and path.startswith(("http", "hf:")) else None
             error = hidden or raised
-            status = getattr(error, "status", None) or getattr(error, "code", None)
+            status = _status(error) or _status(error.__cause__)
             if isinstance(error, FileNotFoundError) or status == 404:
                 raise FileNotFoundError(f"There is no {path}.") from error
             if status == 416:
                 raise EOFError(f"{path} ends before the range that was asked for.") from error
             if isinstance(error, PermissionError) or status in (401, 403):
-                raise PermissionError(f"{path} may not be read with the credentials at hand ({_first_line(error)}).") from error
-            if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError):
-                tried = f"{attempt + 1} attempts failed, the last with {_first_line(error)}"
-                raise ConnectionError(f"{path} cannot be read: {tried}.") from error
+                sign_in = f"; sign in with: {_SIGN_IN[scheme]}" if (scheme := _scheme(path)) in _SIGN_IN else "."
+                raise PermissionError(f"{path} may not be read with the credentials at hand ({_in_short(error)}){sign_in}") from error
+            if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError | ValueError):
+                tried = f"{attempt + 1} attempts failed, the last with " if attempt else ""
+                raise ConnectionError(f"{path} cannot be read: {tried}{_in_short(error)}.") from error
         time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status of the answer that an error of aiohttp, gcsfs, httpx or botocore tells of, None if there was none."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error) is OSError and str(error).startswith("Forbidden"):  # as gcsfs says it
+        return 403
+    if type(error).__name__ == "NoCredentialsError":  # botocore did not even ask
+        return 401
+    return getattr(error, "status", None) or getattr(error, "code", None) or getattr(answer, "status_code", None)
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
 
 
 def _version(entry: dict[str, Any]) -> int:
