@@ -112,10 +112,23 @@ def test_spatial_splits_of_eurosat_part_the_same_images(roots):
 
 
 def test_eurosat_in_red_green_and_blue(roots):
-    """255 is a reflectance of 0.3558."""
     given, rgb = (datasets.load("eurosat", roots / "eurosat", rgb=of)[0]["inputs"] for of in (False, True))
-    assert rgb.keys() == {"S2RGB"}
-    np.testing.assert_allclose(rgb["S2RGB"] / 255, given["S2L1C"][..., [3, 2, 1]] / 3558, rtol=1e-6)
+    assert rgb.keys() == {"S2RGB"} and rgb["S2RGB"].min() >= 0 and 200 < rgb["S2RGB"].max() <= 255
+    image = given["S2L1C"][..., [3, 2, 1]]
+    assert np.corrcoef(image.ravel(), rgb["S2RGB"].ravel())[0, 1] > 0.95
+
+
+def test_true_colours():
+    """A dark image is 255 / 2000 of its reflectance; a bright one is spread from 500 on, and a few brighter pixels change it little."""
+    dark = np.linspace(100, 1500, 300, dtype=np.float32).reshape(10, 10, 3)
+    np.testing.assert_array_equal(eurosat.true_colour(dark), np.round(dark * 255 / 2000))
+    bright = np.linspace(1200, 4000, 30_000, dtype=np.float32).reshape(100, 100, 3)
+    made = eurosat.true_colour(bright)
+    white = np.quantile(bright, 0.98) + 0.9 * (4000 - np.quantile(bright, 0.98)) / 2  # the quantile of 99.8 per cent, softened
+    np.testing.assert_allclose(made, np.minimum(255, np.round((bright - 500) * 255 / (white - 500))), atol=3)
+    assert made.min() == round(700 * 255 / (white - 500)) and made.max() == 255
+    bright[0, 0] = 30_000  # a glint
+    assert abs(eurosat.true_colour(bright) - made)[1:].max() < 5
 
 
 def test_coarse_bands_of_mados_are_repeated(roots):

@@ -152,6 +152,7 @@ def test_values_and_several_labels(tmp_path, task):
     ("change", "message"),
     [
         (dict(split="tests"), "no split 'tests'; it has train, val, test"),
+        (dict(split="bolivia"), "There is no file "),
         (dict(weights="nothing"), "has no config.json, so it is not the work directory of a training run"),
         (dict(weights="pretraining"), "has no task.json, so it is not the work directory of a fine-tuning"),
         (dict(data="nothing"), "Sen1Floods11 is not complete in"),

@@ -366,8 +366,8 @@ def open_table(root: str | os.PathLike, split: str, *, rebuild: bool = False) ->
     """The file with the index of ``{root}/{split}`` and its content, built first if it is missing or does not agree with the shards.
 
     It lies beside the modalities where that folder can be written to, else in the cache. Of a remote store it is only built with
-    `rebuild`, as that reads all of it, and is put there too where it can be; a FileNotFoundError says so. Modalities that the root declares are declared:
-    of a remote store, those that it had when it was indexed.
+    `rebuild`, as that reads all of it, and is put there too where it can be; a FileNotFoundError says so. Modalities that the root
+    declares are declared: of a remote store, those that it had when it was indexed.
     """
     store, root = storage.store(root), os.fspath(root)
     if is_remote(root) and not rebuild:

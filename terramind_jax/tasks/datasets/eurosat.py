@@ -5,8 +5,7 @@
 
 The folders may also be those of the authors' archive, ``EuroSAT_MS/AnnualCrop``, or lie in the root. **B8A is stored last**; here it is
 where Sentinel-2 has it. The splits are those of Neumann et al. (arXiv 1911.06721); `spatial` ones, ``eurosat-spatial-train.txt``, are by
-longitude. `rgb` gives S2RGB instead, as Sentinel-2's true colour images have it: 255 is a reflectance of 0.3558, though nothing is cut off
-there. How the S2RGB of TerraMind's pretraining was made is not published.
+longitude. `rgb` gives S2RGB instead (`true_colour`), from top-of-atmosphere reflectance where the pretraining's is of L2A.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+
+import numpy as np
 
 from terramind_jax import modalities
 from terramind_jax.tasks.datasets import files, generic
@@ -34,7 +35,8 @@ FACTS = Facts(
     files={"S2L1C": files.bands("S2L1C", STORED, modalities.S2L1C_BANDS)},
 )
 RGB = ("RED", "GREEN", "BLUE")
-IN_RGB = dataclasses.replace(FACTS, bands={"S2RGB": RGB}, files={"S2RGB": files.bands("S2RGB", STORED, RGB, scale=255 / 3558)})
+IN_RGB = dataclasses.replace(FACTS, bands={"S2RGB": RGB}, files={})
+WHITE = 2000  # reflectance x 10000 that is 255 at least
 
 
 def check(root: str | os.PathLike) -> None:
@@ -52,11 +54,32 @@ def dataset(root: str | os.PathLike, split: str = "train", *, spatial: bool = Fa
     list_name = f"eurosat-{'spatial-' if spatial else ''}{split}.txt"
     files.require(FACTS.title, os.fspath(root), [list_name], SOURCE)
     where = os.path.join(root, list_name)
-    facts = IN_RGB if rgb else FACTS
+    facts, read = (IN_RGB, read_rgb) if rgb else (FACTS, functools.partial(generic.read_images, FACTS.files))
     (modality,) = facts.bands
     samples = tuple(_sample(os.path.join(root, _folder(root)), line, where, modality) for line in files.split_names(where))
     files.check_present(((s.name, s.inputs[modality]) for s in samples), where)
-    return Dataset(facts, split, samples, functools.partial(generic.read_images, facts.files), generic.given)
+    return Dataset(facts, split, samples, read, generic.given)
+
+
+def read_rgb(sample: Sample) -> dict[str, np.ndarray]:
+    """``{"S2RGB": [H, W, 3]}``."""
+    return {"S2RGB": true_colour(files.read_image(sample.inputs["S2RGB"], files.bands("S2L1C", STORED, RGB)))}
+
+
+def true_colour(image: np.ndarray) -> np.ndarray:
+    """Reflectance x 10000 ``[H, W, 3]`` as 0-255, stretched as TerraMind's authors do it for S2RGB.
+
+    What lies below the quantile of 2 per cent, or 1000, or above that of 98, or `WHITE`, comes nearer to it by half. Then 0 is the quantile
+    of 0.2 per cent, at most 500, and 255 that of 99.8, at least `WHITE`. An image whose median is below half of that is not made darker:
+    there 0 stays 0. From TerraTorch's examples/notebooks/TerraMindEmbedding.ipynb.
+    """
+    low, median, high = np.quantile(image, (0.02, 0.5, 0.98))
+    is_bright = median > WHITE / 2
+    low, high = np.clip(low, 0, 1000) if is_bright else 0, max(high, WHITE)
+    soft = image - np.minimum(image - low, 0) / 2 - np.maximum(image - high, 0) / 2
+    black, white = np.quantile(soft, (0.002, 0.998))
+    black, white = np.clip(black, 0, 500) if is_bright else 0, np.clip(white, WHITE, 20_000)
+    return np.clip((soft - black) * (255 / (white - black)), 0, 255).round().astype(np.float32)
 
 
 def _folder(root: str | os.PathLike) -> str:

@@ -126,6 +126,8 @@ def split_names(path: str) -> list[str]:
 
 def read_rows(path: str) -> list[list[str]]:
     """The rows of a ``.csv``, its heading included, empty ones left out; cells are stripped."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path}.")
     with open(path, encoding="utf-8", newline="") as f:
         return [[cell.strip() for cell in row] for row in csv.reader(f) if any(cell.strip() for cell in row)]
 
