@@ -243,6 +243,21 @@ def test_models_come_and_go_with_every_byte(path, tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "part.safetensors"), str(tmp_path / "run"), f"--config={path}"]) == 2
 
 
+def test_a_run_from_before_a_field_and_a_value_that_is_none(path, tmp_path):
+    """A work directory whose configuration lacks newer fields is read with their defaults; an import is checked as a training is."""
+    config, _ = terratorch.read(path)
+    files.write(tmp_path / "theirs.safetensors", random_state(config, _facts(config)))
+    exchange.import_model(tmp_path / "theirs.safetensors", tmp_path / "run", config)
+    told = json.loads((tmp_path / "run/config.json").read_text())
+    for field in ("times", "pool_scales", "num_convs", "upsampling", "linear_after_pool"):
+        del told["model"][field]
+    (tmp_path / "run/config.json").write_text(json.dumps(told))
+    assert finetune.load(tmp_path / "run").module.config.pool_scales == (1, 2, 3, 6)
+    config.model.time = "sum"
+    with pytest.raises(ValueError, match="model.time='sum'; expected one of mean, max, concat, diff, ltae"):
+        exchange.import_model(tmp_path / "theirs.safetensors", tmp_path / "other", config)
+
+
 def test_checkpoints_of_lightning(path, tmp_path):
     """Of several entries the state dict is read; one with objects in it is not."""
     torch = pytest.importorskip("torch")
