@@ -6,7 +6,7 @@ output streams one after another, a finished one being an input of those that fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,42 @@ Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
 ENCODING = ("vocabulary", "standardize", "version", "offset", "bands", "fill_bands", "visible")  # options of `encode_inputs`
 OF_SAMPLES = ("noise", "at", "known_tokens")  # options that hold one array a sample
 TOGETHER = 8
+
+
+def in_buckets(
+    make: Callable[..., dict[str, Any]],
+    module: TerraMind,
+    variables: Variables,
+    tokenizers: Tokenizers,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    *,
+    seed: int | np.ndarray,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `make`, `generate` or `output_tokens`, makes of a batch that is filled up on accelerators to the next power of two.
+
+    So batches of any size share a few programs, each of which takes a minute to compile. The last sample is repeated, and what is made of
+    its copies left out.
+    """
+    own = {name: options[name] for name in (*OF_SAMPLES, "visible") if options.get(name) is not None}
+    arrays, names = jax.tree.flatten({"inputs": inputs} | own, is_leaf=lambda x: isinstance(x, list))
+    sizes = {len(x) for x in arrays}
+    n = next(iter(sizes), 1)
+    more = _bucket(n) - n
+    if len(sizes) != 1 or not more:  # if they differ, it is told by what reads them
+        return make(module, variables, tokenizers, inputs, outputs, seed=seed, **options)
+    sampling.seed_words(seed, n)  # a ValueError if they do not fit
+    arrays = [x + x[-1:] * more if isinstance(x, list) else np.concatenate([x, np.repeat(x[-1:], more, 0)]) for x in arrays]
+    own = jax.tree.unflatten(names, arrays)
+    inputs, seeds = own.pop("inputs"), np.broadcast_to(seed, (n,))
+    made = make(module, variables, tokenizers, inputs, outputs, seed=np.append(seeds, seeds[-1:].repeat(more)), **(options | own))
+    return {name: x[:n] for name, x in made.items()}
+
+
+def _bucket(batch_size: int) -> int:
+    """The batch size of the program that serves such batches. A CPU would compute what is filled up as slowly as the rest."""
+    return batch_size if jax.default_backend() == "cpu" else 1 << (batch_size - 1).bit_length()
 
 
 def generate(

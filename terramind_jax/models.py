@@ -232,8 +232,8 @@ class Generator(Model):
     ) -> dict[str, Any]:
         """Inputs by user name to every output that the model was built for, each conditioning those after it.
 
-        Their order is that of the option ``output_modalities``, and the caller's to choose: no best one is known. A new batch
-        size or size of images compiles programs of its own.
+        Their order is that of the option ``output_modalities``, and the caller's to choose: no best one is known. A new size of images
+        compiles programs of its own, and so does a new batch size, on accelerators a new power of two to which batches are filled up.
 
         Args:
           inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the
@@ -263,14 +263,14 @@ class Generator(Model):
         decoding = dict(timesteps=timesteps, noise=noise, sampler=sampler, clip=clip)
         settings = dict(seed=seed, **decoding, **self._settings(standardize, options))
         if num_samples is None:
-            return generate.generate(*self._parts(inputs), **settings)
+            return generate.in_buckets(generate.generate, *self._parts(inputs), **settings)
         return generate.generate_draws(*self._parts(inputs), num_samples=num_samples, **settings)
 
     def generate_tokens(
         self, inputs: Mapping[str, np.ndarray], seed: int | np.ndarray = 0, standardize: bool | None = None, **options: Any
     ) -> dict[str, jax.Array]:
         """The same before decoding: ``{name: ids}``, int32 ``[B, s, s]``, of sequences ``[B, L]``."""
-        return generate.output_tokens(*self._parts(inputs), seed=seed, **self._settings(standardize, options))
+        return generate.in_buckets(generate.output_tokens, *self._parts(inputs), seed=seed, **self._settings(standardize, options))
 
     def compile(self, batch_size: int = 1, image_size: int | None = None, **options: Any) -> program.Compiled:
         """`generate` for one batch size and size of images, compiled now: ``made = model.compile(8)(inputs, seed=0)``.

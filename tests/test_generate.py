@@ -83,6 +83,29 @@ def test_draws_are_those_that_are_made_one_by_one(system, monkeypatch, at_once):
         drawn(at_once, inputs, seed=np.arange(3))
 
 
+def test_batches_are_filled_up_on_accelerators_and_results_are_of_the_batch_alone(system, monkeypatch):
+    inputs = {name: np.concatenate([x, x[:1]]) for name, x in scene().items()}  # three samples
+    call = dict(seed=np.array([4, 5, 6]), visible={"DEM": np.arange(27).reshape(3, 3, 3) % 4 > 0}, at=np.array([[0, 0], [2, 3], [1, 1]]))
+    for make in (generate.generate, generate.output_tokens):
+        seen = []
+
+        def counted(*arguments, make=make, seen=seen, **options):
+            seen.append((len(arguments[3]["DEM"]), len(options["seed"])))
+            return make(*arguments, **options)
+
+        options = call if make is generate.generate else {"seed": call["seed"], "visible": call["visible"]}
+        expected = generate.in_buckets(counted, *system, inputs, ["LULC", "coords"], **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            found = generate.in_buckets(counted, *system, inputs, ["LULC", "coords"], **options)
+        assert seen == [(3, 3), (4, 4)]
+        for name, x in expected.items():
+            np.testing.assert_allclose(found[name], x, atol=1e-4)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"The seed has shape \(2,\); expected one integer or \[3\]"):
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        generate.in_buckets(generate.generate, *system, inputs, ["LULC"], seed=np.arange(2))
+
+
 def test_draws_encode_their_inputs_once_and_hold_what_was_made(system, monkeypatch):
     calls, encode = [], generate.encode_input
     monkeypatch.setattr(
