@@ -49,8 +49,8 @@ def local(tmp_path, monkeypatch):
     monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     root = tiny_run.write_shards(tmp_path / "served" / "shards")
-    for name, size in tiny_run.CODEBOOKS.items():
-        made = {"codebook_size": size, "image_size": tiny_run.SIZE}
+    for name in ("DEM", "LULC"):
+        made = {"codebook_size": tiny_run.CODEBOOKS[name], "image_size": tiny_run.SIZE}
         files.write_text(files.folder(root / "train" / f"{name}_tokens" / "tokenizer.json"), json.dumps(made))
     parquet.write_table(pyarrow.table({"key": [f"s{i:03d}" for i in range(5)]}), root / "val_metadata.parquet")
     return root
