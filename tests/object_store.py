@@ -16,12 +16,13 @@ from pathlib import Path
 class Faults:
     """What the server does wrong from now on: `errors` and `stalls` are shares of the requests, `latency` and `stall` seconds.
 
-    To whoever it is `unlisted` for it says of what is not there that it may not be read. `sent` are the bytes that it has sent.
+    To whoever it is `unlisted` for it says of what is not there that it may not be read. Where it is `writable` it takes files, if such a
+    server does at all. `sent` are the bytes that it has sent.
     """
 
     def __init__(self) -> None:
         self.latency, self.errors, self.stalls, self.stall = 0.0, 0.0, 0.0, 3.0
-        self.forbidden = self.unlisted = False
+        self.forbidden = self.unlisted = self.writable = False
         self.requests, self.failed, self.random = itertools.count(), itertools.count(), random.Random(0)
         self.at_once, self.most_at_once, self.sent, self.lock = 0, 0, 0, threading.Lock()
 

@@ -1,5 +1,6 @@
 """The reader on S3, Google Cloud Storage and the Hugging Face Hub: their own clients, at servers on this machine that speak as they do."""
 
+import json
 import os
 import pickle
 import re
@@ -8,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import numpy as np
 import object_store
+import pyarrow
 import pytest
 import store_servers
 import tiny_run
+from pyarrow import parquet
 
-from terramind_jax import cli
+from terramind_jax import cli, files
 from terramind_jax.data import pipeline, storage
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
@@ -45,7 +48,12 @@ SETTINGS = {
 def local(tmp_path, monkeypatch):
     monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
-    return tiny_run.write_shards(tmp_path / "served" / "shards")
+    root = tiny_run.write_shards(tmp_path / "served" / "shards")
+    for name in ("DEM", "LULC"):
+        made = {"codebook_size": tiny_run.CODEBOOKS[name], "image_size": tiny_run.SIZE}
+        files.write_text(files.folder(root / "train" / f"{name}_tokens" / "tokenizer.json"), json.dumps(made))
+    parquet.write_table(pyarrow.table({"key": [f"s{i:03d}" for i in range(5)]}), root / "val_metadata.parquet")
+    return root
 
 
 def settle(monkeypatch, scheme: str, address: str) -> None:
@@ -74,7 +82,11 @@ def test_shards_are_indexed_and_checked_as_on_the_disk(store, local, tmp_path, c
     assert cli.main(["data", "index", url]) == 0
     assert f"train: 12 locations, indexed in {tmp_path / 'cache'}" in capsys.readouterr().out
     said = [(cli.main(["data", "check", root, f"--workers={n}"]), *capsys.readouterr()) for root, n in ((url, 2), (str(local), 0))]
-    assert said[0][0] == 1 and "sample 's003' is no zip file" in said[0][1]
+    assert (
+        said[0][0] == 1 and "sample 's003' is no zip file" in said[0][1] and "All 5 samples that val_metadata.parquet lists" in said[0][1]
+    )
+    train = said[0][1].partition("\n\nval")[0]
+    assert "tokens of" not in train, "what is said of the tokenizer is read"
     assert (said[0][0], *(text.replace(url, str(local)) for text in said[0][1:])) == said[1]
     assert not caplog.text, "clients complain of nothing"
 
@@ -99,6 +111,16 @@ def test_samples_and_batches_are_those_of_the_disk(store, local):
         np.testing.assert_array_equal(a["bad"], b["bad"])
         np.testing.assert_array_equal(a["target_id"], b["target_id"])
         np.testing.assert_array_equal(a["patches"]["untok_dem@224"], b["patches"]["untok_dem@224"])
+
+
+def test_the_index_is_put_where_it_can_be_and_taken_from_there(store, local, tmp_path, monkeypatch):
+    url, faults = store
+    faults.writable = True
+    assert cli.main(["data", "index", url]) == 0
+    assert (local / "train" / "samples.index").is_file() == (not url.startswith("hf")), "on the Hub it would be a commit"
+    expected = open_index(local, "train")  # brings it up to date
+    monkeypatch.setenv("TERRAMIND_JAX_CACHE", str(tmp_path / "another"))
+    np.testing.assert_array_equal(open_index(url, "train").read(5, "LULC"), expected.read(5, "LULC"))
 
 
 def test_who_may_not_read_is_told_so_at_once(store, capsys):
