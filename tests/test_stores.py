@@ -27,7 +27,7 @@ pytest.importorskip("gcsfs")
 
 # By scheme: the server, what names the folder that it serves and the shards in it, how to sign in, and where the client looks for it.
 STORES = {
-    "s3": (store_servers.S3, "s3://bucket", "/shards", "aws configure", "AWS_ENDPOINT_URL"),
+    "s3": (store_servers.S3, "s3://bucket", "/shards", "aws configure, or set FSSPEC_S3_ANON=true for a public bucket", "AWS_ENDPOINT_URL"),
     "gs": (store_servers.Gcs, "gs://bucket", "", "gcloud auth application-default login", "STORAGE_EMULATOR_HOST"),
     "hf": (store_servers.Hub, "hf://datasets/org/name", "", "hf auth login", "HF_ENDPOINT"),
 }
@@ -39,6 +39,7 @@ SETTINGS = {
     "AWS_CONFIG_FILE": "/nowhere",
     "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
     "FSSPEC_GS_TOKEN": "anon",
+    "NO_PROXY": "127.0.0.1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }

@@ -25,7 +25,11 @@ KEPT = 256 << 20  # bytes of blocks that a process keeps of a store
 BLOCKS_IN_USE = 10  # of each folder at most: a window of samples lies in five, and the next one is read ahead
 _REQUEST = 1 << 20  # bytes that are sent in the time that a request takes besides
 _EXTRAS = {"http": "http", "https": "http", "gs": "gcs", "s3": "s3"}  # of this package, by what a URL begins with
-_SIGN_IN = {"gs": "gcloud auth application-default login", "s3": "aws configure", "hf": "hf auth login"}
+_SIGN_IN = {
+    "gs": "gcloud auth application-default login",
+    "s3": "aws configure, or set FSSPEC_S3_ANON=true for a public bucket",
+    "hf": "hf auth login",
+}
 
 
 class Object(NamedTuple):
