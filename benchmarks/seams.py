@@ -118,18 +118,19 @@ def command(name: str, config: str, workdir: Path, shards: Path, fields: dict[st
 
 
 def make_scene(out: Path, side: int) -> Path:
-    """Sentinel-2 of a scene of the world as a GeoTIFF; one of more than 1024 pixels repeats it mirrored."""
+    """Sentinel-2 of a scene of the world as a GeoTIFF."""
     path = out / f"scene_{side}.tif"
     if not path.exists():
-        image = truth(size := min(side, 1024))["S2L2A"]
-        image = np.pad(image, [(0, side - size), (0, side - size), (0, 0)], "symmetric")
-        geo.write(path, image, like=geo.Place("EPSG:32633", PLACE, side, side), modality="S2L2A")
+        geo.write(path, truth(side)["S2L2A"], like=geo.Place("EPSG:32633", PLACE, side, side), modality="S2L2A")
     return path
 
 
 def truth(side: int) -> dict[str, np.ndarray]:
-    """All modalities of the scene, ``[side, side, C]``."""
-    return {name: x[:side, :side] for name, x in world.scene(0, 1, "val", -(-side // 6) * 6).arrays.items()}
+    """All modalities of the scene, ``[side, side, C]``; one of more than 1024 pixels repeats it mirrored."""
+    size = min(side, 1024)
+    arrays = world.scene(0, 1, "val", -(-size // 6) * 6).arrays
+    more = [(0, side - size), (0, side - size), (0, 0)]
+    return {name: np.pad(x[:size, :size], more, "symmetric") for name, x in arrays.items()}
 
 
 # ---- seams ----

@@ -27,6 +27,7 @@ Tokenizers = Mapping[str, tuple[Tokenizer, Variables]]  # by modality
 ENCODING = ("vocabulary", "standardize", "version", "offset", "bands", "fill_bands", "visible")  # options of `encode_inputs`
 OF_SAMPLES = ("noise", "at", "known_tokens")  # options that hold one array a sample
 TOGETHER = 8
+_LARGE = 16  # batches above share programs of its multiples: to fill up more would cost more than it saves
 
 
 def in_buckets(
@@ -40,20 +41,22 @@ def in_buckets(
     seed: int | np.ndarray,
     **options: Any,
 ) -> dict[str, Any]:
-    """What `make`, `generate` or `output_tokens`, makes of a batch that is filled up on accelerators to the next power of two.
+    """What `make`, `generate` or `output_tokens`, makes of a batch that is filled up on accelerators, to 1, 2, 4, 8, 16, 32, 48, ...
 
     So batches of any size share a few programs, each of which takes a minute to compile. The last sample is repeated, and what is made of
-    its copies left out.
+    its copies left out. A CPU would compute what is filled up as slowly as the rest.
     """
+    if jax.default_backend() == "cpu":
+        return make(module, variables, tokenizers, inputs, outputs, seed=seed, **options)
     own = {name: options[name] for name in (*OF_SAMPLES, "visible") if options.get(name) is not None}
-    arrays, names = jax.tree.flatten({"inputs": inputs} | own, is_leaf=lambda x: isinstance(x, list))
+    arrays, names = jax.tree.flatten({"inputs": inputs} | own, is_leaf=lambda x: isinstance(x, list | tuple))
     sizes = {len(x) for x in arrays}
     n = next(iter(sizes), 1)
     more = _bucket(n) - n
     if len(sizes) != 1 or not more:  # if they differ, it is told by what reads them
         return make(module, variables, tokenizers, inputs, outputs, seed=seed, **options)
     sampling.seed_words(seed, n)  # a ValueError if they do not fit
-    arrays = [x + x[-1:] * more if isinstance(x, list) else np.concatenate([x, np.repeat(x[-1:], more, 0)]) for x in arrays]
+    arrays = [[*x, *x[-1:] * more] if isinstance(x, list | tuple) else np.concatenate([x, np.repeat(x[-1:], more, 0)]) for x in arrays]
     own = jax.tree.unflatten(names, arrays)
     inputs, seeds = own.pop("inputs"), np.broadcast_to(seed, (n,))
     made = make(module, variables, tokenizers, inputs, outputs, seed=np.append(seeds, seeds[-1:].repeat(more)), **(options | own))
@@ -61,8 +64,8 @@ def in_buckets(
 
 
 def _bucket(batch_size: int) -> int:
-    """The batch size of the program that serves such batches. A CPU would compute what is filled up as slowly as the rest."""
-    return batch_size if jax.default_backend() == "cpu" else 1 << (batch_size - 1).bit_length()
+    """The batch size of the program that serves such batches."""
+    return 1 << (batch_size - 1).bit_length() if batch_size <= _LARGE else -(-batch_size // _LARGE) * _LARGE
 
 
 def generate(

@@ -233,7 +233,8 @@ class Generator(Model):
         """Inputs by user name to every output that the model was built for, each conditioning those after it.
 
         Their order is that of the option ``output_modalities``, and the caller's to choose: no best one is known. A new size of images
-        compiles programs of its own, and so does a new batch size, on accelerators a new power of two to which batches are filled up.
+        compiles programs of its own, and so does a new batch size; accelerators fill batches up, so that there are few
+        (`generate.in_buckets`).
 
         Args:
           inputs: images ``[B, S, S, C]``, of those bands that the model was built with (option ``bands``; what `fill_bands` does for the

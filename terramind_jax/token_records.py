@@ -22,6 +22,7 @@ from terramind_jax.data.index import Index, open_index
 from terramind_jax.tokenize import Encoding
 
 _BESIDE = 1 << 10  # bytes of a record beside its tokens, if there is no cloud mask
+_PART = 32 << 20  # bytes of a file at most: what is lost if a host is killed, and what hosts share out
 
 
 class _Tokenized:
@@ -56,7 +57,7 @@ def write(
     out = os.fspath(out)
     indexes = {split: open_index(data, split, list(tokenizers)) for split in splits}
     made_by = {m: {**encoding.record, "name": ""} for m, encoding in tokenizers.items()}  # a tokenizer may be renamed
-    made_from = {split: index.version for split, index in indexes.items()} | {"tokenizers": made_by}
+    made_from = {split: index.version for split, index in indexes.items()} | {terramesh.TOKENIZERS: made_by}
     if terramesh.is_finished(out, made_from):
         print(f"{out} holds the tokens of these shards already; nothing to do.")
         return
@@ -65,7 +66,7 @@ def write(
     found, ends = terramesh.claimed(parts)
     if found is None:
         largest = _BESIDE + sum(crops.VARIANTS * int(np.prod(e.shape)) * e.dtype.itemsize for e in tokenizers.values())
-        ends = {split: terramesh.even_ends(len(index), largest) for split, index in indexes.items()}
+        ends = {split: terramesh.even_ends(len(index), largest, _PART) for split, index in indexes.items()}
         terramesh.claim(parts, made_from, ends)
     elif found != made_from:
         raise FileExistsError(f"{parts} holds tokens of other shards, or by other tokenizers; give --out another folder, or delete it.")
@@ -75,8 +76,9 @@ def write(
         for split, start, stop, path in todo:
             _write_file(indexes[split], tokenizers, form, start, stop, path)
             bar.update(stop - start)
-    if not all(os.path.exists(path) for *_, path in jobs):
-        return  # the other hosts are not done yet
+    if missing := sum(not os.path.exists(path) for *_, path in jobs):
+        print(f"{missing} of {len(jobs)} files are still to be made by other hosts; if none of them is at work, start any of them again.")
+        return
     try:
         tokenized = {split: _Tokenized(index, _has_tokens(index, parts, split, ends[split]), {}) for split, index in indexes.items()}
         texts = {m: json.dumps(encoding.record, indent=2) + "\n" for m, encoding in tokenizers.items()}

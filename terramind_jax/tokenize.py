@@ -60,8 +60,8 @@ def tokenize(
     set, see `token_records.write`, and has to be a new one. `splits` are by default those of train and val that exist, `modalities` those
     with a tokenizer; `image_size` is the side of the crops. Batches are spread over the devices of this host, which does every shard, or
     file of records, whose number among the `hosts` is `host`; a run that was killed writes, started again, the same files. Samples that
-    cannot be read are left out. Raises FileNotFoundError for missing tokenizers, shards or index, ValueError for prepared data and where
-    tokens of another tokenizer or image size lie already.
+    cannot be read are left out; a store that cannot be reached ends it. Raises FileNotFoundError for missing tokenizers, shards or index,
+    ValueError for prepared data and where tokens of another tokenizer or image size lie already, FileExistsError where such records do.
     """
     if not 0 <= host < hosts:
         raise ValueError(f"host is {host} of {hosts}; hosts are numbered from 0 to one less than there are.")

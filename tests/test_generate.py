@@ -85,22 +85,24 @@ def test_draws_are_those_that_are_made_one_by_one(system, monkeypatch, at_once):
 
 def test_batches_are_filled_up_on_accelerators_and_results_are_of_the_batch_alone(system, monkeypatch):
     inputs = {name: np.concatenate([x, x[:1]]) for name, x in scene().items()}  # three samples
+    inputs["coords"] = tuple((x, 40.0) for x in (2.5, 10.0, 20.0))
     call = dict(seed=np.array([4, 5, 6]), visible={"DEM": np.arange(27).reshape(3, 3, 3) % 4 > 0}, at=np.array([[0, 0], [2, 3], [1, 1]]))
     for make in (generate.generate, generate.output_tokens):
         seen = []
 
         def counted(*arguments, make=make, seen=seen, **options):
-            seen.append((len(arguments[3]["DEM"]), len(options["seed"])))
+            seen.append((len(arguments[3]["coords"]), np.size(options["seed"])))
             return make(*arguments, **options)
 
         options = call if make is generate.generate else {"seed": call["seed"], "visible": call["visible"]}
-        expected = generate.in_buckets(counted, *system, inputs, ["LULC", "coords"], **options)
+        expected = generate.in_buckets(counted, *system, inputs, ["LULC", "NDVI"], **options)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda: "gpu")
-            found = generate.in_buckets(counted, *system, inputs, ["LULC", "coords"], **options)
+            found = generate.in_buckets(counted, *system, inputs, ["LULC", "NDVI"], **options)
         assert seen == [(3, 3), (4, 4)]
         for name, x in expected.items():
             np.testing.assert_allclose(found[name], x, atol=1e-4)
+    assert [generate._bucket(n) for n in (1, 3, 8, 9, 16, 17, 33)] == [1, 4, 8, 16, 16, 32, 48]
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"The seed has shape \(2,\); expected one integer or \[3\]"):
         patch.setattr(jax, "default_backend", lambda: "gpu")
         generate.in_buckets(generate.generate, *system, inputs, ["LULC"], seed=np.arange(2))

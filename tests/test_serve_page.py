@@ -318,8 +318,10 @@ def test_ctrl_c_ends_it_in_the_midst_of_a_generation(server, page, folder):
     quicklook(page).wait_for()
     tick(page, "Outputs", "S1GRD", "NDVI", "LULC")
     page.get_by_role("button", name="Generate").click()
-    while not wait_for_line(process).startswith("Loading"):
-        pass
+    said = [""]
+    while not said[-1].startswith("Loading"):
+        assert process.poll() is None and len(said) < 100, said
+        said.append(wait_for_line(process))
     page.wait_for_timeout(1000)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=SECONDS)

@@ -170,7 +170,7 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
     assert "nothing to do" in capsys.readouterr().out
     assert before == sorted((p, p.stat().st_mtime_ns) for p in prepared.rglob("*"))
     tiny_run.write_split(tmp_path / "other", "train", 2)
-    with pytest.raises(FileExistsError, match="made from other shards, or these have changed"):
+    with pytest.raises(FileExistsError, match="made of other shards or tokenizers, or the shards have changed"):
         prepare.prepare(tmp_path / "other", prepared)
     with pytest.raises(FileExistsError, match="holds no prepared data"):
         prepare.prepare(root, tmp_path)
@@ -199,7 +199,7 @@ def test_it_appears_whole_or_not_at_all(root, prepared, tmp_path, monkeypatch, c
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
 
-def test_a_file_that_can_have_no_second_name_is_moved(tmp_path, monkeypatch):
+def test_a_file_that_can_have_no_second_name_is_copied(tmp_path, monkeypatch):
     (tmp_path / "part").write_bytes(b"records")
 
     def impossible(*_):
@@ -207,7 +207,7 @@ def test_a_file_that_can_have_no_second_name_is_moved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", impossible)
     terramesh._link(str(tmp_path / "part"), str(tmp_path / "out"))
-    assert contents(tmp_path) == {"out": b"records"}
+    assert contents(tmp_path) == {"out": b"records", "part": b"records"}
 
 
 def test_a_damaged_record_is_a_bad_sample(root, tmp_path):
@@ -217,7 +217,7 @@ def test_a_damaged_record_is_a_bad_sample(root, tmp_path):
     content = bytearray(path.read_bytes())
     content[200:4000] = bytes(3800)
     path.write_bytes(content)
-    with pytest.raises(DataError, match="sample 's000' cannot be read .*; prepare the data again"):
+    with pytest.raises(DataError, match="sample 's000' cannot be read .*; make the data set again"):
         open_index(tmp_path / "out", "train").read(0, "DEM")
 
 

@@ -364,11 +364,14 @@ class ViewGroups:
 
 
 def _mixed(samples: np.ndarray, subset: np.ndarray) -> np.ndarray:
-    """`samples` of several subsets, evenly mixed, those of each in their order: an evaluation that stops early has seen all of them."""
+    """`samples` of several subsets, evenly mixed, those of each in their order.
+
+    The first of each come first, so that an evaluation that stops early has seen some of all.
+    """
     turn = np.empty(len(samples))
     for one in np.unique(subset):
         at = np.flatnonzero(subset == one)
-        turn[at] = (np.arange(len(at)) + 0.5) / len(at)
+        turn[at] = np.arange(len(at)) / len(at)
     return samples[np.argsort(turn, kind="stable")]
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import collections.abc
 import hashlib
-import io
 import itertools
 import os
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,7 @@ from terramind_jax.data import clouds, layout, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
-from terramind_jax.files import is_remote
+from terramind_jax.files import is_remote, parse_npy
 
 if TYPE_CHECKING:
     from terramind_jax.data.records import Records
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
-_HEADERS = threading.Lock()  # NumPy parses headers as Python, and CPython 3.11 takes those that threads parse together for damaged
 _LOOKED_AT = 256  # shards of a store at most of which one has to hold a sample where its index says
 
 
@@ -139,7 +136,7 @@ class Index:
         return len(self.keys)
 
     def stored_bytes(self) -> int:
-        """Bytes of all samples in the shards, tokens included."""
+        """Bytes of all samples in the shards, tokens included: of those in records, all that these hold."""
         columns = (*self._pixels.values(), *self._tokens.values())
         return sum(int(column.sizes().sum(dtype=np.int64)) for column in columns) + (self._records.stored_bytes() if self._records else 0)
 
@@ -284,8 +281,7 @@ class Index:
             return self._records.tokens(row, modality)
         payload = self._payload(self._tokens, i, modality)
         try:
-            with _HEADERS:
-                ids = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
+            ids = parse_npy(payload)
         except Exception as error:  # a damaged header raises SyntaxError, TypeError, MemoryError, ...
             raise DataError(f"{self._where(self._tokens, i, modality)} is no readable .npy file ({error}).") from error
         if ids.dtype.kind not in "iu":

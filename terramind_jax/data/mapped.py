@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
+from terramind_jax import files
 from terramind_jax.data import crops, views
 from terramind_jax.data.errors import DataError
 from terramind_jax.modalities import PATCH_SIZE
@@ -52,7 +53,7 @@ class Mapped:
         """The row of a record in the array `name`."""
         if name not in self._open:
             data, readable = paths(self._root, self._split, name)
-            self._open[name] = (np.load(data, mmap_mode="r"), np.load(readable)) if readable.exists() else None
+            self._open[name] = (files.map_npy(data), files.map_npy(readable)) if readable.exists() else None
         found = self._open[name]
         return found[0][record] if found and found[1][record] else None
 

@@ -291,6 +291,8 @@ class _Variants:
         try:
             images, inverse = views.read_variants(self.index, i, self.modality, self.image_size)
         except (DataError, OSError) as error:
+            if isinstance(error.__cause__, ConnectionError | PermissionError):
+                raise  # for a while nothing can be read, and what is left out here is left out for good
             views.warn_once(f"Skipped: {error}")
             bands = len(modalities.get(self.modality).bands)
             images = np.zeros((0, self.image_size, self.image_size, bands), views.stored_dtype(self.modality))

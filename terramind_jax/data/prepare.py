@@ -53,6 +53,8 @@ def prepare(
     parts = terramesh.parts_of(out)
     described = made_from | {"form": repr(form)}
     found, ends = terramesh.claimed(parts)
+    if found and terramesh.TOKENIZERS in found:
+        raise FileExistsError(f"{parts} holds files of an unfinished tokenize; finish it, give --out another folder, or delete them.")
     if found != described:
         ends = {split: _ends(index, form) for split, index in indexes.items()}
         if os.path.isdir(parts):

@@ -40,7 +40,7 @@ class Records:
         self.path = os.path.join(root, split, NAME)
         found = table.read(self.path)
         if found is None:
-            raise FileNotFoundError(f"{self.path} is missing or damaged; prepare the data again.")
+            raise FileNotFoundError(f"{self.path} is missing or damaged; make the data set again.")
         self._id = found.meta["id"]
         self.root, self.split, self.modalities = os.fspath(root), split, tuple(modalities)
         names = found.meta["modalities"]
@@ -78,7 +78,7 @@ class Records:
         """[H, W, C] in the stored dtype, never in `out`. `DataError` if it is not there, or could not be read when prepared."""
         found = self._record(i)
         if not found["available"].get(modality):
-            raise DataError(f"{self._where(i)} has no {modality}, or none that could be read when it was prepared.")
+            raise DataError(f"{self._where(i)} has no {modality}, or none that could be read when it was made.")
         return found["pixels"][modality]
 
     def patches(self, i: int, modality: str, variant: int, image_size: int, positions: np.ndarray) -> np.ndarray | None:
@@ -90,7 +90,7 @@ class Records:
         grid = self._mapped.row(f"{modality}_tokens", self.record_number(i))
         grid = self._record(i)["tokens"].get(modality) if grid is None else grid
         if grid is None or not len(grid):
-            raise DataError(f"{self._where(i)} has no tokens of {modality}, or none that could be read when it was prepared.")
+            raise DataError(f"{self._where(i)} has no tokens of {modality}, or none that could be made.")
         return grid
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
@@ -135,7 +135,7 @@ class Records:
             try:
                 self._last.record = self._open()[self.record_number(i)]
             except Exception as error:  # ArrayRecord and protobuf raise many things
-                raise DataError(f"{self._where(i)} cannot be read ({type(error).__name__}: {error}); prepare the data again.") from error
+                raise DataError(f"{self._where(i)} cannot be read ({type(error).__name__}: {error}); make the data set again.") from error
             self._last.number = i
         return self._last.record
 
@@ -153,7 +153,9 @@ class Records:
 
 
 def _columns(there: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Bool ``[n, len(wanted)]``, False for what no record has."""
+    """Bool ``[n, len(wanted)]``, False for what no record has; of the file itself where it can be."""
+    if list(names) == list(wanted):
+        return there
     return np.stack([there[:, names.index(m)] if m in names else np.zeros(len(there), bool) for m in wanted], 1)
 
 

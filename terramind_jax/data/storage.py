@@ -246,7 +246,9 @@ def with_retries(call: Callable[[], Any], path: str) -> Any:
             if isinstance(error, PermissionError) or status in (401, 403):
                 sign_in = f"; sign in with: {_SIGN_IN[scheme]}" if (scheme := _scheme(path)) in _SIGN_IN else "."
                 raise PermissionError(f"{path} may not be read with the credentials at hand ({_in_short(error)}){sign_in}") from error
-            if attempt == ATTEMPTS - 1 or isinstance(error, NotImplementedError | TypeError | AttributeError | ValueError):
+            # An answer that was cut short is a ValueError, too, but of a kind of its own.
+            of_use = isinstance(error, NotImplementedError | TypeError | AttributeError) or type(error) is ValueError
+            if attempt == ATTEMPTS - 1 or of_use:
                 tried = f"{attempt + 1} attempts failed, the last with " if attempt else ""
                 raise ConnectionError(f"{path} cannot be read: {tried}{_in_short(error)}.") from error
         time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))

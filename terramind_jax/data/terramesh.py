@@ -9,6 +9,7 @@ files there will be, or have Beam sort them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -32,6 +33,8 @@ INFO = "prepared.json"  # what a folder was prepared from
 CLAIM = "parts.json"  # what the files of a folder that are not all there yet are made from, and where each ends
 
 _F = tfds.features
+TOKENIZERS = "tokenizers"  # the field of a claim that says which ones made its tokens
+
 _PART = 512 << 20  # bytes of records in one file at most
 _BLANK = (2, 2)  # height and width of what a location lacks: TFDS loses the shape of an image of fewer bytes than axes
 
@@ -131,9 +134,9 @@ def serializer(form: Mapping[str, Any]) -> Callable[[dict[str, Any]], bytes]:
     return lambda made: examples.get_tf_example(described.encode_example(made)).SerializeToString(deterministic=True)
 
 
-def even_ends(count: int, largest: int) -> list[int]:
-    """`count` records of at most so many bytes in files of at most 512 MiB, as even as can be: where each begins and ends."""
-    return np.linspace(0, count, -(-count // max(_PART // largest, 1)) + 1).astype(int).tolist()
+def even_ends(count: int, largest: int, most: int | None = None) -> list[int]:
+    """Where each file begins and ends among `count` records of `largest` bytes: even files of `most` bytes, at most; None: 512 MiB."""
+    return np.linspace(0, count, -(-count // max((most or _PART) // largest, 1)) + 1).astype(int).tolist()
 
 
 # ---- the data set -----------------------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ class Terramesh(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=T
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        description = "TerraMesh prepared for training: pixels, tokens, coordinates and metadata of each location."
+        description = "TerraMesh prepared for training: of each location coordinates, metadata, and pixels, tokens or both."
         return tfds.core.DatasetInfo(
             builder=self, description=description, features=features(self._form["tokens"], self._form["pixels"]), disable_shuffling=True
         )
@@ -176,11 +179,11 @@ class Terramesh(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=T
 
 
 def _link(source: str, target: str) -> None:
-    """A second name of a file, so that nothing is lost if what follows fails; where none can be given the file is moved."""
+    """A second name of a file, or a copy where it can have none, so that nothing is lost if what follows fails."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.move(source, target)
+        shutil.copyfile(source, target)
 
 
 def assemble(
@@ -195,7 +198,7 @@ def assemble(
     parts = parts_of(out)
     with new_folder(out) as partial:
         for split, index in indexes.items():
-            _write_index(os.path.join(partial, split), index, form)
+            _write_index(os.path.join(partial, split), index, form, made_from)
             for name, text in tokenizers[split].items():
                 files.write_text(files.folder(partial) / split / f"{name}_tokens" / "tokenizer.json", text)
         if own := declarations.of({m: None for index in indexes.values() for m in index.modalities}):
@@ -230,7 +233,7 @@ def claimed(parts: str) -> tuple[Any, dict[str, list[int]]]:
     if path.exists():
         found = json.loads(path.read_text())
         return found["made_from"], found["ends"]
-    if os.path.lexists(parts) and (not os.path.isdir(parts) or os.listdir(parts)):
+    if os.path.lexists(parts) and not (os.path.isdir(parts) and all(name.endswith(".tmp") for name in os.listdir(parts))):
         raise FileExistsError(f"{parts} holds something else than files of a preparation, which would wait there; move or delete it.")
     return None, {}
 
@@ -254,15 +257,18 @@ def is_finished(out: str, made_from: Mapping[str, str]) -> bool:
         raise FileExistsError(f"{out} is not empty and holds no prepared data; give --out a new folder, or delete it first.")
     with open(path, encoding="utf-8") as f:
         if json.load(f) != made_from:
-            raise FileExistsError(f"{out} was made from other shards, or these have changed; give --out a new folder, or delete it.")
+            raise FileExistsError(
+                f"{out} was made of other shards or tokenizers, or the shards have changed; give --out a new folder, or delete it."
+            )
     return True
 
 
-def _write_index(folder: str, index: Index, form: Mapping[str, Any]) -> None:
-    """What is known of the records without reading them. The keys tell that it is of these."""
+def _write_index(folder: str, index: Index, form: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:
+    """What is known of the records without reading them. The keys tell that it is of these, the id what they were made from."""
+    version = hashlib.sha256(json.dumps([os.path.basename(folder), made_from], sort_keys=True).encode()).hexdigest()
     os.makedirs(folder)
     keys = index.keys.raw(slice(None))
-    meta = {"id": index.version, "modalities": list(index.modalities), "subsets": list(index.subsets)}
+    meta = {"id": version, "modalities": list(index.modalities), "subsets": list(index.subsets)}
     available, tokens = (
         there & np.array([m in form[kind] for m in index.modalities])
         for there, kind in ((index.available, "pixels"), (index.has_tokens, "tokens"))

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.train.loss = "mod"
 
     config.run.eval_every = 0  # only at the end
-    config.run.eval_batches = 4  # the held-out scenes of the embedded world, of which the second half has S1GRD
+    config.run.eval_batches = 4  # all held-out scenes of the embedded world
     config.run.probe_scenes = 0
     config.run.checkpoint_every = 500
     config.run.tensorboard = False

@@ -47,12 +47,12 @@ def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
 
 def read_inputs(sample: Sample) -> dict[str, np.ndarray]:
     """``{"S2L2A": [6, H, W, 4]}``."""
-    return {"S2L2A": np.moveaxis(np.stack([np.load(path) for path in sample.inputs], dtype=np.float32), 1, -1)}
+    return {"S2L2A": np.moveaxis(np.stack([files.map_npy(path) for path in sample.inputs], dtype=np.float32), 1, -1)}
 
 
 def read_target(sample: Sample) -> np.ndarray:
     """Classes ``[H, W]``."""
-    return np.load(sample.target).astype(np.int32)
+    return files.map_npy(sample.target).astype(np.int32)
 
 
 def _sample(root: str, folder: str, labels: str, month: str) -> Sample:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from terramind_jax import geo
+from terramind_jax.files import map_npy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_rows_of(path: str, how: Bands, rows: tuple[int, int] | None = None) -> 
 def _read(path: str, names: Sequence[str], what: str, use: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
     if not path.endswith(".npy"):
         return geo.read_valid(path, names, what, use, rows)
-    array = np.moveaxis(np.load(path), -3, -1)
+    array = np.moveaxis(np.array(map_npy(path)), -3, -1)
     if array.shape[-1] != len(names):
         raise ValueError(f"{path} has {array.shape[-1]} bands, expected {len(names)} for {what} ({', '.join(names)}).")
     array = array if use is None else array[..., [names.index(name) for name in use]]
@@ -82,7 +83,7 @@ def read_mask(path: str, ignore_index: float | None, *, zero_is_none: bool = Fal
     file calls that value no data; a ValueError for a value that is no code.
     """
     if path.endswith(".npy"):
-        mask = np.squeeze(np.load(path)).astype(np.float32)
+        mask = np.squeeze(map_npy(path)).astype(np.float32)
     else:
         mask = geo.read_valid(path, ("label",), "a mask")[..., 0]
     if mask.ndim != 2:

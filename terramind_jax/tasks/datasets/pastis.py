@@ -84,7 +84,7 @@ def read_inputs(sample: Sample, *, times: int) -> dict[str, np.ndarray]:
 
 
 def _read_series(path: str, modality: str, times: int) -> np.ndarray:
-    series = np.load(path, mmap_mode="r")
+    series = files.map_npy(path)
     if series.ndim != 4 or series.shape[1] != len(PLANES[modality]):
         raise ValueError(f"{path} has shape {series.shape}, expected [T, {len(PLANES[modality])}, H, W] ({', '.join(PLANES[modality])}).")
     chosen = series[spaced(len(series), times)][:, : len(BANDS[modality])]
@@ -93,7 +93,7 @@ def _read_series(path: str, modality: str, times: int) -> np.ndarray:
 
 def read_target(sample: Sample) -> np.ndarray:
     """Classes ``[H, W]``."""
-    return np.load(sample.target)[0].astype(np.int32)
+    return files.map_npy(sample.target)[0].astype(np.int32)
 
 
 def spaced(length: int, times: int) -> np.ndarray:
