@@ -178,6 +178,7 @@ def test_the_layout_of_the_terramind_repository(floods):
         ("mados", "splits/val_X.txt"),
         ("pastis", "DATA_S1A"),
         ("eurosat", "ds/images/remote_sensing/otherDatasets/sentinel_2/tif/Forest"),
+        ("ai4smallfarms", "sentinel-2-asia/validate"),
     ],
 )
 def test_what_is_not_there_is_told_with_its_source(roots, name, part):

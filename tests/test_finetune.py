@@ -429,7 +429,7 @@ def test_other_tasks(tmp_path, task):
         (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
         (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
         (dict(model=dict(time="sum")), "model.time='sum'; expected one of mean, max, concat, diff, ltae"),
-        (dict(model=dict(time="concat")), "Sen1Floods11 has single images; model.time='concat' is of time series"),
+        *((dict(model=dict(time=t)), f"Sen1Floods11 has single images; model.time='{t}' is of time series") for t in networks.SERIES),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=())), "model.tim_modalities is empty"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=("S3",))), "S3"),
         (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),
@@ -439,6 +439,14 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune.train(settings(root, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_differences_are_of_two_images(tmp_path):
+    config = configured("multitemporal_crop", tmp_path / "data")
+    config.model.update(name="terramind_v1_tiny", weights="random", time="diff")
+    with pytest.raises(ValueError, match="model.time='diff' is of two images, and the series of Multi-Temporal Crop .* have 3"):
+        finetune.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_of_validation_are_checked_before_the_first_step(tmp_path):
@@ -531,6 +539,14 @@ def test_configurations_train(name, tmp_path):
     config.run.update(log_every=1, progress=False, tensorboard=False)
     found = finetune.train(config, tmp_path / "run")
     assert np.isfinite(found["loss"]) and config.train.monitor in found
+
+
+def test_the_validation_of_ai4smallfarms_may_be_called_val(tmp_path):
+    config = configured("ai4smallfarms", tmp_path / "data")
+    names = finetune.open_split(config, "val").names
+    folder = tmp_path / "data" / "sentinel-2-asia"
+    (folder / "validate").rename(folder / "val")
+    assert finetune.open_split(config, "val").names == names
 
 
 def test_a_month_of_biomassters(tmp_path):

@@ -48,7 +48,7 @@ def finetuning() -> ConfigDict:
     config.model.unroll = 1  # layers per iteration of the scan over layers
 
     config.data = ConfigDict()
-    config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | generic, your own
+    config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | ai4smallfarms | generic, your own
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
     config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
