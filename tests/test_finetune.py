@@ -441,6 +441,14 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_true_colour_is_not_for_fine_tuning(tmp_path):
+    """A file of EuroSAT has no S2RGB, which `predict` would be given."""
+    config = settings(tmp_path, data=dict(dataset="eurosat"))
+    config.data.options = ConfigDict({"rgb": True})
+    with pytest.raises(ValueError, match="data.options.rgb is of `evaluate knn`, linear and fewshot alone"):
+        finetune.train(config, tmp_path / "run")
+
+
 def test_differences_are_of_two_images(tmp_path):
     config = configured("multitemporal_crop", tmp_path / "data")
     config.model.update(name="terramind_v1_tiny", weights="random", time="diff")
@@ -552,10 +560,13 @@ def test_the_validation_of_ai4smallfarms_may_be_called_val(tmp_path):
 def test_a_month_of_biomassters(tmp_path):
     """Without the cloud probability, the descending orbit and marks of no data; in hundreds of tonnes."""
     tmp_path = tmp_path / "data"
-    dataset = finetune.open_split(configured("biomassters", tmp_path), "val")
-    (chip,), (read,) = dataset.names, dataset
+    config = configured("biomassters", tmp_path)
+    numbers = [int(chip, 16) for chip in finetune.open_split(config, "train").names]
+    assert {number % 2 for number in numbers} == {0, 1}
+    for number in numbers:  # of the month before, every second chip has no optical image
+        assert (tmp_path / f"train_features/{number:08x}_S2_08.tif").exists() == bool(number % 2)
+    (chip,), (read,) = (dataset := finetune.open_split(config, "val")).names, dataset
     optical, radar = (geo.read(tmp_path / f"train_features/{chip}_{kind}_09.tif") for kind in ("S2", "S1"))
-    assert not (tmp_path / f"train_features/{chip}_S2_08.tif").exists() or int(chip, 16) % 2
     np.testing.assert_array_equal(read["inputs"]["S2L2A"], optical[..., :10])
     assert (radar[:2, :2] == -9999).all() and not read["inputs"]["S1GRD"][:2, :2].any()
     np.testing.assert_array_equal(read["inputs"]["S1GRD"][2:], radar[2:, :, :2])

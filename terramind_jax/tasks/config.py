@@ -106,6 +106,8 @@ def check_values(config: ConfigDict) -> None:
     configuration.check(resolved, "finetune")
     if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
+    if config.data.dataset == "eurosat" and config.data.options.get("rgb"):
+        raise ValueError("data.options.rgb is of `evaluate knn`, linear and fewshot alone; a fine-tuning reads EuroSAT's own 13 bands.")
     if config.data.strata < 0:
         raise ValueError(f"data.strata={config.data.strata}; expected a number of bins, or 0 for none.")
     for field, value in (("data.labels", config.data.labels), ("optimizer.layer_decay", config.optimizer.layer_decay)):

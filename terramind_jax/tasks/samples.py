@@ -405,7 +405,7 @@ GAOFEN = (0, 11, 6, 2, 4, 12, 17, 16, 0, 9)  # the class that stands for each LU
 
 
 def _fivebillionpixels(root: str, counts: dict[str, int], size: int, seed: int) -> None:
-    """Land cover as the world has it, in its nine classes."""
+    """Land cover as the world has it, in eight of the 24 classes."""
     source, number = scenes(seed, size), 0
     for split, count in counts.items():
         for scene in (next(source) for _ in range(count)):
