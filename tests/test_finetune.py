@@ -185,6 +185,22 @@ def test_what_a_step_costs(root, changes, passes):
     assert found == 8 * (passes * encode + 3 * 2 * tokens * own.dim * 16**2 * 2)
 
 
+@pytest.mark.parametrize("tune", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("decoder", ["linear", "unet"])
+def test_what_a_step_costs_is_about_what_its_gradient_does(root, tune, decoder):
+    narrow = dict(layers=(0, 0, 1, 1), channels=(16, 8, 8, 8)) if decoder == "unet" else {}
+    config = settings(root, model=dict(image_size=32, decoder=decoder, lora_rank=2, **narrow), train=dict(tune=tune))
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    loss = partial(finetune.loss, module, finetune.criterion(config, "ce"), config.model.lora_alpha)
+    parted = jax.eval_shape(lambda key: finetune.meta.unbox(networks.init(module, key, tune, 2)), jax.random.key(0))
+    pixels = partial(jax.ShapeDtypeStruct, (8, 32, 32))
+    batch = {"inputs": {"S1GRD": jax.ShapeDtypeStruct((8, 32, 32, 2), np.float32)}, "target": pixels(np.int32), "valid": pixels(bool)}
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    traced = flops.traced(gradient, parted["params"], parted["buffers"], parted.get("batch_stats"), batch, jax.random.key(0))
+    assert finetune.step_flops(config, module, dataset) == pytest.approx(traced, rel=0.25)
+
+
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
     monkeypatch.undo()
     config = settings(root, model=dict(name="terramind_v1_base", layers=(11,)))
