@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shlex
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import process
 from ml_collections import ConfigDict
+from scipy import stats
 
 from terramind_jax import metrics, modalities, weights
 from terramind_jax.data import crops
@@ -43,7 +46,7 @@ METRICS = {"LULC": ("val/mIoU", 100, "mIoU, %"), "DEM": ("val/rmse", KILOMETRE, 
 SIGNS = {"LULC": 1, "DEM": -1}  # whether more is better
 CONSTANTS = {"LULC": "the most common class, everywhere", "DEM": "the mean, everywhere"}  # of the training labels; no network
 PAIRS = (("pretrained", "random"), ("pretrained, TiM of LULC and DEM", "pretrained"))
-Spread = tuple[float, float | None]  # mean and standard deviation over seeds
+Spread = tuple[float, float]  # mean and standard deviation over seeds, the latter that of a sample
 
 
 def write(index: Index, split: str, scenes: int, root: Path) -> int:
@@ -90,7 +93,13 @@ def constant(config: ConfigDict) -> float:
 
 
 def spread(values: list[float]) -> Spread:
-    return statistics.mean(values), statistics.pstdev(values)
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def is_clear(difference: Spread, seeds: int) -> bool:
+    """Whether a mean over seeds is other than zero by a two-sided t-test at 5 %: of three by more than 4.3 standard errors."""
+    mean, deviation = difference
+    return abs(mean) > stats.t.ppf(0.975, seeds - 1) * deviation / math.sqrt(seeds)
 
 
 def pairs(task: str) -> list[tuple[str, str]]:
@@ -113,22 +122,22 @@ def table(task: str, found: dict[tuple, Spread], paired: dict[tuple, Spread]) ->
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def findings(task: str, paired: dict[tuple, Spread]) -> str:
-    """Which differences are more than chance, as far as so few seeds can tell."""
-    lines = ["Clear is a difference whose mean is larger than its standard deviation over seeds:", ""]
+def findings(task: str, paired: dict[tuple, Spread], seeds: int) -> str:
+    """Which differences are clear, as far as so few seeds can tell."""
+    lines = [f"Clear is a difference by seed that a t-test of {seeds} seeds tells from none (two-sided, 5 %; each case for itself):", ""]
     for pair in pairs(task):
         words = []
         for share in SHARES:
-            mean, deviation = paired[task, pair, share]
-            word = "better" if SIGNS[task] * mean > 0 else "worse"
-            words.append(f"{word if abs(mean) > deviation else 'nothing clear'} at {share:.0%}")
+            difference = paired[task, pair, share]
+            word = "better" if SIGNS[task] * difference[0] > 0 else "worse"
+            words.append(f"{word if is_clear(difference, seeds) else 'nothing clear'} at {share:.0%}")
         lines.append(f"- {' against '.join(pair)}: {', '.join(words)}")
     return "\n".join(lines)
 
 
 def _text(value: Spread, sign: str = "") -> str:
     mean, deviation = value
-    return f"{mean:{sign}.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return f"{mean:{sign}.1f} ± {deviation:.1f}"
 
 
 def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int], minutes: float, command: str) -> str:
@@ -140,18 +149,22 @@ def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int],
         f"held-out scenes; {minutes:.0f} minutes in all. Command: `{command}`.\n"
     )
     for task, (_, _, title) in METRICS.items():
-        text += f"\n{task} from Sentinel-2 ({title}):\n\n{table(task, found, paired)}\n\n{findings(task, paired)}\n"
+        text += f"\n{task} from Sentinel-2 ({title}):\n\n{table(task, found, paired)}\n\n{findings(task, paired, seeds)}\n"
     return text
 
 
-def main() -> None:
+def main(flags: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", required=True, type=Path, metavar="DIR", help="what `terramind-jax quickstart` made")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="two at least, of which differences have a standard deviation")
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes that are all of the labels")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="also write the tables there, after every seed")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FILE", help="also write the tables there, after every seed but the first"
+    )
+    arguments = parser.parse_args(flags)
+    if arguments.seeds < 2:
+        parser.error(f"--seeds is {arguments.seeds}; of fewer than 2 nothing is known of chance.")
     start, scores, counts = time.monotonic(), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -168,6 +181,8 @@ def main() -> None:
                 found = finetune.train(config, root / f"run_{seed}_{number}")[name] * factor
                 scores.setdefault(case, []).append(found)
                 print(seed, *case, f"{found:.1f}, {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+            if not seed:
+                continue
             command = shlex.join(["python", "benchmarks/finetune_world.py", *sys.argv[1:]])
             text = report(scores, arguments.steps, counts, (time.monotonic() - start) / 60, command)
             if arguments.out:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -191,7 +191,10 @@ def tokenizer_step(config: TokenizerConfig, batch_size: int, image_size: int) ->
 
 
 def traced(f: Callable[..., Any], *arguments: Any) -> float:
-    """Operations of the matrix products and convolutions of a program on abstract arguments, with every pass of a scan."""
+    """Operations of the matrix products and convolutions of a program on abstract arguments, with every pass of a scan.
+
+    Of the branches of a ``cond`` the one with most counts. A ``while`` counts as one pass, for how many it makes is not known.
+    """
     return float(_products(jax.make_jaxpr(f)(*arguments).jaxpr))
 
 
@@ -204,9 +207,14 @@ def _products(jaxpr: Any) -> int:
         elif equation.primitive.name == "conv_general_dilated":
             kernel, outputs = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[outputs]
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        total += equation.params.get("length", 1) * sum(_products(j) for j in inner if hasattr(j, "eqns"))
+        total += max(map(_products, _programs(equation.params.get("branches", ()))), default=0)
+        total += equation.params.get("length", 1) * sum(map(_products, _programs(equation.params.values())))
     return total
+
+
+def _programs(values: Iterable[Any]) -> list[Any]:
+    """The jaxprs among the parameters of an equation, whether closed or not."""
+    return [jaxpr for jaxpr in (getattr(value, "jaxpr", value) for value in values) if hasattr(jaxpr, "eqns")]
 
 
 def peak(device: jax.Device | None = None) -> float:

@@ -314,6 +314,17 @@ def test_what_needs_no_image_has_a_score(scripts, tmp_path, monkeypatch):
         assert score("LULC") == pytest.approx((2 / 3 + 0) / 2)
 
 
+def test_few_seeds_make_few_differences_clear(scripts, capsys):
+    """The mean of three must be 4.3 standard errors from zero; of one nothing is told."""
+    script = scripts("finetune_world")
+    error = 1 / math.sqrt(3)
+    assert script.is_clear((-4.31 * error, 1.0), 3) and not script.is_clear((4.29 * error, 1.0), 3)
+    assert not script.is_clear((12.7 / math.sqrt(2), 1.0), 2) and script.is_clear((2.1, 1.0), 5)
+    with pytest.raises(SystemExit):
+        script.main(["--quickstart=none", "--seeds=1"])
+    assert "--seeds is 1; of fewer than 2" in capsys.readouterr().err
+
+
 def test_differences_of_fine_tunings_are_told_by_seed(scripts):
     """Scores that scatter by 10 with the labels, the pretrained ones always 2 to 4 better."""
     script, scores = scripts("finetune_world"), {}
@@ -324,7 +335,7 @@ def test_differences_of_fine_tunings_are_told_by_seed(scripts):
             better = scores[task, "pretrained", share] = [x + sign * gain for x, gain in zip(random, (2, 3, 4), strict=True)]
             scores[task, script.PAIRS[1][0], share] = [x + off for x, off in zip(better, (-1, 0, 1), strict=True)]
     text = script.report(scores, 60, {"train": 160, "val": 32}, 1.0, "python")
-    assert "| random | 30.0 ± 8.2 |" in text and "| pretrained minus random, by seed | -3.0 ± 0.8 |" in text
+    assert "| random | 30.0 ± 10.0 |" in text and "| pretrained minus random, by seed | -3.0 ± 1.0 |" in text
     assert text.count("pretrained against random: better at 5%, better at 20%, better at 100%") == 2
     assert text.count("TiM of LULC and DEM against pretrained: nothing clear at 5%") == 2
     assert (

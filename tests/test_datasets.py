@@ -178,6 +178,7 @@ def test_the_layout_of_the_terramind_repository(floods):
         ("mados", "splits/val_X.txt"),
         ("pastis", "DATA_S1A"),
         ("eurosat", "ds/images/remote_sensing/otherDatasets/sentinel_2/tif/Forest"),
+        ("ai4smallfarms", "sentinel-2-asia/validate"),
     ],
 )
 def test_what_is_not_there_is_told_with_its_source(roots, name, part):
@@ -231,6 +232,24 @@ def test_bands_scales_and_one_modality(roots):
     assert set(radar[0]["inputs"]) == set(radar.facts.bands) == {"S1GRD"} and not radar.facts.mean
     with pytest.raises(ValueError, match="The inputs of floods are S2L1C, S1GRD; DEM is none."):
         own.only(["DEM"])
+
+
+def test_a_number_that_goes_on_is_anothers(tmp_path):
+    """``tile_10_label.npy`` is not of ``tile_1``, even if that has none; a name may go on in another way."""
+    images = {"S1GRD": {"folder": "images", "pattern": "*.npy"}}
+    fields = dict(images=images, labels={"folder": "labels", "pattern": "*.npy"}, class_names=("a", "b"))
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for number in (1, 10, 100):
+        np.save(tmp_path / f"images/tile_{number}.npy", np.ones((2, 4, 4), np.float32))
+        np.save(tmp_path / f"labels/tile_{number}_24label.npy", np.full((4, 4), number % 2))
+    dataset = datasets.load("generic", tmp_path, **fields)
+    assert {name: int(dataset.target(i).max()) for i, name in enumerate(dataset.names)} == {"tile_1": 1, "tile_10": 0, "tile_100": 0}
+    (tmp_path / "labels/tile_1_24label.npy").rename(tmp_path / "labels/tile_1_other.npy")
+    assert datasets.load("generic", tmp_path, **fields).names == dataset.names
+    (tmp_path / "labels/tile_1_other.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="names tile_1, whose file .*tile_1.npy is not there"):
+        datasets.load("generic", tmp_path, **fields)
 
 
 def test_statistics_are_those_of_all_pixels(roots):
@@ -411,7 +430,7 @@ def test_a_value_that_is_no_code(tmp_path):
     [
         ({"codes": (0, 255)}, "labels.codes are 0, 255; expected one for each of 3 classes"),
         ({"codes": (0, 255, 255)}, "labels.codes are 0, 255, 255; expected one for each of 3 classes"),
-        ({"codes": (0, 1, 2), "zero_is_none": True}, "leave no zero_is_none"),
+        ({"codes": (0, 1, 2), "zero_is_none": True}, "labels.codes and labels.zero_is_none are both given; give one"),
     ],
 )
 def test_codes_that_cannot_be(tmp_path, labels, message):

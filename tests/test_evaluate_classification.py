@@ -54,16 +54,18 @@ def test_nearest_neighbours_of_the_training_split(root, tmp_path, capsys):
     predicted = rows(out / "predictions.csv")
     assert float(found[0]["accuracy"]) == np.mean([row["truth"] == row["predicted"] for row in predicted])
     assert all(row["sample"].startswith(row["truth"]) for row in predicted) and len(predicted) == 20
-    assert "| TerraMind-large | EuroSAT | S2RGB | k 5 | 0.751 |" in (out / "report.md").read_text()
+    assert "| TerraMind-large | EuroSAT | S2L2A, only RED GREEN BLUE, others 0 | k 5 | 0.751 |" in (out / "report.md").read_text()
     assert cli.main(command) == 2 and "exists already" in capsys.readouterr().err
 
 
-def test_the_split_and_the_input_of_the_published_numbers(root, tmp_path):
+def test_the_spatial_split_and_S2RGB(root, tmp_path):
+    """As published of a linear probe; published neighbours are of another input, and do not stand beside as if they were of this one."""
     out = tmp_path / "out"
     command = ["evaluate", "knn", *OF_MODEL, f"--data={root}", f"--out={out}", "--spatial", "--inputs=S2RGB", "--k=5"]
     assert cli.main(command) == 0
     text = (out / "report.md").read_text()
     assert "EuroSAT, spatial split, 20 test images" in text and "| terramind_v1_tiny | EuroSAT | S2RGB | k 5 |" in text
+    assert "| TerraMind-base | EuroSAT | S2L2A, only" in text and "| TerraMind-base | EuroSAT | S2RGB" not in text
     assert {row["sample"] for row in rows(out / "predictions.csv")} == set(datasets.load("eurosat", root, "test", spatial=True).names)
 
 
@@ -82,6 +84,24 @@ def get_config():
 """
 
 
+YAML = """
+data:
+  class_path: terratorch.datamodules.GenericMultiModalDataModule
+  init_args:
+    modalities: [S1GRD]
+    train_data_root: {S1GRD: images}
+    test_data_root: {S1GRD: images}
+    train_label_data_root: labels.csv
+    test_label_data_root: labels.csv
+    train_split: train.txt
+    test_split: test.txt
+    image_grep: {S1GRD: "*.tif"}
+model:
+  class_path: terratorch.tasks.ClassificationTask
+  init_args: {model_args: {backbone: terramind_v1_tiny}, class_names: [dark, bright]}
+"""
+
+
 def test_images_of_ones_own(tmp_path):
     """Radar that a configuration of `finetune` describes, where bright and dark are told apart without a model."""
     data, out = tmp_path / "data", tmp_path / "out"
@@ -97,6 +117,11 @@ def test_images_of_ones_own(tmp_path):
     of_model, of_bands = rows(out / "scores.csv")
     assert of_model["data set"] == "sheds" and of_model["input"] == "S1GRD" and float(of_bands["accuracy"]) == 1
     assert [row["truth"] for row in rows(out / "predictions.csv")] == ["dark", "bright"] * 2
+    assert "torchgeo" not in (out / "report.md").read_text()  # nothing is published of these images
+    (tmp_path / "own.yaml").write_text(YAML)
+    command = ["evaluate", "knn", *OF_MODEL, f"--config={tmp_path / 'own.yaml'}", f"--data={data}", f"--out={tmp_path / 'yaml'}", "--k=3"]
+    assert cli.main(command) == 0
+    assert (tmp_path / "yaml" / "predictions.csv").read_text() == (out / "predictions.csv").read_text()
 
 
 def test_linear_probe(root, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import jax
@@ -87,10 +88,24 @@ def test_the_test_split_beside_the_papers_numbers(floods, root, tmp_path):
     assert f"{len(dataset)} samples of the test split" in text and "| 72.25 |" in text and "S1 + generated LULC" in text
 
 
-def test_the_validation_split_gives_what_training_logged(floods, tmp_path):
+def test_the_validation_split_gives_what_training_logged(floods, root, tmp_path):
     found = finetuned.run(weights=floods, split="val", out=tmp_path / "val")
     assert found == pytest.approx(logged(floods), rel=1e-4)
-    assert finetuned.run(weights=floods, split="val", out=tmp_path / "one", limit=1, batch_size=3).keys() == found.keys()
+    ones = {n: finetuned.run(weights=floods, split="val", out=tmp_path / f"one{n}", limit=1, batch_size=n) for n in (1, 3)}
+    assert ones[1] == pytest.approx(ones[3], rel=1e-5) and ones[1].keys() == found.keys()
+    valid = (datasets.load("sen1floods11", root, "val")[0]["target"] >= 0).sum()
+    assert sum(int(row["pixels"]) for row in rows(tmp_path / "one3") if row["pixels"]) == valid
+
+
+def test_all_training_samples_are_scored(floods, root, tmp_path):
+    """Also of a run that has seen a quarter of their labels."""
+    workdir = shutil.copytree(floods, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["labels"] = 0.25
+    (workdir / "config.json").write_text(json.dumps(config))
+    finetuned.run(weights=workdir, split="train", out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"{len(datasets.load('sen1floods11', root, 'train'))} samples of the train split; scores in per cent, but for the loss" in text
 
 
 @pytest.mark.slow

@@ -317,3 +317,12 @@ def test_own_rows_stand_above_the_published_ones_of_their_columns():
     lines = text.split("\n")
     assert lines[0] == "| model | input | METER-ML | source |" and lines[2] == "| mine | S2L1C | 31.00 | this run |"
     assert "32.23" in text and "52.39" not in text
+
+
+def test_a_note_stands_below_published_rows_alone():
+    """Of a data set without such rows there is none; that nothing is published of a protocol is told."""
+    note = {name: results.published(name)[1] for name in ("finetuned", "geolocate")}
+    row = {"model": "mine", "data set": "Sen1Floods11", "mIoU": 80.0}
+    assert results.compared("finetuned", [row]).endswith(note["finetuned"])
+    assert results.compared("finetuned", [{**row, "data set": "MADOS"}]).endswith("| mine | MADOS | 80.00 | this run |")
+    assert results.compared("geolocate", [{"model": "mine", "kilometres": 80.0}]).endswith(note["geolocate"])

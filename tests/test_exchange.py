@@ -19,7 +19,7 @@ from terramind_jax.tasks.datasets import multitemporal_crop
 from terramind_jax.tasks.samples import sample
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
-YAML = (Path(__file__).parent / "terratorch.yaml").read_text()
+YAML = (CONFIGURATIONS / "floods.yaml").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,42 @@ def test_crops_of_three_images_are_trained_and_predicted(tmp_path):
     assert np.asarray(geo.read(made)).shape[:2] == (48, 48) and geo.same_grid(geo.place(made), geo.place(path))
     with pytest.raises(ValueError, match="joins the features of 3 images, and its input is a series of 2"):
         task({"S2L2A": read["inputs"]["S2L2A"][None, :2]})
+
+
+ALL_CLASSES = "    class_names: [wild, forest, corn, soy, wet, built, water, wheat, alfalfa, fallow, cotton, sorghum, other]\n"
+
+
+def crops(path, *changes):
+    """`terratorch.read` of the configuration of crops with changes, each the old text and the new."""
+    text = (CONFIGURATIONS / "multitemporal_crop.yaml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return terratorch.read(path)
+
+
+def test_crops_without_data_are_a_class_if_zero_is_not_reduced(path):
+    config, rest = crops(path, ("zero_label: true", "zero_label: false"), ("num_classes: 13", "num_classes: 14"), (ALL_CLASSES, ""))
+    assert _facts(config).class_names == ("No Data", *multitemporal_crop.CLASSES) and len(rest) == 1
+
+
+def test_crops_are_series_whatever_is_told(path):
+    config, rest = crops(path, ("expand_temporal_dimension: true", "expand_temporal_dimension: false"))
+    assert _facts(config).has_times and "data.init_args.expand_temporal_dimension=False: series of images here" in rest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("num_classes: 13", "num_classes: 14"), (ALL_CLASSES, "")], "14 classes; .* has 13, 0, no data, not among them"),
+        ([("zero_label: true", "zero_label: false")], "13 classes; .* has 14, 0, no data, among them"),
+        ([("    reduce_zero", "    bands: [BLUE, NIR]\n    reduce_zero")], "hold the bands BLUE, GREEN, RED, .*; NIR is none of them"),
+    ],
+)
+def test_crops_of_other_classes_or_bands_are_refused(path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        crops(path, *changes)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,22 @@ def test_what_a_step_costs(root, changes, passes):
     assert found == 8 * (passes * encode + 3 * 2 * tokens * own.dim * 16**2 * 2)
 
 
+@pytest.mark.parametrize("tune", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("decoder", ["linear", "unet"])
+def test_what_a_step_costs_is_about_what_its_gradient_does(root, tune, decoder):
+    narrow = dict(layers=(0, 0, 1, 1), channels=(16, 8, 8, 8)) if decoder == "unet" else {}
+    config = settings(root, model=dict(image_size=32, decoder=decoder, lora_rank=2, **narrow), train=dict(tune=tune))
+    dataset = finetune.open_split(config, "train")
+    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    loss = partial(finetune.loss, module, finetune.criterion(config, "ce"), config.model.lora_alpha)
+    parted = jax.eval_shape(lambda key: finetune.meta.unbox(networks.init(module, key, tune, 2)), jax.random.key(0))
+    pixels = partial(jax.ShapeDtypeStruct, (8, 32, 32))
+    batch = {"inputs": {"S1GRD": jax.ShapeDtypeStruct((8, 32, 32, 2), np.float32)}, "target": pixels(np.int32), "valid": pixels(bool)}
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    traced = flops.traced(gradient, parted["params"], parted["buffers"], parted.get("batch_stats"), batch, jax.random.key(0))
+    assert finetune.step_flops(config, module, dataset) == pytest.approx(traced, rel=0.25)
+
+
 def test_lora_is_less_than_two_per_cent(monkeypatch, root):
     monkeypatch.undo()
     config = settings(root, model=dict(name="terramind_v1_base", layers=(11,)))
@@ -429,7 +445,7 @@ def test_other_tasks(tmp_path, task):
         (dict(model=dict(layers=(7,))), "model.layers are 7; terramind_v1_tiny has layers from 0 to 1"),
         (dict(model=dict(merge_method="dict")), "a decoder needs one of mean, max, concat"),
         (dict(model=dict(time="sum")), "model.time='sum'; expected one of mean, max, concat, diff, ltae"),
-        (dict(model=dict(time="concat")), "Sen1Floods11 has single images; model.time='concat' is of time series"),
+        *((dict(model=dict(time=t)), f"Sen1Floods11 has single images; model.time='{t}' is of time series") for t in networks.SERIES),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=())), "model.tim_modalities is empty"),
         (dict(model=dict(name="terramind_v1_tiny_tim", tim_modalities=("S3",))), "S3"),
         (dict(optimizer=dict(schedule="linear")), "optimizer.schedule='linear'; expected one of constant"),
@@ -439,6 +455,22 @@ def test_configurations_that_cannot_work(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune.train(settings(root, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_true_colour_is_not_for_fine_tuning(tmp_path):
+    """A file of EuroSAT has no S2RGB, which `predict` would be given."""
+    config = settings(tmp_path, data=dict(dataset="eurosat"))
+    config.data.options = ConfigDict({"rgb": True})
+    with pytest.raises(ValueError, match="data.options.rgb is of `evaluate knn`, linear and fewshot alone"):
+        finetune.train(config, tmp_path / "run")
+
+
+def test_differences_are_of_two_images(tmp_path):
+    config = configured("multitemporal_crop", tmp_path / "data")
+    config.model.update(name="terramind_v1_tiny", weights="random", time="diff")
+    with pytest.raises(ValueError, match="model.time='diff' is of two images, and the series of Multi-Temporal Crop .* have 3"):
+        finetune.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_of_validation_are_checked_before_the_first_step(tmp_path):
@@ -533,13 +565,24 @@ def test_configurations_train(name, tmp_path):
     assert np.isfinite(found["loss"]) and config.train.monitor in found
 
 
+def test_the_validation_of_ai4smallfarms_may_be_called_val(tmp_path):
+    config = configured("ai4smallfarms", tmp_path / "data")
+    names = finetune.open_split(config, "val").names
+    folder = tmp_path / "data" / "sentinel-2-asia"
+    (folder / "validate").rename(folder / "val")
+    assert finetune.open_split(config, "val").names == names
+
+
 def test_a_month_of_biomassters(tmp_path):
     """Without the cloud probability, the descending orbit and marks of no data; in hundreds of tonnes."""
     tmp_path = tmp_path / "data"
-    dataset = finetune.open_split(configured("biomassters", tmp_path), "val")
-    (chip,), (read,) = dataset.names, dataset
+    config = configured("biomassters", tmp_path)
+    numbers = [int(chip, 16) for chip in finetune.open_split(config, "train").names]
+    assert {number % 2 for number in numbers} == {0, 1}
+    for number in numbers:  # of the month before, every second chip has no optical image
+        assert (tmp_path / f"train_features/{number:08x}_S2_08.tif").exists() == bool(number % 2)
+    (chip,), (read,) = (dataset := finetune.open_split(config, "val")).names, dataset
     optical, radar = (geo.read(tmp_path / f"train_features/{chip}_{kind}_09.tif") for kind in ("S2", "S1"))
-    assert not (tmp_path / f"train_features/{chip}_S2_08.tif").exists() or int(chip, 16) % 2
     np.testing.assert_array_equal(read["inputs"]["S2L2A"], optical[..., :10])
     assert (radar[:2, :2] == -9999).all() and not read["inputs"]["S1GRD"][:2, :2].any()
     np.testing.assert_array_equal(read["inputs"]["S1GRD"][2:], radar[2:, :, :2])

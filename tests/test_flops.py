@@ -81,6 +81,21 @@ def test_convolutions_are_counted():
     assert flops.traced(forward, *shapes) == 2 * (16 * 6) * (9 * 2) + 3 * 2 * 16 * 6 * 6
 
 
+def test_the_largest_branch_and_one_pass_of_a_while_are_counted():
+    """The former also within a scan."""
+
+    def branched(x, _):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x), None
+
+    def repeated(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)
+
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert flops.traced(lambda x: branched(x, None), x) == 2 * 2 * 4**3
+    assert flops.traced(lambda x: jax.lax.scan(branched, x, length=3), x) == 3 * 2 * 2 * 4**3
+    assert flops.traced(repeated, x) == 2 * 4**3
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_what_a_remat_policy_repeats(gated):
     counted, formula = {}, {}

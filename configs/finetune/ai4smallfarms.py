@@ -12,7 +12,6 @@ Every other field, with its meaning: terramind_jax/tasks/config.py.
 from ml_collections import ConfigDict
 
 from terramind_jax.tasks.config import finetuning
-from terramind_jax.tasks.datasets import ai4smallfarms
 
 
 def get_config() -> ConfigDict:
@@ -21,8 +20,7 @@ def get_config() -> ConfigDict:
     config.model.name = "terramind_v1_base"
     config.model.decoder = "upernet"
 
-    config.data.dataset = "generic"
-    config.data.options = ConfigDict(ai4smallfarms.fields())
+    config.data.dataset = "ai4smallfarms"
     config.data.statistics = "dataset"
 
     config.optimizer.learning_rate = 1e-4

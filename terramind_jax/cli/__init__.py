@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from terramind_jax.cli import data, evaluate
-from terramind_jax.cli.arguments import LULC_CODES, accept_grain_workers, add, add_model, add_tokenizers, names, read_inputs
+from terramind_jax.cli.arguments import LULC_CODES, accept_grain_workers, add, add_model, add_tokenizers, names, read_inputs, task_config
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # JAX's own: where compiled programs are kept
@@ -135,20 +135,7 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
 def _finetune(parsed: argparse.Namespace) -> int:
     from terramind_jax.tasks import finetune
 
-    return _train(finetune.train, parsed, _task_config(parsed))
-
-
-def _task_config(parsed: argparse.Namespace):
-    """The configuration of a fine-tuning, ours or TerraTorch's; what has no equivalent is told."""
-    from terramind_jax import config
-    from terramind_jax.tasks import terratorch
-
-    if Path(parsed.config).suffix not in terratorch.SUFFIXES:
-        return config.load(parsed.config, parsed.overrides)
-    settings, rest = terratorch.read(parsed.config)
-    for line in rest:
-        print(f"{parsed.config}: no equivalent: {line}", file=sys.stderr)
-    return config.overridden(settings, parsed.overrides)
+    return _train(finetune.train, parsed, task_config(parsed))
 
 
 def _train(train, parsed: argparse.Namespace, settings=None) -> int:
@@ -352,7 +339,7 @@ def _convert(parsed: argparse.Namespace) -> None:
     from terramind_jax.tasks import exchange, finetune
 
     if parsed.config:
-        exchange.import_model(parsed.source, parsed.target, _task_config(parsed))
+        exchange.import_model(parsed.source, parsed.target, task_config(parsed))
     elif parsed.overrides:
         raise ValueError(f"{parsed.overrides[0]} needs --config=FILE.")
     elif (Path(parsed.source) / finetune.TASK).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def read_inputs(pairs: Sequence[str]) -> dict[str, str]:
             raise FileNotFoundError(f"--input {name}: there is no file or folder {path}.")
         inputs[name] = path
     return inputs
+
+
+def task_config(parsed: argparse.Namespace):
+    """The configuration of a fine-tuning, ours or TerraTorch's; what has no equivalent is told."""
+    from terramind_jax import config
+    from terramind_jax.tasks import terratorch
+
+    if Path(parsed.config).suffix not in terratorch.SUFFIXES:
+        return config.load(parsed.config, parsed.overrides)
+    settings, rest = terratorch.read(parsed.config)
+    for line in rest:
+        print(f"{parsed.config}: no equivalent: {line}", file=sys.stderr)
+    return config.overridden(settings, parsed.overrides)
 
 
 def read_offsets(pairs: Sequence[str]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from terramind_jax.cli.arguments import (
     names,
     positive,
     read_offsets,
+    task_config,
 )
 
 
@@ -108,8 +109,8 @@ def _add_generation(parser: argparse.ArgumentParser, split: str) -> None:
 def _add_features(parser: argparse.ArgumentParser) -> None:
     """Which images of which data set, and their features."""
     parser.add_argument("--dataset", metavar="NAME", help="whose images have one label each; default: eurosat")
-    parser.add_argument("--spatial", action="store_true", help="EuroSAT's splits by longitude, as published of knn and linear")
-    text = "your own data: a configuration of finetune, of which data.dataset, data.options and data.root are taken"
+    parser.add_argument("--spatial", action="store_true", help="EuroSAT's splits by longitude, as published of linear")
+    text = "your own data: a configuration of finetune, or TerraTorch's YAML, of which data.dataset, data.options and data.root are taken"
     parser.add_argument("--config", metavar="FILE", help=text)
     parser.set_defaults(overrides=[])
     parser.add_argument("--data", metavar="ROOT", help="its folder, needed if no --config tells it; a tiny copy: `data sample eurosat`")
@@ -151,7 +152,7 @@ def _configured(parsed: argparse.Namespace) -> dict:
 
     if parsed.dataset or parsed.spatial:
         raise ValueError(f"{parsed.config} tells the data set and its options; leave out --dataset and --spatial.")
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = task_config(parsed)
     if config.command_of(settings) != "finetune":
         raise ValueError(f"{parsed.config} is of {config.command_of(settings)}; expected a configuration of finetune.")
     told = settings.data

@@ -2,6 +2,7 @@
 
 Samples are seen and measured as the run's validation does: windows of the crops' size cover an image, and of a pixel in two the first
 counts. So ``val`` gives the numbers that training logged for its best parameters. Of labels of images each window is judged alone.
+Every sample of a split is scored, of ``train`` also those whose labels a share ``data.labels`` has left out.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def run(
     with results.folder(out) as partial_out:
         task, config = finetune.load(weights), configuration.of_workdir(weights)
         config.data.root = config.data.root if data is None else os.fspath(data)
+        config.data.labels = 1.0
         if not config.data.root:
             raise ValueError(f"{weights} does not tell where its data set is; give its folder with --data=ROOT.")
         dataset = finetune.open_split(config, split)
@@ -77,7 +79,7 @@ def _report(path: Path, model: str, task: Task, dataset: Dataset, config: Config
     if facts.task == "segmentation" and facts.num_classes == 2:  # what is mapped is the second
         of_classes |= {f"{row['class']} IoU": 100 * row["IoU"] for row in classes if row["class"] == facts.class_names[1]}
     row = {**told, **of_classes, **{name: x for name, x in found.items() if name in ("loss", "rmse", "mae")}}
-    unit = "scores in per cent" if facts.num_classes else "RMSE and MAE in the unit of the labels"
+    unit = "scores in per cent, but for the loss" if facts.num_classes else "RMSE and MAE in the unit of the labels"
     shown = [{name: 100 * x if isinstance(x, float) else x for name, x in of.items()} for of in classes]
     return results.write_report(
         path,

@@ -62,16 +62,18 @@ def published(protocol: str) -> tuple[list[dict[str, Any]], str]:
 def compared(protocol: str, rows: Sequence[Row], *others: str) -> str:
     """Own rows above those published ones that have a number in a column of theirs, and the note on these; rows of `others`, too.
 
-    Where own rows name their data sets, published ones of another are left out.
+    Where own rows name their data sets, published ones of another are left out. Where none is left there is no note; a protocol of
+    which nothing is published keeps its own, which says so.
     """
-    theirs, note = published(protocol)
-    theirs += [row for other in others for row in published(other)[0]]
+    known, note = published(protocol)
+    theirs = known + [row for other in others for row in published(other)[0]]
     own = {row["data set"] for row in rows if "data set" in row}
     theirs = [row for row in theirs if not own or row.get("data set") in (None, *own)]
     columns = {name for row in rows for name in row}
     measured = {name for row in rows for name, x in row.items() if isinstance(x, float)}
     theirs = [{name: x for name, x in row.items() if name in (*columns, "source")} for row in theirs if measured & row.keys()]
-    return f"{table([*({**row, 'source': OWN} for row in rows), *theirs])}\n\n{note}"
+    shown = table([*({**row, "source": OWN} for row in rows), *theirs])
+    return f"{shown}\n\n{note}" if theirs or not known else shown
 
 
 def _is_nothing(x: Any) -> bool:

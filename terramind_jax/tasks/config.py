@@ -48,7 +48,7 @@ def finetuning() -> ConfigDict:
     config.model.unroll = 1  # layers per iteration of the scan over layers
 
     config.data = ConfigDict()
-    config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | generic, your own
+    config.data.dataset = "generic"  # sen1floods11 | burnscars | mados | pastis | eurosat | ai4smallfarms | generic, your own
     config.data.root = ""  # its folder
     config.data.options = ConfigDict()  # of the data set, such as pastis' times; of generic all that describes it, see tasks.datasets
     config.data.crop = 224  # side of training's random crops and of windows otherwise, a multiple of 16; 0: whole images
@@ -106,6 +106,8 @@ def check_values(config: ConfigDict) -> None:
     configuration.check(resolved, "finetune")
     if config.data.crop < 0 or config.data.crop % 16:
         raise ValueError(f"data.crop={config.data.crop}; expected a multiple of 16, the patch size.")
+    if config.data.dataset == "eurosat" and config.data.options.get("rgb"):
+        raise ValueError("data.options.rgb is of `evaluate knn`, linear and fewshot alone; a fine-tuning reads EuroSAT's own 13 bands.")
     if config.data.strata < 0:
         raise ValueError(f"data.strata={config.data.strata}; expected a number of bins, or 0 for none.")
     for field, value in (("data.labels", config.data.labels), ("optimizer.layer_decay", config.optimizer.layer_decay)):

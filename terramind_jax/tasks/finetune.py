@@ -152,9 +152,10 @@ def criterion(config: ConfigDict, name: str) -> losses.Loss:
 
 
 def step_flops(config: ConfigDict, module: TaskModel, dataset: Dataset) -> float:
-    """Floating-point operations of a step: a forward pass, and two more back through what is trained, of which LoRA needs one.
+    """About the floating-point operations of a step: a forward pass, and two back through what is trained, through LoRA's backbone one.
 
-    What a thinker makes is not counted, nor are features that are kept.
+    A gradient's own products differ by up to a fifth of nano models: the first layer that is trained gives nothing back to its inputs, and
+    LoRA needs the second pass through attention's kernels. What a thinker makes is not counted, nor are features that are kept.
     """
     side, length = config.data.crop, dataset.length()
     lead, grid = (config.train.batch_size, *(length,) * bool(length)), (side // PATCH_SIZE,) * 2
@@ -194,17 +195,20 @@ def with_sizes(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         if height != width or height % PATCH_SIZE:
             raise ValueError(f"The images of {dataset.facts.title} are {height}x{width} pixels, which data.crop=0 cannot take; set it.")
         config.data.crop = height
-    if config.model.time == "concat":
-        config.model.times = _length(config.model.times, dataset)
+    if config.model.time in networks.SERIES:
+        found = _length(config.model.time, config.model.times, dataset)
+        config.model.times = found if config.model.time == "concat" else config.model.times
     return config.lock()
 
 
-def _length(told: int, dataset: Dataset) -> int:
-    """Images of a time series; a ValueError if they are other than what is told."""
+def _length(time: str, told: int, dataset: Dataset) -> int:
+    """Images of a time series; a ValueError if there is none, or it has other images than `time` takes or than are told."""
     found = dataset.length()
     if not found:
-        raise ValueError(f"{dataset.facts.title} has single images; model.time='concat' is of time series.")
-    if told not in (0, found):
+        raise ValueError(f"{dataset.facts.title} has single images; model.time={time!r} is of time series.")
+    if time == "diff" and found != 2:
+        raise ValueError(f"model.time='diff' is of two images, and the series of {dataset.facts.title} have {found}.")
+    if time == "concat" and told not in (0, found):
         raise ValueError(f"model.times={told}, but the series of {dataset.facts.title} have {found} images.")
     return found
 

@@ -201,10 +201,13 @@ def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list
         raise ValueError("The configuration does not say which modalities the data are; give model_args.backbone_modalities.")
     config.model.modalities = config.model.modalities or names
     known = args.pop("backbone_bands", None) or {}
-    options = _crops(own, names[0]) if kind == CROPS else _folders(config, own, names, known, task)
+    options = _crops(own, names[0], rest) if kind == CROPS else _folders(config, own, names, known, task)
     classes = tuple(map(str, model.pop("class_names", None) or ()))
     count = own.pop("num_classes", None) or args.get("num_classes")
     args.pop("num_classes", None)
+    if kind == CROPS and (len(classes) or count or len(options["class_names"])) != len(options["class_names"]):
+        told, zero = len(classes) or count, "not " * options["labels"]["zero_is_none"]
+        raise ValueError(f"The configuration has {told} classes; {CROPS} has {len(options['class_names'])}, 0, no data, {zero}among them.")
     ignore, replaced = model.pop("ignore_index", None), own.pop("no_label_replace", None)
     options |= dict(task=task, ignore_index=replaced if ignore is None else ignore)
     options |= {"class_names": classes} if classes else {"num_classes": count} if count and "regression" not in task else {}
@@ -213,11 +216,11 @@ def _data(config: ConfigDict, node: Fields, task: str, model: Fields, rest: list
     config.data.options = ConfigDict(options)
 
 
-def _crops(own: Fields, modality: str) -> Fields:
+def _crops(own: Fields, modality: str, rest: list[str]) -> Fields:
     """Images, labels and splits of the one data set that this data module reads."""
     fields = dict(_pop(own, data_root="root", bands="bands", reduce_zero_label="zero_is_none", no_data_replace="replace"))
-    if own.get("expand_temporal_dimension", True):
-        own.pop("expand_temporal_dimension", None)
+    if not own.pop("expand_temporal_dimension", True):
+        rest.append("data.init_args.expand_temporal_dimension=False: series of images here")
     return multitemporal_crop.options(modality=modality, **{name: value for name, value in fields.items() if value is not None})
 
 

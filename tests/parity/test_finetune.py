@@ -31,7 +31,7 @@ from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
 
 STEPS, CHANNELS = 30, (32, 16, 16, 8)
-CONFIGURATIONS = Path(__file__).parents[1]
+CONFIGURATIONS = Path(__file__).parents[1] / "configurations"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -126,7 +126,7 @@ SLOW = ("thinking", "upernet", "fcn")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CHANGES])
 def test_tasks_come_and_go(tmp_path, case):
     """A task's checkpoint, as Lightning writes it, becomes a work directory of equal outputs, and what that exports loads strictly."""
-    text = (CONFIGURATIONS / ("configurations/multitemporal_crop.yaml" if case == "crops" else "terratorch.yaml")).read_text()
+    text = (CONFIGURATIONS / f"{'multitemporal_crop' if case == 'crops' else 'floods'}.yaml").read_text()
     for old, new in CHANGES[case].items():
         assert old in text
         text = text.replace(old, new)

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import os
 
-from terramind_jax.tasks.datasets import burnscars, eurosat, generic, mados, pangaea, pastis, sen1floods11
+from terramind_jax.tasks.datasets import ai4smallfarms, burnscars, eurosat, generic, mados, pangaea, pastis, sen1floods11
 from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample, class_counts, statistics, strata
 
 OTHERS = {"generic": generic, "pangaea": pangaea}
-PUBLISHED = {"sen1floods11": sen1floods11, "burnscars": burnscars, "mados": mados, "pastis": pastis, "eurosat": eurosat}
+PUBLISHED = {
+    "sen1floods11": sen1floods11,
+    "burnscars": burnscars,
+    "mados": mados,
+    "pastis": pastis,
+    "eurosat": eurosat,
+    "ai4smallfarms": ai4smallfarms,
+}
 
 __all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "facts", "load", "statistics", "strata"]
 

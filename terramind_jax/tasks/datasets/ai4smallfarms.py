@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from terramind_jax.tasks.datasets import generic
-from terramind_jax.tasks.datasets.dataset import Dataset
+from terramind_jax.tasks.datasets import files, generic
+from terramind_jax.tasks.datasets.dataset import SPLITS, Dataset
 
 SOURCE = "https://doi.org/10.17026/dans-xy6-ngg6"
 BASE = "sentinel-2-asia"
@@ -40,7 +40,19 @@ def fields(validation: str = "validate") -> dict[str, Any]:
 FACTS = generic.facts(**fields())
 
 
+def check(root: str | os.PathLike) -> None:
+    """Raises a FileNotFoundError that tells what is not there and where to get it."""
+    images, masks = (_fields(root)[what] for what in ("images", "labels"))
+    parts = [*images["S2L2A"]["folder"].values(), *masks["folder"].values()]
+    files.require(FACTS.title, os.fspath(root), parts, SOURCE)
+
+
 def dataset(root: str | os.PathLike, split: str = "train") -> Dataset:
     """The tiles of ``train``, ``val`` or ``test``."""
-    has_val = os.path.isdir(os.path.join(root, BASE, "val"))
-    return generic.dataset(root, split, **fields("val" if has_val else "validate"))
+    if split not in SPLITS:
+        raise ValueError(f"{FACTS.title} has no split {split!r}; it has {', '.join(SPLITS)}.")
+    return generic.dataset(root, split, **_fields(root))
+
+
+def _fields(root: str | os.PathLike) -> dict[str, Any]:
+    return fields("val" if os.path.isdir(os.path.join(root, BASE, "val")) else "validate")

@@ -5,7 +5,8 @@
 
 The folders may also be those of the authors' archive, ``EuroSAT_MS/AnnualCrop``, or lie in the root. **B8A is stored last**; here it is
 where Sentinel-2 has it. The splits are those of Neumann et al. (arXiv 1911.06721); `spatial` ones, ``eurosat-spatial-train.txt``, are by
-longitude. `rgb` gives S2RGB instead (`true_colour`), from top-of-atmosphere reflectance where the pretraining's is of L2A.
+longitude. `rgb` gives S2RGB instead (`true_colour`), from top-of-atmosphere reflectance where the pretraining's is of L2A; it is for the
+protocols that look at features.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def read_rgb(sample: Sample) -> dict[str, np.ndarray]:
 def true_colour(image: np.ndarray) -> np.ndarray:
     """Reflectance x 10000 ``[H, W, 3]`` as 0-255, stretched as TerraMind's authors do it for S2RGB.
 
-    What lies below the quantile of 2 per cent, or 1000, or above that of 98, or `WHITE`, comes nearer to it by half. Then 0 is the quantile
-    of 0.2 per cent, at most 500, and 255 that of 99.8, at least `WHITE`. An image whose median is below half of that is not made darker:
-    there 0 stays 0. From TerraTorch's examples/notebooks/TerraMindEmbedding.ipynb.
+    What lies below the lesser of the 2 per cent quantile and 1000, or above the larger of the 98 per cent quantile and `WHITE`, comes
+    nearer to it by half. Then 0 is the quantile of 0.2 per cent, from 0 to 500, and 255 that of 99.8, from `WHITE` to 20000. An image
+    whose median is at most half of `WHITE` is not made darker: there 0 stays 0. From TerraTorch's
+    examples/notebooks/TerraMindEmbedding.ipynb.
     """
     low, median, high = np.quantile(image, (0.02, 0.5, 0.98))
     is_bright = median > WHITE / 2

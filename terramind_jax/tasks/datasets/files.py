@@ -149,12 +149,18 @@ def names_in(folder: str, pattern: str) -> list[str]:
 
 
 def path_of(folder: str, pattern: str, name: str) -> str:
-    """The file of a sample: its name in the place of the pattern's ``*``, or else the one file that begins with both."""
+    """The file of a sample: its name in the place of the pattern's ``*``, or else the one file that begins with both.
+
+    A number that goes on is another's: ``tile_10_label.tif`` is not of ``tile_1``. A ValueError if several files are left.
+    """
     exact = os.path.join(folder, pattern.replace("*", name, 1))
     if "*" not in exact and os.path.exists(exact):
         return exact
     before, after = pattern.split("*", 1)
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{before}{glob.escape(name)}*{after}")))
+    start = os.path.join(folder, f"{before}{name}")
+    found = sorted(glob.glob(f"{glob.escape(start)}*{after}"))
+    if name[-1:].isdigit():
+        found = [file for file in found if not file[len(start) :][:1].isdigit()]
     if len(found) > 1:
         raise ValueError(f"{len(found)} files of {folder} match the sample {name} and the pattern {pattern}, such as {found[0]}.")
     return found[0] if found else exact
@@ -174,7 +180,8 @@ def require(title: str, root: str, parts: Sequence[str], source: str) -> None:
     """Raises a FileNotFoundError that tells what of a published data set is not in `root`, and where to get it."""
     absent = [part for part in parts if not os.path.exists(os.path.join(root, part))]
     if absent:
-        raise FileNotFoundError(f"{title} is not complete in {root}: {', '.join(absent)} is not there; get it from {source}.")
+        what = f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there"
+        raise FileNotFoundError(f"{title} is not complete in {root}: {what}; get it from {source}.")
 
 
 def base(root: str | os.PathLike, folder: str) -> str:

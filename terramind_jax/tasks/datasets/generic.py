@@ -158,8 +158,10 @@ def _check_fields(images: Mapping[str, Mapping], labels: Mapping, task: str) -> 
 
 def _check_codes(labels: Mapping, class_names: Sequence[str], task: str) -> None:
     codes = labels.get("codes", ())
-    if codes and (task != "segmentation" or labels.get("zero_is_none")):
-        raise ValueError("labels.codes are of the masks of a segmentation, and leave no zero_is_none.")
+    if codes and task != "segmentation":
+        raise ValueError(f"labels.codes are given for a {task}; only the masks of a segmentation have them.")
+    if codes and labels.get("zero_is_none"):
+        raise ValueError("labels.codes and labels.zero_is_none are both given; give one of them.")
     if codes and (len(codes) != len(class_names) or len(set(codes)) < len(codes)):
         raise ValueError(f"labels.codes are {', '.join(map(str, codes))}; expected one for each of {len(class_names)} classes.")
 
