@@ -536,7 +536,6 @@ def configured(name, folder):
 
 
 CONFIGURED = sorted(path.stem for path in Path("configs/finetune").glob("*.py"))
-FIRST = ("ai4smallfarms",)  # the others train in the full tests
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
@@ -553,7 +552,8 @@ def test_configuration_files(name, tmp_path):
     assert finetune.backbone_options(config, facts)["modalities"]
 
 
-@pytest.mark.parametrize("name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_configurations_train(name, tmp_path):
     """Each takes a step and validates, here with the nano model and a narrow decoder."""
     config = configured(name, tmp_path / "data")
