@@ -77,6 +77,8 @@ def tokenize(
         raise FileNotFoundError(f"{data} has no folder train or val; expected shards like {data}/train/S2L2A/NAME_shard_000001.tar.")
     if any(records.is_prepared(data, split) for split in splits):
         raise ValueError(f"{data} is prepared data; tokenize the shards that it was made from, and prepare it again with the tokens.")
+    if not array_record and any(records.is_prepared(out, split) for split in splits):
+        raise ValueError(f"{out} is a data set of records, beside which token shards would be lost; give --out another folder.")
     scan.declare(data)
     known = _with_tokenizer(weights, modalities)
     found = {m: [split for split in splits if modalities is not None or scan.is_there(data, split, m)] for m in known}

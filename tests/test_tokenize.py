@@ -442,6 +442,22 @@ def test_a_pretraining_joins_pixels_and_records_of_tokens(tmp_path, workers):
         open_index(tmp_path / "pixels", "val", tokens_root=tmp_path / "other").check_tokens()
 
 
+def test_tokens_of_other_places_and_shards_in_a_data_set_are_refused(weights, quick, tmp_path):
+    """The keys may be the same where other rasters were packed under the same names."""
+    for name, east in (("one", 10.0), ("other", 20.0)):
+        with ShardWriter(tmp_path / name, "train", "DEM", "world", 1) as writer:
+            for n, key in enumerate("abc"):
+                writer.add(key, write_sample({"bands": tile(n), "center_lon": np.float64(east + n), "center_lat": np.float64(40)}))
+    run(tmp_path / "one", weights, out=tmp_path / "tokens", array_record=True)
+    open_index(tmp_path / "one", "train", tokens_root=tmp_path / "tokens").check_tokens()
+    with pytest.raises(ValueError, match="Sample 'a' lies at 20.0000, 40.0000, and its tokens in .*tokens were made of one at 10.0000, 40"):
+        open_index(tmp_path / "other", "train", tokens_root=tmp_path / "tokens").check_tokens()
+    before = contents(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="tokens is a data set of records, beside which token shards would be lost; give --out another"):
+        run(tmp_path / "one", weights, out=tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == before
+
+
 def test_the_command_writes_records(weights, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tokenize, "encoder", lambda *_: lambda images: (np.full((14, 14), 7) for _ in images))
     write_shard(tmp_path / "data", 1, {"a": tile(1, modalities.IMAGE_SIZE)})

@@ -219,7 +219,9 @@ def test_a_run_goes_on_with_its_own_samples_only(root, finished, tmp_path):
                 member.name = member.name.replace("s011", "s111")
                 tar.addfile(member, content)
     config = tiny_run.pretraining(other)
-    with pytest.raises(ValueError, match=r"is trained on 12 samples, and config.data.root has 12 with other keys .* delete .*data.json"):
+    with pytest.raises(
+        ValueError, match=r"is trained on 12 samples, and the 12 of config.data.root differ from them in keys, .* delete .*data.json"
+    ):
         pretrain.train(config, workdir)
     (workdir / "data.json").unlink()
     pretrain.train(config, workdir)

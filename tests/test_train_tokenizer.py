@@ -12,7 +12,7 @@ from terramind_jax import checkpoint, sampling
 from terramind_jax import tokenizer as networks
 from terramind_jax.convert import rules as convert
 from terramind_jax.convert import tokenizers as rules
-from terramind_jax.train import logging, meter, tokenizer
+from terramind_jax.train import logging, meter, pretrain, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,11 @@ def test_a_run_learns_and_reports(finished):
     assert 1 <= lines[-1]["val/perplexity"] <= 16
     assert lines[-1]["val/rmse"] < 1000
     assert lines[-1]["val/block_mean/rmse"] < 0.01  # its tiles are flat
+
+
+def test_what_needs_a_pretrained_model_is_told_what_this_is(finished):
+    with pytest.raises(ValueError, match="is the work directory of train-tokenizer; expected that of a pretraining"):
+        pretrain.load(finished)
 
 
 def test_load_gives_the_averaged_weights(finished):
@@ -208,13 +213,15 @@ def stop_at(monkeypatch, last):
 
 
 def test_a_killed_run_continues_with_the_same_numbers(root, finished, tmp_path, monkeypatch):
+    """Where tokens were made in between, too."""
+    workdir = tmp_path / "run"
     stop_at(monkeypatch, 20)
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.train(tiny_run.tokenizer_training(root), tmp_path)
+        tokenizer.train(tiny_run.tokenizer_training(root), workdir)
     monkeypatch.undo()
-    tokenizer.train(tiny_run.tokenizer_training(root), tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, tokenizer.load(tmp_path)[1], tokenizer.load(finished)[1])
-    assert losses(tmp_path) == losses(finished)
+    tokenizer.train(tiny_run.tokenizer_training(tiny_run.write_shards(tmp_path / "tokenized")), workdir)
+    jax.tree.map(np.testing.assert_array_equal, tokenizer.load(workdir)[1], tokenizer.load(finished)[1])
+    assert losses(workdir) == losses(finished)
 
 
 def test_what_cannot_work_is_one_sentence(root, tmp_path):

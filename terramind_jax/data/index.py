@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
+_COMPARED = 8  # samples whose places are compared with those of their tokens
 _LOOKED_AT = 256  # shards of a store at most of which one has to hold a sample where its index says
 
 
@@ -157,6 +158,19 @@ class Index:
                 raise ValueError(
                     f"None of the {count} tokens in {folder} has the key of a sample with pixels, such as {self.keys[0]!r}; tokenize these "
                     "shards, or point to the tokens that were made from them."
+                )
+        if self._records:
+            self._check_places()
+
+    def _check_places(self) -> None:
+        """A ValueError if records of tokens lie elsewhere on Earth than the pixels, as far as a few of both tell."""
+        there = np.flatnonzero(self.has_tokens.any(1))
+        for i in there[:: max(len(there) // _COMPARED, 1)][:_COMPARED].tolist():
+            own, other = self.coordinates(i), self._records.coordinates(i if self._record_rows is None else int(self._record_rows[i]))
+            if own and other and not np.allclose(own, other, rtol=0, atol=1e-4):
+                raise ValueError(
+                    f"Sample {self.keys[i]!r} lies at {own[0]:.4f}, {own[1]:.4f}, and its tokens in {self._records.root} were made of one "
+                    f"at {other[0]:.4f}, {other[1]:.4f}; tokenize these shards, or point to the tokens that were made from them."
                 )
 
     def read_nearby(self, window: int, readers: int = 1) -> None:

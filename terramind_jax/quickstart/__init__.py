@@ -136,4 +136,4 @@ def _side_by_side(commands: Sequence[Sequence[str]], logs: Sequence[Path], at_on
 def _last_line(log: Path) -> str:
     """What a command said last, or its error, which threads may have buried."""
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-    return next((line for line in lines if line.startswith("error: ")), lines[-1])
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])

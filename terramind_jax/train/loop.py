@@ -175,29 +175,29 @@ def _shared(config: ConfigDict) -> bytes:
     return configuration.to_json(config).encode()
 
 
-def bind_data(index: Index, workdir: str | os.PathLike, *, write: bool = True) -> None:
+def bind_data(index: Index, workdir: str | os.PathLike, *, tokens: bool = True, write: bool = True) -> None:
     """Ties `workdir` to its training samples: a ValueError for others, among which a position would mean another sample.
 
-    `write` is False on all processes but the first.
+    `tokens` is False where none are read: they may be made in between. `write` is False on all processes but the first.
     """
     path = files.folder(workdir) / DATA
-    own = {"samples": len(index), "digest": _digest(index).hex()}
+    own = {"samples": len(index), "digest": _digest(index, tokens).hex()}
     if path.exists() and (old := json.loads(path.read_text())) != own:
         raise ValueError(
-            f"{workdir} is trained on {old['samples']} samples, and config.data.root has {own['samples']} with other keys or modalities; "
-            f"continue with the same shards, or delete {path} to go on with these in an order of their own."
+            f"{workdir} is trained on {old['samples']} samples, and the {own['samples']} of config.data.root differ from them in keys, "
+            f"modalities{' or tokens' * tokens}; continue with the same shards, or delete {path} to go on with these, ordered anew."
         )
     if write:
         files.write_text(path, json.dumps(own))
 
 
 @functools.lru_cache(maxsize=2)  # millions of keys, which are asked for by the hosts' agreement and by the work directory
-def _digest(index: Index | None) -> bytes:
-    """Changes with what decides the order of samples and with what is known of each."""
+def _digest(index: Index | None, tokens: bool = True) -> bytes:
+    """Changes with what decides the order of samples and with what is known of each, its tokens as far as they matter."""
     if index is None:
         return b""
     keys = hashlib.sha256(np.ascontiguousarray(index.keys.raw(slice(None)))).digest()
-    return hashlib.sha256(keys + np.column_stack([index.available, index.has_tokens, index.subset]).tobytes()).digest()
+    return hashlib.sha256(keys + np.column_stack([index.available, index.has_tokens & tokens, index.subset]).tobytes()).digest()
 
 
 def follow(training: Training, run: ConfigDict, writer: Writer, train_state: state.State, kept: Mapping[str, float]) -> Meter:

@@ -436,8 +436,13 @@ def transformer_config(config: ConfigDict, platform: str | None = None) -> netwo
 
 
 def load(workdir: str | os.PathLike) -> tuple[networks.TerraMind, dict[str, Any], ConfigDict]:
-    """Module, variables ``{"params", "buffers"}`` and configuration of a pretrained model, from its newest checkpoint."""
+    """Module, variables ``{"params", "buffers"}`` and configuration of a pretrained model, from its newest checkpoint.
+
+    A ValueError for the work directory of another training.
+    """
     config = configuration.of_workdir(workdir)
+    if (command := configuration.command_of(config)) != "pretrain":
+        raise ValueError(f"{workdir} is the work directory of {command}; expected that of a pretraining.")
     module = networks.TerraMind(dataclasses.replace(transformer_config(config), attention="xla"))  # runs anywhere
     abstract = meta.unbox(jax.eval_shape(partial(networks.init, module), jax.random.key(0)))
     return module, checkpoint.load_variables(workdir, abstract), config

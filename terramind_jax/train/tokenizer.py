@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
         device_batches(config, validation, mesh, train=False)
     tx = optimizer.adamw(config.optimizer)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
-    loop.bind_data(index, workdir, write=jax.process_index() == 0)
+    loop.bind_data(index, workdir, tokens=False, write=jax.process_index() == 0)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     init = partial(networks.init, module)
     train_state, buffers, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, ema=True)
