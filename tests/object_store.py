@@ -39,6 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     root: Path
     faults: Faults
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else an answer's body waits for the client to confirm its header
 
     def log_message(self, *arguments) -> None:
         pass
