@@ -105,6 +105,7 @@ def test_the_configurations_of_the_terramind_repository(tmp_path, name):
     assert random_state(config, facts)["decoder.decoder.blocks.0.conv1.0.weight"].shape[0] == 16
 
 
+@pytest.mark.slow
 def test_crops_of_three_images_are_trained_and_predicted(tmp_path):
     """From the file to a map: features of three images side by side, classes that count from 1, what is not known left out."""
     sample("multitemporal_crop", tmp_path / "crops", count=8, size=48)

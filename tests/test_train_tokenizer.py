@@ -188,6 +188,7 @@ def test_a_batch_takes_one_of_the_sizes(finished):
     assert {int(step({**batch, "position": position})[1].sum()) for position in positions} == {2 * 1, 2 * 4}
 
 
+@pytest.mark.slow
 def test_128_codebooks_of_8_codes_in_bfloat16(root, tmp_path):
     config = tiny_run.tokenizer_training(root)
     config.model.update(levels=(8,), num_codebooks=128, dtype="bfloat16")
