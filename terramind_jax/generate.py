@@ -30,36 +30,27 @@ TOGETHER = 8
 _LARGE = 16  # batches above share programs of its multiples: to fill up more would cost more than it saves
 
 
-def in_buckets(
-    make: Callable[..., dict[str, Any]],
-    module: TerraMind,
-    variables: Variables,
-    tokenizers: Tokenizers,
-    inputs: Mapping[str, np.ndarray],
-    outputs: Sequence[str],
-    *,
-    seed: int | np.ndarray,
-    **options: Any,
-) -> dict[str, Any]:
+def in_buckets(make: Callable[..., dict[str, Any]], *parts: Any, seed: int | np.ndarray, **options: Any) -> dict[str, Any]:
     """What `make`, `generate` or `output_tokens`, makes of a batch that is filled up on accelerators, to 1, 2, 4, 8, 16, 32, 48, ...
 
     So batches of any size share a few programs, each of which takes a minute to compile. The last sample is repeated, and what is made of
-    its copies left out. A CPU would compute what is filled up as slowly as the rest.
+    its copies left out. A CPU would compute what is filled up as slowly as the rest. `parts` are the arguments of `make` by position.
     """
     if jax.default_backend() == "cpu":
-        return make(module, variables, tokenizers, inputs, outputs, seed=seed, **options)
+        return make(*parts, seed=seed, **options)
+    *networks, inputs, outputs = parts
     own = {name: options[name] for name in (*OF_SAMPLES, "visible") if options.get(name) is not None}
     arrays, names = jax.tree.flatten({"inputs": inputs} | own, is_leaf=lambda x: isinstance(x, list | tuple))
     sizes = {len(x) for x in arrays}
     n = next(iter(sizes), 1)
     more = _bucket(n) - n
     if len(sizes) != 1 or not more:  # if they differ, it is told by what reads them
-        return make(module, variables, tokenizers, inputs, outputs, seed=seed, **options)
+        return make(*parts, seed=seed, **options)
     sampling.seed_words(seed, n)  # a ValueError if they do not fit
     arrays = [[*x, *x[-1:] * more] if isinstance(x, list | tuple) else np.concatenate([x, np.repeat(x[-1:], more, 0)]) for x in arrays]
     own = jax.tree.unflatten(names, arrays)
     inputs, seeds = own.pop("inputs"), np.broadcast_to(seed, (n,))
-    made = make(module, variables, tokenizers, inputs, outputs, seed=np.append(seeds, seeds[-1:].repeat(more)), **(options | own))
+    made = make(*networks, inputs, outputs, seed=np.append(seeds, seeds[-1:].repeat(more)), **(options | own))
     return {name: x[:n] for name, x in made.items()}
 
 

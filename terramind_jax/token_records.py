@@ -6,7 +6,6 @@ there; whichever host finds them so makes the data set of them.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -110,8 +109,7 @@ def _left_out(path: str) -> Path:
 def _has_tokens(index: Index, parts: str, split: str, ends: Sequence[int]) -> np.ndarray:
     """Bool ``[n, modalities]``, as the files of a split have them."""
     found = np.array(index.available)
-    for modality, samples in itertools.chain.from_iterable(
-        json.loads(_left_out(path).read_text()).items() for *_, path in terramesh.files_of(parts, split, ends)
-    ):
-        found[samples, index.modalities.index(modality)] = False
+    for *_, path in terramesh.files_of(parts, split, ends):
+        for modality, samples in json.loads(_left_out(path).read_text()).items():
+            found[samples, index.modalities.index(modality)] = False
     return found

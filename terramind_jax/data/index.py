@@ -16,7 +16,7 @@ import numpy as np
 
 from terramind_jax import declarations
 from terramind_jax import modalities as registry
-from terramind_jax.data import clouds, layout, scan, storage, table, tars, zips
+from terramind_jax.data import clouds, layout, order, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
@@ -165,7 +165,7 @@ class Index:
     def _check_places(self) -> None:
         """A ValueError if records of tokens lie elsewhere on Earth than the pixels, as far as a few of both tell."""
         there = np.flatnonzero(self.has_tokens.any(1))
-        for i in there[:: max(len(there) // _COMPARED, 1)][:_COMPARED].tolist():
+        for i in there[order.spread(len(there), _COMPARED)].tolist():
             own, other = self.coordinates(i), self._records.coordinates(i if self._record_rows is None else int(self._record_rows[i]))
             if own and other and not np.allclose(own, other, rtol=0, atol=1e-4):
                 raise ValueError(
@@ -319,8 +319,7 @@ class Index:
         rows = samples if column.rows is None else column.rows[samples]
         digest = hashlib.sha256(b"\n".join(self.keys.raw(samples).tolist()))
         digest.update(column.offset[rows].astype(np.int64).tobytes() + column.size[rows].astype(np.int64).tobytes())
-        checked = np.unique(np.linspace(0, len(samples) - 1, _CHECKED).astype(int)) if len(samples) else []
-        for i in samples[checked]:
+        for i in samples[order.spread(len(samples), _CHECKED)]:
             size = int(column.size[column.row(int(i))])
             length = min(size, _TAIL)
             digest.update(self._read(self._pixels, int(i), modality, size - length, length))

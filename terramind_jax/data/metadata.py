@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from terramind_jax import modalities as registry
-from terramind_jax.data import scan, storage
+from terramind_jax.data import order, scan, storage
 from terramind_jax.data.errors import NAMED, some
 from terramind_jax.files import is_remote
 
@@ -88,7 +88,7 @@ def _find(file: Any, columns: list[str], split: str, keys: np.ndarray) -> tuple[
     import pyarrow as pa
     from pyarrow import compute
 
-    probed = pa.array([key.decode() for key in keys[np.unique(np.linspace(0, len(keys) - 1, _PROBED).astype(int))].tolist()])
+    probed = pa.array([key.decode() for key in keys[order.spread(len(keys), _PROBED)].tolist()])
     best, most = ("", ""), len(probed) / 2
     for column in columns:
         found: dict[str, set[str]] = {affixes: set() for affixes in _affixes(split)}

@@ -109,3 +109,8 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     scale = math.lcm(*(w.denominator for w in exact))
     whole = [int(w * scale) for w in exact]
     return tuple(w // math.gcd(*whole) for w in whole)
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below `count`, evenly spread from the first to the last: samples that stand for all."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int)) if count else np.zeros(0, int)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from terramind_jax import files, modalities
-from terramind_jax.data import scan, storage, terramesh
+from terramind_jax.data import order, scan, storage, terramesh
 from terramind_jax.data.index import Index, open_index
 
 BEAM = "Apache Beam is not installed; install it with: pip install 'terramind-jax[beam]'"
@@ -146,7 +146,7 @@ def _form(indexes: Mapping[str, Index]) -> dict[str, Any]:
 
 def _ends(index: Index, form: Mapping[str, Any]) -> list[int]:
     """Where the files of a split begin and end among its locations."""
-    serialize, probed = terramesh.serializer(form), np.unique(np.linspace(0, len(index) - 1, _PROBED).astype(int))
+    serialize, probed = terramesh.serializer(form), order.spread(len(index), _PROBED)
     return terramesh.even_ends(len(index), max(len(serialize(terramesh.record(index, form, int(i)))) for i in probed))
 
 
