@@ -43,9 +43,10 @@ from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
 from terramind_jax import files, modalities
-from terramind_jax.data import mapped, pipeline, records, shards, terramesh, views, zips
+from terramind_jax.data import mapped, pipeline, records, shards, views, zips
 from terramind_jax.data.groups import ViewGroups
 from terramind_jax.data.index import Index, open_index
+from terramind_jax.data.prepare import prepare
 from terramind_jax.data.scan import open_table
 from terramind_jax.data.shards import read_sample
 from terramind_jax.data.synthesize import synthesize
@@ -267,7 +268,7 @@ def ways(root: str) -> str:
     """A view of each sample, read in three ways."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "prepared")
-        terramesh.prepare(root, out)
+        prepare(root, out)
         found = [("shards", *_views(root)), ("records", *_views(out))]
         mapped.write(open_index(out, "train"))
         found.append(("mapped", *_views(out)))

@@ -43,6 +43,19 @@ def test_a_row_of_seams_compares_lines_of_one_grid(scripts):
     assert scripts("seams").seam_row("DEM", "the truth", image, {0, 32, 64}, 0) == "| DEM | the truth | 1.5 | 0.5 | 3.000 |  |"
 
 
+# ---- the reader ----
+
+
+def test_least_is_read_of_what_is_mapped(scripts, tmp_path, monkeypatch):
+    loader = scripts("loader")
+    monkeypatch.setattr(loader, "SCENES", 2)
+    loader.with_tokens(str(tmp_path))
+    rows = [line.split("|") for line in loader.ways(str(tmp_path)).splitlines()[-3:]]
+    assert [row[1].strip() for row in rows] == ["shards", "records", "mapped"]
+    read = [float(row[3].replace(",", "")) for row in rows]
+    assert 0 < read[2] < min(read[:2])
+
+
 # ---- the best batch ----
 
 
