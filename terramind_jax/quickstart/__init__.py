@@ -44,6 +44,7 @@ def run(data: str | None = None, out: str | None = None, *, minutes: float = NOM
     if minutes <= 0:
         raise ValueError(f"minutes is {minutes}; expected a positive number.")
     scale = minutes / NOMINAL_MINUTES
+    goes_on = (folder / "shards").exists()
     _shards(data, folder / "shards", lulc_codes)
     present = open_index(folder / "shards", "train").modalities
     source = next((m for m in SOURCES if m in present), None)
@@ -60,13 +61,14 @@ def run(data: str | None = None, out: str | None = None, *, minutes: float = NOM
     fields = [f"data.inputs={','.join(present)}", f"data.targets={','.join(targets)}"]
     fields.append(f"mask.input_alphas=({{'{modalities.input_stream(source).key}': 1000.0}}, 0.5)")
     _command("pretrain", *_training("pretrain", folder / "model", folder, scale, *fields))
-    evaluate.run(folder, source, is_embedded=data is None, minutes=(time.monotonic() - start) / 60)
+    taken = (time.monotonic() - start) / 60
+    evaluate.run(folder, source, is_embedded=data is None, minutes=None if goes_on else taken)
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Look at {folder / 'generated.png'} and {folder / 'report.md'}.")
 
 
 def default_out(data: str | None) -> str:
     """``quickstart``, or ``quickstart_NAME`` for a folder of tiles, so that one run never takes up another's shards."""
-    return "quickstart" if data is None else f"quickstart_{Path(data).resolve().name}"
+    return "quickstart" if data is None else f"quickstart_{Path(data).absolute().name}"
 
 
 def _shards(data: str | None, shards: Path, lulc_codes: str) -> None:

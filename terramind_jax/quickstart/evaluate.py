@@ -19,7 +19,7 @@ PICTURED = 4  # scenes in the picture
 FIT_SCENES = 96  # training scenes that the baselines are fitted on
 
 
-def run(folder: Path, source: str, *, is_embedded: bool, minutes: float) -> None:
+def run(folder: Path, source: str, *, is_embedded: bool, minutes: float | None) -> None:
     """Generates the targets from `source` of the held-out scenes, at temperature 0, and writes ``report.md``, pictures and GeoTIFFs."""
     train, held_out = open_index(folder / "shards", "train"), open_index(folder / "shards", "val")
     module, variables, config = pretrain.load(folder / "model")
@@ -113,14 +113,17 @@ def write_geotiffs(folder: Path, index: Index, i: int, arrays: dict[str, np.ndar
         geo.write(path, array if array.ndim == 3 else array[..., None], like=window, modality=name.removesuffix("_generated"))
 
 
-def report(scores, source: str, folder: Path, model: str, trained: int, held_out: int, is_embedded: bool, minutes: float) -> str:
-    """The table and what it says, in Markdown; `model` describes the size and the training, `minutes` is what everything took."""
+def report(scores, source: str, folder: Path, model: str, trained: int, held_out: int, is_embedded: bool, minutes: float | None) -> str:
+    """The table and what it says, in Markdown.
+
+    `model` describes the size and the training; `minutes` is what everything took, None after a run that went on from an earlier one.
+    """
     origin = "the embedded world (synthetic)" if is_embedded else "yours"
     lines = [
         "# Quickstart report",
         "",
         f"A small TerraMind ({model}) and its tokenizers were trained from scratch on {_count(trained)} of {origin}.",
-        f"Everything together, data and tokenizers included, took {minutes:.1f} minutes.",
+        *([] if minutes is None else [f"Everything together, data and tokenizers included, took {minutes:.1f} minutes."]),
         f"From {source} of {_count(held_out)} held out it generated, each modality on its own, at temperature 0 and in one step:",
         "",
         "| modality | method | MAE | RMSE | PSNR dB | SSIM | mIoU |",
