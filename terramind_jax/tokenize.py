@@ -29,14 +29,13 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import records, scan
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
-from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
+from terramind_jax.data.shards import TOKEN_SOURCE, TOKEN_SUFFIX, ShardWriter
 from terramind_jax.data.tars import scan_tar
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE
 from terramind_jax.tokenizer import Tokenizer, encode_stored
 from terramind_jax.weights import tokenizer as load
 
 RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
-SOURCE = "_source", ".txt"  # first member of a token shard: the fingerprint of the pixels it was made from
 
 Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 
@@ -243,7 +242,7 @@ def tokenize_split(index: Index, split: str, modality: str, out: Path, encoding:
         for name, (source, wanted) in stale.items():
             subset, number = _shard_name(Path(split, modality, name))
             with ShardWriter(out, split, f"{modality}_tokens", subset, number) as writer:
-                writer.add(SOURCE[0], source.encode(), SOURCE[1])
+                writer.add(TOKEN_SOURCE[0], source.encode(), TOKEN_SOURCE[1])
                 for i, tokens in encoding.of_samples(index, modality, tuple(wanted)):
                     writer.add(index.keys[i], _npy(tokens), TOKEN_SUFFIX)
                     wanted.remove(i)
@@ -261,7 +260,7 @@ def _source_of(shard: Path) -> str:
     if not shard.is_file():
         return ""
     name, offset, size = next(scan_tar(shard), ("", 0, 0))
-    if name != "".join(SOURCE):
+    if name != "".join(TOKEN_SOURCE):
         return ""
     with open(shard, "rb") as f:
         f.seek(offset)

@@ -466,3 +466,12 @@ def test_the_command_writes_records(weights, monkeypatch, tmp_path, capsys):
     assert "give --out a new folder" in capsys.readouterr().err
     assert cli.main([*command, f"--out={tmp_path / 'out'}"]) == 0
     assert records.is_prepared(tmp_path / "out", "train")
+
+
+def test_tokens_of_other_pixels_under_the_same_keys_are_refused(root, weights, quick, tmp_path):
+    run(root, weights, out=tmp_path / "tokens")
+    write_shard(root, 1, {"0": tile(4), "a": tile(4)}, "LULC")  # joined with another modality, whose keys come first
+    open_index(root, "train", tokens_root=tmp_path / "tokens").check_tokens()
+    write_shard(tmp_path / "other", 1, {"a": tile(5), "b": tile(6, SIZE)})
+    with pytest.raises(ValueError, match=r"tokens/train/DEM_tokens/world_shard_000001.tar holds tokens of other pixels than those of .*other"):
+        open_index(tmp_path / "other", "train", tokens_root=tmp_path / "tokens").check_tokens()
