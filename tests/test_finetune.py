@@ -311,7 +311,8 @@ def test_predict_writes_maps_where_the_input_lies(finished, root, tmp_path):
     expected[:2, :2] = 255  # where the radar has no data
     np.testing.assert_array_equal(np.asarray(made)[..., 0], expected)
     header = geo.read_header(next(tmp_path.glob("*.tif")))
-    assert header.nodata == 255 and header.tags["classes"] == "land, water" and not (tmp_path / "unfinished").exists()
+    assert header.nodata == 255 and not (tmp_path / "unfinished").exists()
+    assert header.tags["classes"] == "land, water" and header.tags["terramind_jax_dtype"] == "float32"
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 2
     with pytest.raises(ValueError, match="The model takes S1GRD; S2L1C is given."):
         predict.run(finished, {"S2L1C": path}, tmp_path / "other")
