@@ -276,7 +276,7 @@ def test_nothing_is_replaced(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     generate_scenes.run(**call)
-    with pytest.raises(FileExistsError, match=r"out/a\.png exists already; choose another name"):
+    with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already, the first of 2 outputs that do; choose another folder"):
         generate_scenes.run(**call)
     (tmp_path / "out" / "a.png").unlink()
     with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already"):
