@@ -87,6 +87,8 @@ def tokenize(
             f"{data}/{splits[0]}/{known[0]}."
         )
     made = {m: there for m, there in found.items() if there}
+    if weights != "hub":
+        print(f"Tokenizers: {', '.join(str(_find(weights, m)) for m in made)}", flush=True)  # they may lie beside `weights`
     tokenizers = ((m, Encoding.load(m, weights, batch_size, image_size)) for m in made)
     if array_record:
         from terramind_jax import token_records  # TFDS takes long to load
@@ -102,7 +104,7 @@ def tokenize(
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
-    there = [m.name for m in registry.MODALITIES.values() if m.levels and _is_there(weights, m.name)]
+    there = [m.name for m in registry.MODALITIES.values() if m.levels and _find(weights, m.name)]
     absent = sorted(set(wanted or ()) - set(there))
     if absent or not there:
         raise FileNotFoundError(
@@ -111,15 +113,16 @@ def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) ->
     return there if wanted is None else list(wanted)
 
 
-def _is_there(weights: str | os.PathLike, modality: str) -> bool:
+def _find(weights: str | os.PathLike, modality: str) -> str | os.PathLike | None:
+    """Where the tokenizer of a modality is, None if there is none."""
     if weights == "hub":
-        return modality in registry.RELEASED
+        return weights if modality in registry.RELEASED else None
     if not Path(weights).is_dir():
-        return False
+        return None
     try:
-        return sources.find_tokenizer(Path(weights), modality, "v1").exists()
+        return sources.find_tokenizer(Path(weights), modality, "v1")
     except FileNotFoundError:
-        return False
+        return None
 
 
 # ---- which tokenizer --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,24 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["pretrain", "--config=c.py", "--workdir=runs/x"], "The last checkpoint, if there is one yet, stays in runs/x"),
+        (["tokenize", "--data=d", "--weights=w"], "Shards that are done stay"),
+        (["info"], ""),
+    ],
+)
+def test_a_command_that_goes_on_says_so_when_it_is_stopped(arguments, kept, monkeypatch, capsys):
+    def stop(parsed):
+        raise KeyboardInterrupt
+
+    for name in ("_pretrain", "_tokenize", "_info"):
+        monkeypatch.setattr(cli, name, stop)
+    assert cli.main(arguments) == cli.STOPPED
+    assert capsys.readouterr().err == (f"\nStopped. {kept}; the same command goes on from there.\n" if kept else "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["pretrain", "--config=none.py", "--workdir=x"], "error: No configuration file none.py."),

@@ -61,6 +61,16 @@ def test_what_was_trained_is_loaded_as_a_model(finished, tmp_path):
     assert generator.module.config.decoder[0].vocab_size == tiny_run.CODEBOOKS["LULC"]
 
 
+def test_a_run_tells_how_many_samples_have_tokens(tmp_path):
+    config = tiny_run.pretraining(tiny_run.write_shards(tmp_path))
+    config.data.targets = ("DEM", "LULC", "NDVI")
+    tiny_run.write_tokens(tmp_path, "train", "LULC", [3])
+    index = pretrain.open_tokenized(config, "train")
+    assert pretrain.tokens_told(config, index) == " with tokens of DEM (12), LULC (1), NDVI (0)"
+    config.data.online_tokens = True
+    assert pretrain.tokens_told(config, index) == ""
+
+
 def test_a_run_learns_and_reports(finished):
     lines = logging.read(finished)
     steps = [line for line in lines if "loss" in line]

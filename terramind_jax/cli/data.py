@@ -44,6 +44,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--beam", nargs="?", const="runner=DirectRunner", metavar="OPTIONS", help=text)
     text = "also write arrays that are mapped into memory, of which training reads what its masks choose; not compressed, 4.3 MB a sample"
     parser.add_argument("--mapped", action="store_true", help=text)
+    parser.set_defaults(kept="Files that are done stay")
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and its tokens, and report bad ones, missing shards and odd statistics; exits with 1 for any", _check),
