@@ -195,11 +195,8 @@ def check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str
     if not to:
         raise ValueError("No output is named; generation needs at least one.")
     for name in to:
-        stream = modalities.output_stream(name)
-        if stream.modality == "caption":
+        if modalities.check_generated(name).modality == "caption":
             raise ValueError("A caption is text, which this command neither reads nor writes; load the model in Python for it.")
-        if name in modalities.MODALITIES and name != stream.modality:
-            raise ValueError(f"No model generates {name}; {stream.modality} is the nearest that there is.")
 
 
 def check_workdir(weights: str | os.PathLike) -> None:

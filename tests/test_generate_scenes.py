@@ -317,7 +317,8 @@ def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
         ({"DEM": "a.tif"}, ["S3"], "Unknown output modality 'S3'"),
         ({"DEM": "a.tif"}, ["caption"], "A caption is text, which this command neither reads nor writes"),
         ({"DEM": "missing.tif"}, ["NDVI"], "There is no file or folder"),
-        ({"DEM": "empty"}, ["NDVI"], "empty is empty: it holds no GeoTIFF"),
+        ({"DEM": "empty"}, ["NDVI"], "empty holds no GeoTIFF"),
+        ({"DEM": "tiles"}, ["NDVI"], "tiles holds no GeoTIFF .*; did you mean .*tiles/DEM?"),
         ({"DEM": "a.tif", "coords": "empty"}, ["NDVI"], "mix files and folders"),
         ({"DEM": "one", "coords": "two"}, ["NDVI"], "share no file name"),
         ({"DEM": "a.tif", "coords": "shifted.tif"}, ["NDVI"], "do not lie on one grid"),
@@ -329,8 +330,8 @@ def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
     ],
 )
 def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message):
-    for folder in ("empty", "one", "two"):
-        (tmp_path / folder).mkdir()
+    for folder in ("empty", "one", "two", "tiles/DEM"):
+        (tmp_path / folder).mkdir(parents=True)
     elevation(tmp_path / "a.tif", TILE, TILE)
     elevation(tmp_path / "one" / "a.tif", TILE, TILE)
     elevation(tmp_path / "two" / "b.tif", TILE, TILE)

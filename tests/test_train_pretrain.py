@@ -262,6 +262,13 @@ def test_a_refused_start_leaves_the_workdir_free(root, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_no_model_generates_is_no_target(tmp_path):
+    config = tiny_run.pretraining(tmp_path)
+    config.data.targets = ("DEM", "S2RGB")
+    with pytest.raises(ValueError, match="No model generates S2RGB; S2L2A is the nearest"):
+        pretrain.streams(config)
+
+
 def test_validation_data_that_cannot_work_is_said_at_the_start(tmp_path):
     root = tiny_run.write_shards(tmp_path / "shards")
     for path in (root / "val").glob("DEM_tokens/*.tar"):

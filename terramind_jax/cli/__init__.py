@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     _keep_programs()
+    warnings.formatwarning = _sentence
     try:
         return parsed.command(parsed) or 0
     except KeyboardInterrupt:
@@ -58,11 +60,17 @@ def _keep_programs() -> None:
         os.environ[PROGRAMS] = str(folder)
 
 
+def _sentence(message: Warning | str, category: type[Warning], *where, _usual=warnings.formatwarning) -> str:
+    """The text of a warning: of those that are told to users, as all of this package, not where in the code they come from."""
+    return f"warning: {message}\n" if category is UserWarning else _usual(message, category, *where)
+
+
 def _told(error: Exception) -> bool:
     """Whether an error was told in one sentence, as those of use are; the others need their traceback."""
     if os.environ.get(DEBUG) == "1" or not _is_users(error):
         return False
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    told = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    print(f"error: {' '.join(told.split())}", file=sys.stderr)
     return True
 
 

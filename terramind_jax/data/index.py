@@ -510,10 +510,10 @@ def open_index(
     _refuse_faults(tokens, [f"{m}_tokens" for m in wanted])
     there = {m: (m in pixels.meta["columns"], f"{m}_tokens" in tokens.meta["columns"]) for m in wanted}
     if not any(pixels.meta["counts"].get(m) or (not found and tokens.meta["counts"].get(f"{m}_tokens")) for m in wanted):
-        folder = storage.join(root, split)
+        folder, names = storage.join(root, split), ", ".join(dict.fromkeys(wanted))
         raise FileNotFoundError(
             f"No samples in {folder}; expected tars like "
-            f"{storage.join(folder, 'MODALITY', 'NAME_shard_000001.tar')} of KEY.zarr.zip, where MODALITY is one of {', '.join(wanted)}."
+            f"{storage.join(folder, 'MODALITY', 'NAME_shard_000001.tar')} of KEY.zarr.zip, where MODALITY is one of {names}."
         )
     kept = [m for m in wanted if any(there[m]) or modalities is not None]
     index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens), found)

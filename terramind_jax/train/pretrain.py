@@ -418,7 +418,7 @@ def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]
     declarations.declare(config.get("modalities", {}), "config.modalities")
     inputs = [modalities.get(name) for name in config.data.inputs]
     keys = {key for m in inputs for key in (m.pixels, m.tokens) if key}
-    targets = {modalities.output_stream(name).key for name in config.data.targets}
+    targets = {modalities.check_generated(name).key for name in config.data.targets}
 
     def sized(key: str) -> Stream:
         stream = modalities.STREAMS[key]
