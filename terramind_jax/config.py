@@ -456,8 +456,10 @@ def bind_workdir(config: ConfigDict, workdir: str | os.PathLike, *, write: bool 
     path = files.folder(workdir) / "config.json"
     free = FREE if config.train.steps else (*FREE, "train.batch_size")
     if path.exists():
-        old, new = _flat(of_workdir(workdir)), _flat(from_json(to_json(config)))
-        usual = _flat(defaults(command_of(config)))
+        there, command = of_workdir(workdir), command_of(config)
+        if command_of(there) != command:
+            raise ValueError(f"{workdir} is the work directory of {command_of(there)}, not of {command}; choose another --workdir.")
+        old, new, usual = _flat(there), _flat(from_json(to_json(config))), _flat(defaults(command))
         for field in sorted(old.keys() | new.keys()):
             before = old.get(field, usual.get(field))
             if before != new.get(field) and not any(field == one or field.startswith(f"{one}.") for one in free):

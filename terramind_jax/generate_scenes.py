@@ -98,7 +98,7 @@ def run(
     found = {name: paths for name, paths in found.items() if only is None or name in only}
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []
-    journal.check_outputs(out, [*pictures, *written])
+    journal.check_outputs(out, [*written, *pictures])
     scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
     network = network or load_network(weights, model, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers)
@@ -170,7 +170,7 @@ def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str],
         if stream.kind != "tokens" or stream.modality in loaded or stream.key not in known:
             continue  # a stream that the model lacks is what `generate` objects to
         if not path.is_dir():
-            raise FileNotFoundError(f"There is no tokenizer {path}; expected the work directory of a trained tokenizer.")
+            raise FileNotFoundError(f"There is no tokenizer {path}; train it, or say with --tokenizers in which folder it is.")
         loaded[stream.modality] = tokenizer.load(path)
         own = loaded[stream.modality][0].config
         found, wanted = (own.codebook_size, own.num_codebooks), (stream.vocab_size, stream.num_codebooks)
@@ -195,11 +195,8 @@ def check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str
     if not to:
         raise ValueError("No output is named; generation needs at least one.")
     for name in to:
-        stream = modalities.output_stream(name)
-        if stream.modality == "caption":
+        if modalities.check_generated(name).modality == "caption":
             raise ValueError("A caption is text, which this command neither reads nor writes; load the model in Python for it.")
-        if name in modalities.MODALITIES and name != stream.modality:
-            raise ValueError(f"No model generates {name}; {stream.modality} is the nearest that there is.")
 
 
 def check_workdir(weights: str | os.PathLike) -> None:

@@ -347,6 +347,14 @@ def output_stream(name: str) -> Stream:
     return stream
 
 
+def check_generated(name: str) -> Stream:
+    """`output_stream`; a ValueError for a modality that another one would be generated for."""
+    stream = output_stream(name)
+    if name in MODALITIES and name != stream.modality:
+        raise ValueError(f"No model generates {name}; {stream.modality} is the nearest that there is.")
+    return stream
+
+
 def check_distinct(streams: Mapping[str, Stream]) -> None:
     """Raises a ValueError if two inputs, by user name, are one stream: one would hide the other."""
     first: dict[str, str] = {}

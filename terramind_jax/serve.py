@@ -288,7 +288,7 @@ def start(desk: Desk, host: str, port: int):
     try:
         most = desk.max_mb << 20
         blocks.launch(server_name=host, server_port=port, share=False, max_file_size=most, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # taken, another machine's, or no port
         raise ValueError(f"The page cannot be served at {host}:{port}; choose another --host or --port.") from error
     return blocks
 

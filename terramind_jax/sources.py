@@ -225,7 +225,7 @@ def find_tokenizer(near: Path, modality: str, version: str) -> Path:
             for path in (folder / stem, *(folder / f"{stem}{suffix}" for suffix in (files.SAFETENSORS, *files.TORCH_SUFFIXES))):
                 if path.exists():
                     return path
-    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; say where with tokenizers=, such as 'hub'.")
+    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; give tokenizers= (--tokenizers), such as 'hub'.")
 
 
 def _folders(near: Path) -> tuple[Path, ...]:

@@ -29,14 +29,13 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import records, scan
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
-from terramind_jax.data.shards import TOKEN_SUFFIX, ShardWriter
+from terramind_jax.data.shards import TOKEN_SOURCE, TOKEN_SUFFIX, ShardWriter
 from terramind_jax.data.tars import scan_tar
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE
 from terramind_jax.tokenizer import Tokenizer, encode_stored
 from terramind_jax.weights import tokenizer as load
 
 RECORD = "tokenizer.json"  # which tokenizer made the tokens of a folder
-SOURCE = "_source", ".txt"  # first member of a token shard: the fingerprint of the pixels it was made from
 
 Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 
@@ -88,6 +87,8 @@ def tokenize(
             f"{data}/{splits[0]}/{known[0]}."
         )
     made = {m: there for m, there in found.items() if there}
+    if weights != "hub":
+        print(f"Tokenizers: {', '.join(str(_find(weights, m)) for m in made)}", flush=True)  # they may lie beside `weights`
     tokenizers = ((m, Encoding.load(m, weights, batch_size, image_size)) for m in made)
     if array_record:
         from terramind_jax import token_records  # TFDS takes long to load
@@ -103,7 +104,7 @@ def tokenize(
 
 
 def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) -> list[str]:
-    there = [m.name for m in registry.MODALITIES.values() if m.levels and _is_there(weights, m.name)]
+    there = [m.name for m in registry.MODALITIES.values() if m.levels and _find(weights, m.name)]
     absent = sorted(set(wanted or ()) - set(there))
     if absent or not there:
         raise FileNotFoundError(
@@ -112,15 +113,16 @@ def _with_tokenizer(weights: str | os.PathLike, wanted: Sequence[str] | None) ->
     return there if wanted is None else list(wanted)
 
 
-def _is_there(weights: str | os.PathLike, modality: str) -> bool:
+def _find(weights: str | os.PathLike, modality: str) -> str | os.PathLike | None:
+    """Where the tokenizer of a modality is, None if there is none."""
     if weights == "hub":
-        return modality in registry.RELEASED
+        return weights if modality in registry.RELEASED else None
     if not Path(weights).is_dir():
-        return False
+        return None
     try:
-        return sources.find_tokenizer(Path(weights), modality, "v1").exists()
+        return sources.find_tokenizer(Path(weights), modality, "v1")
     except FileNotFoundError:
-        return False
+        return None
 
 
 # ---- which tokenizer --------------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def tokenize_split(index: Index, split: str, modality: str, out: Path, encoding:
         for name, (source, wanted) in stale.items():
             subset, number = _shard_name(Path(split, modality, name))
             with ShardWriter(out, split, f"{modality}_tokens", subset, number) as writer:
-                writer.add(SOURCE[0], source.encode(), SOURCE[1])
+                writer.add(TOKEN_SOURCE[0], source.encode(), TOKEN_SOURCE[1])
                 for i, tokens in encoding.of_samples(index, modality, tuple(wanted)):
                     writer.add(index.keys[i], _npy(tokens), TOKEN_SUFFIX)
                     wanted.remove(i)
@@ -261,7 +263,7 @@ def _source_of(shard: Path) -> str:
     if not shard.is_file():
         return ""
     name, offset, size = next(scan_tar(shard), ("", 0, 0))
-    if name != "".join(SOURCE):
+    if name != "".join(TOKEN_SOURCE):
         return ""
     with open(shard, "rb") as f:
         f.seek(offset)

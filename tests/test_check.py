@@ -37,7 +37,7 @@ def test_the_embedded_world_is_whole_and_its_offsets_are_told(world):
     assert report.ok and report.modalities["S1GRD"].missing and not any("S1" in note for note in report.notes)
     (note,) = report.notes
     assert f"{shifted} of 16 samples are stored with an offset of 1000, {16 - shifted} without, and of 0 it cannot be told." in note
-    assert "Both occur" in note
+    assert "Both occur, as in TerraMesh: no fault of a copy" in note
     text = check.format_check(report)
     assert "DEM: means up to" in text and "LULC: means" not in text
     assert check.format_check(check.check(world, "train", workers=2)) == text

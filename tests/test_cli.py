@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,35 @@ except SystemExit:
         assert command in done.stdout
 
 
+def test_errors_of_the_system_and_warnings_are_sentences(monkeypatch, capsys):
+    def open_a_file(parsed):
+        raise NotADirectoryError(20, "Not a directory", "a.txt/x")
+
+    monkeypatch.setattr(cli, "_info", open_a_file)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert cli.main(["info"]) == 2 and capsys.readouterr().err == "error: a.txt/x: Not a directory.\n"
+    assert warnings.formatwarning(UserWarning("It is late."), UserWarning, "a.py", 1) == "warning: It is late.\n"
+    assert warnings.formatwarning("old", DeprecationWarning, "a.py", 1, "x").startswith("a.py:1: DeprecationWarning: old\n  x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["pretrain", "--config=c.py", "--workdir=runs/x"], "The last checkpoint, if there is one yet, stays in runs/x"),
+        (["tokenize", "--data=d", "--weights=w"], "Shards that are done stay"),
+        (["info"], ""),
+    ],
+)
+def test_a_command_that_goes_on_says_so_when_it_is_stopped(arguments, kept, monkeypatch, capsys):
+    def stop(parsed):
+        raise KeyboardInterrupt
+
+    for name in ("_pretrain", "_tokenize", "_info"):
+        monkeypatch.setattr(cli, name, stop)
+    assert cli.main(arguments) == cli.STOPPED
+    assert capsys.readouterr().err == (f"\nStopped. {kept}; the same command goes on from there.\n" if kept else "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -36,6 +66,7 @@ except SystemExit:
         (["pretrain", "--config=configs/pretrain/tiny.py", "--workdir=x", "--config.modle.dim=3"], "did you mean 'model'?"),
         (["pretrain", "--config=configs/pretrain/tiny.py", "--workdir=x", "--nonsense=3"], "Unknown argument '--nonsense'"),
         (["generate", "--weights=w", "--input=S2L2A", "--to=DEM", "--out=o"], "--input takes MODALITY=PATH"),
+        (["data", "pack", "tests", "o", "--offset=5"], "--offset takes MODALITY=VALUE"),
         (["generate", "--weights=w", "--input=S2L2A=nowhere.tif", "--to=DEM", "--out=o"], "there is no file or folder nowhere.tif"),
     ],
 )

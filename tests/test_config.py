@@ -167,6 +167,8 @@ def test_a_workdir_belongs_to_one_configuration(config, tmp_path):
     with pytest.raises(ValueError, match=r"holds a run with optimizer\.learning_rate=0\.000\d+, not 1\.0"):
         configuration.bind_workdir(config, tmp_path)
     assert configuration.of_workdir(tmp_path).optimizer.learning_rate < 1
+    with pytest.raises(ValueError, match="is the work directory of pretrain, not of train-tokenizer; choose another --workdir"):
+        configuration.bind_workdir(configuration.tokenizer_training(), tmp_path)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "train-tokenizer", "finetune"])

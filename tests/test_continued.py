@@ -99,3 +99,5 @@ def test_the_command_starts_from_a_path_and_refuses_what_does_not_fit(root, weig
         pretrain.train(config_of(root, init="terramind_v1_base"), tmp_path / "other")
     with pytest.raises(ValueError, match="cannot start from terramind_v1_tokenizer_dem, which is a tokenizer"):
         weights.initial("terramind_v1_tokenizer_dem", None)
+    with pytest.raises(ValueError, match="Unknown model 'terramind_v1_bas'; did you mean 'terramind_v1_base'"):
+        weights.initial("terramind_v1_bas", None)

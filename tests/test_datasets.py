@@ -193,6 +193,12 @@ def test_what_is_not_there_is_told_with_its_source(roots, name, part):
     assert whole.name in str(error.value) and datasets.PUBLISHED[name].SOURCE in str(error.value)
 
 
+def test_of_many_parts_that_are_not_there_the_first_is_told(tmp_path):
+    expected = "S2Hand is not there, the first of 6 parts that are not; get it from "
+    with pytest.raises(FileNotFoundError, match=f"Sen1Floods11 is not complete in {tmp_path}: data/flood_events/HandLabeled/{expected}"):
+        datasets.load("sen1floods11", tmp_path)
+
+
 def test_unknown_names_and_splits(roots):
     with pytest.raises(ValueError, match="There is no data set 'floods'; known are sen1floods11, burnscars"):
         datasets.load("floods", roots)

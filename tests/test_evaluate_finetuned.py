@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from terramind_jax import cli, metrics
 from terramind_jax.evaluation import finetuned
-from terramind_jax.tasks import datasets, finetune
+from terramind_jax.tasks import datasets, feeding, finetune
 from terramind_jax.tasks.config import finetuning
 from terramind_jax.tasks.samples import sample
 from terramind_jax.train import logging
@@ -88,11 +88,15 @@ def test_the_test_split_beside_the_papers_numbers(floods, root, tmp_path):
     assert f"{len(dataset)} samples of the test split" in text and "| 72.25 |" in text and "S1 + generated LULC" in text
 
 
-def test_the_validation_split_gives_what_training_logged(floods, root, tmp_path):
+def test_the_validation_split_gives_what_training_logged(floods, root, tmp_path, monkeypatch):
+    """On all devices, whatever the size of a batch."""
     found = finetuned.run(weights=floods, split="val", out=tmp_path / "val")
     assert found == pytest.approx(logged(floods), rel=1e-4)
+    seen, complete = [], feeding.Frozen.complete
+    monkeypatch.setattr(feeding.Frozen, "complete", lambda self, batch: seen.append(batch["target"]) or complete(self, batch))
     ones = {n: finetuned.run(weights=floods, split="val", out=tmp_path / f"one{n}", limit=1, batch_size=n) for n in (1, 3)}
     assert ones[1] == pytest.approx(ones[3], rel=1e-5) and ones[1].keys() == found.keys()
+    assert {(len(x), len(x.sharding.device_set)) for x in seen} == {(jax.device_count(), jax.device_count())}
     valid = (datasets.load("sen1floods11", root, "val")[0]["target"] >= 0).sum()
     assert sum(int(row["pixels"]) for row in rows(tmp_path / "one3") if row["pixels"]) == valid
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from functools import partial
@@ -147,10 +148,16 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     finetune.train(config, tmp_path / "run")
     assert seen["ids"] == 8 * 16 + 8 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     task = finetune.load(tmp_path / "run")
-    splits, mesh = (finetune.open_split(config, split) for split in ("train", "val")), sharding.make_mesh(**config.mesh)
+    splits, mesh = [finetune.open_split(config, split) for split in ("train", "val")], sharding.make_mesh(**config.mesh)
     held = jax.device_put({"generator": task.generator}, sharding.replicated(mesh))
-    feeding.open_feed(config, *splits, task.scale, mesh, feeding.Frozen(task.module, task.thinker, held), 8 * 16)
+    opened = partial(feeding.open_feed, dataset=splits[0], held_out=splits[1], scale=task.scale, mesh=mesh)
+    opened = partial(opened, frozen=feeding.Frozen(task.module, task.thinker, held))
+    opened(config, total=8 * 16)
     assert seen["ids"] == 8 * 16 + 8 + 8  # with so few epochs a turned sample hardly repeats
+    anew = settings(root, model=model, data=dict(crop=SIZE), train=dict(cache=False))
+    streams = [itertools.islice(opened(each, total=24 * 8).training(16), 4) for each in (config, anew)]
+    for kept, made in zip(*streams, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, kept, made)  # the thoughts of an image as it is turned, not those of the image turned
     jax.tree.map(np.testing.assert_array_equal, dict(task.generator), dict(given.generator[1]))
     tim.check_shared({group: task.variables[group]["encoder"] for group in ("params", "buffers")}, task.generator)
     path = datasets.load("sen1floods11", root, "val").samples[0].inputs["S1GRD"]
@@ -311,7 +318,8 @@ def test_predict_writes_maps_where_the_input_lies(finished, root, tmp_path):
     expected[:2, :2] = 255  # where the radar has no data
     np.testing.assert_array_equal(np.asarray(made)[..., 0], expected)
     header = geo.read_header(next(tmp_path.glob("*.tif")))
-    assert header.nodata == 255 and header.tags["classes"] == "land, water" and not (tmp_path / "unfinished").exists()
+    assert header.nodata == 255 and not (tmp_path / "unfinished").exists()
+    assert header.tags["classes"] == "land, water" and header.tags["terramind_jax_dtype"] == "float32"
     assert cli.main(["predict", f"--weights={finished}", f"--input=S1GRD={path}", f"--out={tmp_path}"]) == 2
     with pytest.raises(ValueError, match="The model takes S1GRD; S2L1C is given."):
         predict.run(finished, {"S2L1C": path}, tmp_path / "other")

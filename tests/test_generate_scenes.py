@@ -276,7 +276,7 @@ def test_nothing_is_replaced(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
     generate_scenes.run(**call)
-    with pytest.raises(FileExistsError, match=r"out/a\.png exists already; choose another name"):
+    with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already, the first of 2 outputs that do; choose another folder"):
         generate_scenes.run(**call)
     (tmp_path / "out" / "a.png").unlink()
     with pytest.raises(FileExistsError, match=r"out/NDVI/a\.tif exists already"):
@@ -317,7 +317,8 @@ def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
         ({"DEM": "a.tif"}, ["S3"], "Unknown output modality 'S3'"),
         ({"DEM": "a.tif"}, ["caption"], "A caption is text, which this command neither reads nor writes"),
         ({"DEM": "missing.tif"}, ["NDVI"], "There is no file or folder"),
-        ({"DEM": "empty"}, ["NDVI"], "empty is empty: it holds no GeoTIFF"),
+        ({"DEM": "empty"}, ["NDVI"], "empty holds no GeoTIFF"),
+        ({"DEM": "tiles"}, ["NDVI"], "tiles holds no GeoTIFF .*; did you mean .*tiles/DEM?"),
         ({"DEM": "a.tif", "coords": "empty"}, ["NDVI"], "mix files and folders"),
         ({"DEM": "one", "coords": "two"}, ["NDVI"], "share no file name"),
         ({"DEM": "a.tif", "coords": "shifted.tif"}, ["NDVI"], "do not lie on one grid"),
@@ -329,8 +330,8 @@ def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
     ],
 )
 def test_errors_say_what_is_wrong(weights, copies, tmp_path, inputs, to, message):
-    for folder in ("empty", "one", "two"):
-        (tmp_path / folder).mkdir()
+    for folder in ("empty", "one", "two", "tiles/DEM"):
+        (tmp_path / folder).mkdir(parents=True)
     elevation(tmp_path / "a.tif", TILE, TILE)
     elevation(tmp_path / "one" / "a.tif", TILE, TILE)
     elevation(tmp_path / "two" / "b.tif", TILE, TILE)

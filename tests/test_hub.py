@@ -79,7 +79,8 @@ def test_an_interrupted_download_leaves_nothing_to_read(server, monkeypatch):
         patch.setattr(huggingface_hub, "hf_hub_download", interrupted)
         with pytest.raises(
             ConnectionError,
-            match="could not be downloaded .connection lost.; without a network, download https://.*/someone/model/resolve/main/weights.safetensors",
+            match=r"not be downloaded \(connection lost\); without a network, download https://.*/someone/model/resolve/main/"
+            "weights.safetensors elsewhere and name the file, with --weights, a tokenizer's folder with --tokenizers",
         ):
             hub.weights(ENTRY)
     assert not server.cache.exists()

@@ -320,3 +320,11 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert losses(broken) == losses(whole)
     assert tiny_run.samples(broken) == tiny_run.samples(whole)
     assert max(tiny_run.differences(*(pretrain.load(workdir)[1]["params"] for workdir in (broken, whole)))) == 0
+
+
+def test_the_last_step_is_logged_whatever_its_number(tmp_path):
+    train(tmp_path, config=settings(log_every=8))
+    assert list(losses(tmp_path)) == [8, 16, STEPS]
+    lines = logging.read(tmp_path)
+    train(tmp_path, config=settings(log_every=8))
+    assert logging.read(tmp_path) == lines

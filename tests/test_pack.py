@@ -209,8 +209,10 @@ def test_files_of_a_name_must_overlap(src, tmp_path):
 
 
 def test_folders_and_files_that_cannot_be_packed(src, tmp_path):
-    with pytest.raises(FileNotFoundError, match="No GeoTIFFs in .*; expected MODALITY/NAME.tif"):
+    with pytest.raises(FileNotFoundError, match="There is no folder .*absent"):
         pack(str(tmp_path / "absent"), str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match="No GeoTIFFs in .*; expected MODALITY/NAME.tif"):
+        pack(str(src / "DEM"), str(tmp_path / "out"))
     with pytest.raises(FileExistsError, match="is not empty"):
         pack(str(src), str(src))
     with pytest.raises(ValueError, match="val_fraction is 1, expected"):

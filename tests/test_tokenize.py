@@ -92,8 +92,9 @@ def test_tokens_are_those_of_each_crop(root, weights, capsys):
     assert len(np.unique(index.tokens(0, "DEM"))) > 4
 
 
-def test_shards_are_named_and_filled_like_the_pixels(root, weights, quick):
+def test_shards_are_named_and_filled_like_the_pixels(root, weights, quick, capsys):
     run(root, weights)
+    assert f"Tokenizers: {weights / 'DEM'}\n" in capsys.readouterr().out
     folder = root / "train" / "DEM_tokens"
     assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "world_shard_000001.tar", "world_shard_000007.tar"]
     record = json.loads((folder / "tokenizer.json").read_text())
@@ -466,3 +467,12 @@ def test_the_command_writes_records(weights, monkeypatch, tmp_path, capsys):
     assert "give --out a new folder" in capsys.readouterr().err
     assert cli.main([*command, f"--out={tmp_path / 'out'}"]) == 0
     assert records.is_prepared(tmp_path / "out", "train")
+
+
+def test_tokens_of_other_pixels_under_the_same_keys_are_refused(root, weights, quick, tmp_path):
+    run(root, weights, out=tmp_path / "tokens")
+    write_shard(root, 1, {"0": tile(4), "a": tile(4)}, "LULC")  # joined with another modality, whose keys come first
+    open_index(root, "train", tokens_root=tmp_path / "tokens").check_tokens()
+    write_shard(tmp_path / "other", 1, {"a": tile(5), "b": tile(6, SIZE)})
+    with pytest.raises(ValueError, match="DEM_tokens/world_shard_000001.tar holds tokens of other pixels than those of .*other"):
+        open_index(tmp_path / "other", "train", tokens_root=tmp_path / "tokens").check_tokens()

@@ -61,6 +61,16 @@ def test_what_was_trained_is_loaded_as_a_model(finished, tmp_path):
     assert generator.module.config.decoder[0].vocab_size == tiny_run.CODEBOOKS["LULC"]
 
 
+def test_a_run_tells_how_many_samples_have_tokens(tmp_path):
+    config = tiny_run.pretraining(tiny_run.write_shards(tmp_path))
+    config.data.targets = ("DEM", "LULC", "NDVI")
+    tiny_run.write_tokens(tmp_path, "train", "LULC", [3])
+    index = pretrain.open_tokenized(config, "train")
+    assert pretrain.tokens_told(config, index) == " with tokens of DEM (12), LULC (1), NDVI (0)"
+    config.data.online_tokens = True
+    assert pretrain.tokens_told(config, index) == ""
+
+
 def test_a_run_learns_and_reports(finished):
     lines = logging.read(finished)
     steps = [line for line in lines if "loss" in line]
@@ -250,6 +260,13 @@ def test_a_refused_start_leaves_the_workdir_free(root, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="its vocabulary has 1; tokenize again, or correct tokenizer.json"):
         pretrain.train(tiny_run.pretraining(root), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_no_model_generates_is_no_target(tmp_path):
+    config = tiny_run.pretraining(tmp_path)
+    config.data.targets = ("DEM", "S2RGB")
+    with pytest.raises(ValueError, match="No model generates S2RGB; S2L2A is the nearest"):
+        pretrain.streams(config)
 
 
 def test_validation_data_that_cannot_work_is_said_at_the_start(tmp_path):

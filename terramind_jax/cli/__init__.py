@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     _keep_programs()
+    warnings.formatwarning = _sentence
     try:
         return parsed.command(parsed) or 0
     except KeyboardInterrupt:
+        if "kept" in parsed:
+            print(f"\nStopped. {parsed.kept.format(**vars(parsed))}; the same command goes on from there.", file=sys.stderr)
         return STOPPED
     except Exception as error:
         if not _told(error):
@@ -56,11 +60,17 @@ def _keep_programs() -> None:
         os.environ[PROGRAMS] = str(folder)
 
 
+def _sentence(message: Warning | str, category: type[Warning], *where, _usual=warnings.formatwarning) -> str:
+    """The text of a warning: of those that are told to users, as all of this package, not where in the code they come from."""
+    return f"warning: {message}\n" if category is UserWarning else _usual(message, category, *where)
+
+
 def _told(error: Exception) -> bool:
     """Whether an error was told in one sentence, as those of use are; the others need their traceback."""
     if os.environ.get(DEBUG) == "1" or not _is_users(error):
         return False
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    told = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    print(f"error: {' '.join(told.split())}", file=sys.stderr)
     return True
 
 
@@ -114,7 +124,7 @@ def _add_training(commands) -> None:
         text = "process 0 of several, with JAX_NUM_PROCESSES and JAX_PROCESS_ID; not needed on TPU pods, GKE, SLURM and Open MPI"
         parser.add_argument("--coordinator", metavar="HOST:PORT", help=text)
         parser.add_argument("--profile", metavar="START:STOP", help="steps whose trace goes to WORKDIR/profile, to be read with XProf")
-        parser.set_defaults(overrides=[])
+        parser.set_defaults(overrides=[], kept="The last checkpoint, if there is one yet, stays in {workdir}")
 
 
 def _pretrain(parsed: argparse.Namespace) -> int:
@@ -196,10 +206,12 @@ def _add_tokens(commands) -> None:
     parser.add_argument("--weights", required=True, metavar="DIR", help="folder with one tokenizer a modality; or hub, the released ones")
     parser.add_argument("--out", metavar="DIR", help="folder for the token shards; default: beside the pixels")
     parser.add_argument("--array_record", action="store_true", help="make --out a TFDS data set of tokens, a record a location")
-    parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
+    text = "only this split, such as test; may be repeated; default: train and val, which pretraining reads"
+    parser.add_argument("--split", action="append", metavar="NAME", help=text)
     parser.add_argument("--batch_size", type=int, default=16, help="crops encoded at once, on all devices of this machine")
     parser.add_argument("--host", type=int, default=0, metavar="K", help="do this share of the shards, from 0, of")
     parser.add_argument("--hosts", type=int, default=1, metavar="N", help="so many, the others being done by other machines")
+    parser.set_defaults(kept="Shards that are done stay")
 
 
 def _tokenize(parsed: argparse.Namespace) -> None:
@@ -354,6 +366,7 @@ def _add_quickstart(commands) -> None:
     parser.add_argument("--out", default=None, metavar="DIR", help="default: quickstart, or quickstart_NAME for a folder NAME of tiles")
     parser.add_argument("--lulc_codes", default="terramesh", choices=LULC_CODES, help="codes of the LULC rasters in --data")
     parser.add_argument("--minutes", type=float, default=None, help="about how long to train")
+    parser.set_defaults(kept="Parts that are done stay")
 
 
 def _quickstart(parsed: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def read_offsets(pairs: Sequence[str]) -> dict[str, float]:
     for pair in pairs:
         name, _, value = pair.rpartition("=")
         try:
-            offsets[name] = float(value)
+            offsets[name] = float(value if name else "")
         except ValueError:
             raise ValueError(f"--offset takes MODALITY=VALUE or MODALITY/NAME=VALUE, such as S2L2A=-1000, not {pair!r}.") from None
     return offsets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from terramind_jax.cli.arguments import LULC_CODES, add, add_group, read_offsets
+from terramind_jax.cli.arguments import LULC_CODES, add, add_group, positive, read_offsets
 
 
 def add_commands(commands) -> None:
@@ -44,6 +44,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--beam", nargs="?", const="runner=DirectRunner", metavar="OPTIONS", help=text)
     text = "also write arrays that are mapped into memory, of which training reads what its masks choose; not compressed, 4.3 MB a sample"
     parser.add_argument("--mapped", action="store_true", help=text)
+    parser.set_defaults(kept="Files that are done stay")
     for name, text, command in (
         ("index", "find every sample, also in a gs://, s3://, hf:// or http:// root; exits with 1 for damaged tars", _index),
         ("check", "read every sample and its tokens, and report bad ones, missing shards and odd statistics; exits with 1 for any", _check),
@@ -52,10 +53,10 @@ def add_commands(commands) -> None:
         parser = add(actions, name, text, command)
         parser.add_argument("root", metavar="ROOT", help="folder of shards")
         if command is not _index:
-            parser.add_argument("--workers", type=int, metavar="N", help="processes that read; default: all cores")
+            parser.add_argument("--workers", type=positive, metavar="N", help="processes that read; default: all cores")
     parser.add_argument("--modality", action="append", metavar="NAME", help="only this modality; may be repeated")
     parser.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
-    parser.add_argument("--limit", type=int, metavar="N", help="only so many samples of each, spread evenly; default: all")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only so many samples of each, spread evenly; default: all")
     parser.add_argument("--json", action="store_true", help="print them in full as JSON, {split: {modality: {mean, std}}}")
 
 

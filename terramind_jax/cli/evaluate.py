@@ -85,7 +85,12 @@ def add_commands(commands) -> None:
     parser.add_argument("--data", metavar="ROOT", help="the data set's folder, where it is not that of the training")
     parser.add_argument("--out", required=True, metavar="DIR", help="report.md and scores.csv; must not exist")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N samples; default: all")
-    parser.add_argument("--batch_size", type=positive, metavar="N", help="windows at once; default: that of the training")
+    parser.add_argument(
+        "--batch_size",
+        type=positive,
+        metavar="N",
+        help="windows at once, rounded up to a multiple of the devices; default: that of the training",
+    )
 
 
 def _add_protocol(protocols, name: str, text: str, command) -> argparse.ArgumentParser:

@@ -323,7 +323,7 @@ def _sizes(found: collections.Counter[tuple[int, int]]) -> str:
 def _offsets(shifted: int, plain: int, samples: int) -> str:
     """No problem of a copy: TerraMesh's own example tiles are of both kinds."""
     counts = f"{shifted} of {samples} samples are stored with an offset of 1000, {plain} without"
-    both = " Both occur, so the same ground is stored in two ways." if shifted and plain else ""
+    both = " Both occur, as in TerraMesh: no fault of a copy, though the same ground is stored in two ways." if shifted and plain else ""
     return f"By their cirrus band, S2L1C: {counts}, and of {samples - shifted - plain} it cannot be told.{both}"
 
 

@@ -18,7 +18,7 @@ from terramind_jax import declarations
 from terramind_jax import modalities as registry
 from terramind_jax.data import clouds, layout, order, scan, storage, table, tars, zips
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.shards import read_attributes, read_sample
+from terramind_jax.data.shards import TOKEN_SOURCE, read_attributes, read_sample
 from terramind_jax.data.table import Table
 from terramind_jax.files import is_remote, parse_npy
 
@@ -147,7 +147,7 @@ class Index:
         return hashlib.sha256("".join(self._opened[-1]).encode()).hexdigest()
 
     def check_tokens(self) -> None:
-        """A ValueError if the tokens of a modality are those of other samples altogether."""
+        """A ValueError if the tokens of a modality are those of other samples altogether, or of other pixels under the same keys."""
         stored = {m: (np.count_nonzero(column.size), column.folder) for m, column in self._tokens.items()}
         if self._records:
             stored = {
@@ -161,6 +161,33 @@ class Index:
                 )
         if self._records:
             self._check_places()
+        for m in self._pixels.keys() & self._tokens.keys():
+            self._check_source(m)
+
+    def _check_source(self, modality: str) -> None:
+        """A ValueError if a token shard tells that it was made from other pixels; one of each modality is asked, and need not tell."""
+        column = self.modalities.index(modality)
+        both = np.flatnonzero(self.available[:, column] & self.has_tokens[:, column])
+        pixels, tokens = self._pixels[modality], self._tokens[modality]
+        if not len(both) or os.path.basename(path := tokens.path(i := int(both[0]))) != os.path.basename(pixels.path(i)):
+            return
+        try:
+            start = bytes(self._stores[True].read(path, 0, 2 * tars.BLOCK))
+            told = tars.is_header_of(start[: tars.BLOCK], "".join(TOKEN_SOURCE).encode())
+            same = not told or start[tars.BLOCK :].rstrip(b"\0").decode() == self.fingerprint(modality, self._beside(pixels, i))
+        except (OSError, DataError):
+            return  # a shard that cannot be read is found out where it is
+        if not same:
+            raise ValueError(
+                f"{path} holds tokens of other pixels than those of {pixels.path(i)}, though under the same keys; tokenize these shards "
+                "(again, if they have changed since), or point to the tokens that were made from them."
+            )
+
+    def _beside(self, column: _Column, i: int) -> np.ndarray:
+        """The samples in the tar of sample `i`, in their order there."""
+        rows = slice(None) if column.rows is None else column.rows
+        there = np.flatnonzero((column.shard[rows] == column.shard[column.row(i)]) & (column.sizes() > 0))
+        return there[np.argsort(column.offset[rows][there])]
 
     def _check_places(self) -> None:
         """A ValueError if records of tokens lie elsewhere on Earth than the pixels, as far as a few of both tell."""
@@ -483,10 +510,10 @@ def open_index(
     _refuse_faults(tokens, [f"{m}_tokens" for m in wanted])
     there = {m: (m in pixels.meta["columns"], f"{m}_tokens" in tokens.meta["columns"]) for m in wanted}
     if not any(pixels.meta["counts"].get(m) or (not found and tokens.meta["counts"].get(f"{m}_tokens")) for m in wanted):
-        folder = storage.join(root, split)
+        folder, names = storage.join(root, split), ", ".join(dict.fromkeys(wanted))
         raise FileNotFoundError(
             f"No samples in {folder}; expected tars like "
-            f"{storage.join(folder, 'MODALITY', 'NAME_shard_000001.tar')} of KEY.zarr.zip, where MODALITY is one of {', '.join(wanted)}."
+            f"{storage.join(folder, 'MODALITY', 'NAME_shard_000001.tar')} of KEY.zarr.zip, where MODALITY is one of {names}."
         )
     kept = [m for m in wanted if any(there[m]) or modalities is not None]
     index = Index(root, split, kept, (path, tokens_path), tokens_root, (pixels, tokens), found)

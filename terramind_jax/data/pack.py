@@ -162,6 +162,8 @@ def find_scenes(src: str) -> list[Scene]:
 
     Modalities of the user's own that ``modalities.json`` in the folder declares are declared.
     """
+    if not os.path.isdir(src):
+        raise FileNotFoundError(f"There is no folder {src}.")
     scan.declare(src)
     _check_folders(src)
     files: dict[str, dict[str, str]] = {}

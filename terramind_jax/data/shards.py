@@ -26,6 +26,7 @@ from terramind_jax.data.errors import DataError
 
 SAMPLE_SUFFIX = ".zarr.zip"
 TOKEN_SUFFIX = ".npy"
+TOKEN_SOURCE = "_source", ".txt"  # first member of a token shard: the fingerprint of the pixels it was made from
 
 ZSTD = numcodecs.Blosc("zstd", clevel=3, shuffle=numcodecs.Blosc.SHUFFLE)
 

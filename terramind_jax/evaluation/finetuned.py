@@ -2,7 +2,7 @@
 
 Samples are seen and measured as the run's validation does: windows of the crops' size cover an image, and of a pixel in two the first
 counts. So ``val`` gives the numbers that training logged for its best parameters. Of labels of images each window is judged alone.
-Every sample of a split is scored, of ``train`` also those whose labels a share ``data.labels`` has left out.
+Every sample of a split is scored, of ``train`` also those whose labels a share ``data.labels`` has left out. All devices work on a batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from terramind_jax import config as configuration
+from terramind_jax import sharding
 from terramind_jax.evaluation import results
 from terramind_jax.tasks import batches, feeding, finetune, losses, validation
 from terramind_jax.tasks import config as fields
@@ -38,7 +39,7 @@ def run(
     Args:
       weights: work directory of ``finetune``. split: train, val, test, or another that its data set has.
       data: the data set's folder; None: that of the training. limit: the first so many samples; None: all.
-      batch_size: windows at once; None: as in training.
+      batch_size: windows at once, rounded up to a multiple of the devices; None: as in training.
 
     Raises:
       FileExistsError: `out` exists. FileNotFoundError: no fine-tuned run, or data that are not complete.
@@ -63,12 +64,15 @@ def run(
 
 def measured(task: Task, dataset: Dataset, criterion: losses.Loss, batch_size: int) -> dict[str, np.ndarray]:
     """The sums of `validation.measure` over all windows of a split."""
-    frozen = feeding.Frozen(task.module, task.thinker, {"generator": task.generator})
-    measure = jax.jit(partial(validation.measure, task.module, criterion, task.facts))
+    mesh = sharding.make_mesh()
+    replicated, batch_size = sharding.replicated(mesh), -(-batch_size // mesh.size) * mesh.size
+    variables, generator = jax.device_put((task.variables, task.generator), replicated)
+    frozen = feeding.Frozen(task.module, task.thinker, {"generator": generator})
+    measure = jax.jit(partial(validation.measure, task.module, criterion, task.facts), out_shardings=replicated)
     stream = batches.covering(dataset, task.scale, crop=task.crop, batch_size=batch_size)
     count = batches.count(dataset, task.crop, batch_size) // batch_size
     shown = tqdm(stream, dataset.split, count, unit="batch", dynamic_ncols=True)
-    return validation.add_up(measure(task.variables, frozen.complete(batch)) for batch in shown)
+    return validation.add_up(measure(variables, frozen.complete(sharding.to_global(batch, mesh))) for batch in shown)
 
 
 def _report(path: Path, model: str, task: Task, dataset: Dataset, config: ConfigDict, found: dict[str, float], classes: list) -> str:

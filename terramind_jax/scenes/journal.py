@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from terramind_jax import files
-from terramind_jax.convert.files import check_free
 
 FOLDER = "unfinished"
 
@@ -60,10 +59,12 @@ class Journal:
 
 
 def check_outputs(out: Path, outputs: Iterable[Path]) -> None:
-    """Raises FileExistsError if an output is there already, unless a stopped command may have written it."""
-    if not (out / FOLDER / "journal.json").is_file():
-        for path in outputs:
-            check_free(path)
+    """Raises FileExistsError if outputs are there already, unless a stopped command may have written them."""
+    there = [path for path in outputs if path.exists()]
+    if not there or (out / FOLDER / "journal.json").is_file():
+        return
+    first = f", the first of {len(there)} outputs that do" if there[1:] else ""
+    raise FileExistsError(f"{there[0]} exists already{first}; choose another folder, or delete what is there first.")
 
 
 def start(out: Path, command: Mapping[str, Any]) -> Journal:

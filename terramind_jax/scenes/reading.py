@@ -48,9 +48,11 @@ def find(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, Path]]:
     if any(path.is_file() for path in paths.values()):
         raise ValueError("The inputs mix files and folders; give files for one scene, or folders for many.")
     files = {name: {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES} for name, path in paths.items()}
-    empty = [str(paths[name]) for name, found in files.items() if not found]
+    empty = [(paths[name], paths[name] / name) for name, found in files.items() if not found]
     if empty:
-        raise ValueError(f"The folder {empty[0]} is empty: it holds no GeoTIFF ({', '.join(SUFFIXES)}).")
+        folder, inner = empty[0]
+        hint = f"; did you mean {inner}?" if inner.is_dir() else "."
+        raise ValueError(f"The folder {folder} holds no GeoTIFF ({', '.join(SUFFIXES)}){hint}")
     shared = sorted(set.intersection(*(set(found) for found in files.values())))
     if not shared:
         raise ValueError(f"The folders {', '.join(map(str, paths.values()))} share no file name; a scene has one name in all of them.")

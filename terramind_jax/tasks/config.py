@@ -24,7 +24,7 @@ def finetuning() -> ConfigDict:
     config.model.layers = ()  # whose features are used, from 0; empty: 2,5,8,11, of 24 layers 5,11,17,23
     config.model.pyramid = True  # learned interpolation to four resolutions
     config.model.decoder = "unet"  # unet | upernet | upernet_pangaea | fcn | linear | identity, which is for labels of images
-    config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN
+    config.model.channels = ()  # of the decoder; empty: 512,256,128,64 of a U-Net, 512 of an UPerNet, 256 of an FCN; linear: no head
     config.model.pool_scales = (1, 2, 3, 6)  # of an UPerNet
     config.model.num_convs = 4  # of an FCN, each of which doubles the resolution
     config.model.upsampling = 16  # of a linear decoder

@@ -43,7 +43,7 @@ class DecoderConfig:
     layers: tuple[int, ...] = (2, 5, 8, 11)  # of the backbone, from 0; large: 5, 11, 17, 23
     pyramid: bool = True  # learned interpolation to four resolutions
     decoder: str = "unet"
-    channels: tuple[int, ...] = ()  # of each block of a U-Net; of an UPerNet or FCN one number; empty: `CHANNELS`
+    channels: tuple[int, ...] = ()  # of each block of a U-Net; of an UPerNet, FCN or linear decoder one number; empty: `CHANNELS`
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)  # of an UPerNet
     num_convs: int = 4  # blocks of an FCN, each of which doubles the resolution
     upsampling: int = 16  # factor of a linear decoder
@@ -77,8 +77,8 @@ class DecoderConfig:
 
     @property
     def includes_head(self) -> bool:
-        """Whether the decoder itself makes the outputs."""
-        return self.decoder == "linear"
+        """Whether the decoder itself makes the outputs: a linear one without channels of its own."""
+        return self.decoder == "linear" and not self.channels
 
 
 def to_image(tokens: jax.Array, grid: Sequence[int]) -> jax.Array:
@@ -171,15 +171,15 @@ class FCN(nn.Module):
 
 
 class Linear(nn.Module):
-    """One transposed convolution on the last image, straight to the outputs."""
+    """One transposed convolution on the last image: straight to the outputs, or to channels that a head reads."""
 
-    outputs: int
+    channels: int
     upsampling: int = 16
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool = False) -> jax.Array:
-        return layers.Upscale(self.outputs, self.upsampling, dtype=self.dtype, name="conv")(features[-1])
+        return layers.Upscale(self.channels, self.upsampling, dtype=self.dtype, name="conv")(features[-1])
 
 
 class Identity(nn.Module):
@@ -200,7 +200,7 @@ def decoder(config: DecoderConfig, **options) -> nn.Module:
         case "fcn":
             return FCN(config.widths[0], config.num_convs, config.dtype, **options)
         case "linear":
-            return Linear(config.num_outputs, config.upsampling, config.dtype, **options)
+            return Linear(config.num_outputs if config.includes_head else config.widths[0], config.upsampling, config.dtype, **options)
     return Identity(**options)
 
 

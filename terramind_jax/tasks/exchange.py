@@ -26,6 +26,7 @@ from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Facts
+from terramind_jax.tasks.decoders import DecoderConfig
 from terramind_jax.tasks.finetune import Task
 
 TASK = "model."  # what a task calls its model
@@ -36,7 +37,8 @@ PEFT = "base_model."  # what begins the names of a backbone with adapters
 def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
     """Writes the best parameters of a fine-tuning by the suffix of `target`: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
 
-    LoRA's products are added to the kernels, so that TerraTorch loads them without its ``peft_config``.
+    LoRA's products are added to the kernels, so that TerraTorch loads them without its ``peft_config``. A linear decoder without
+    ``model.channels`` has a head there, too, which changes nothing: ``decoder_num_classes`` is the number of outputs.
 
     Raises FileExistsError if `target` exists, ValueError for what TerraTorch cannot hold.
     """
@@ -63,7 +65,17 @@ def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
         model = dataclasses.replace(model, generator=(task.thinker.module, task.generator), tokenizers=held)
     prefix = ENCODER * (2 if task.facts.has_times else 1)
     state = {prefix + name: x for name, x in weights.to_torch(model).items()}
-    return state | rules.to_torch(_without_encoder(jax.device_get(task.variables)), convert.rules(task.module.config))
+    config, rest = task.module.config, _without_encoder(jax.device_get(task.variables))
+    if config.includes_head:
+        config, rest["params"] = _with_head(config, rest["params"])
+    return state | rules.to_torch(rest, convert.rules(config))
+
+
+def _with_head(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """A linear decoder, which makes the outputs here, with the head that TerraTorch puts on each: one that changes nothing."""
+    n = config.num_outputs
+    same = {"kernel": np.eye(n, dtype=np.float32)[None, None], "bias": np.zeros(n, np.float32)}
+    return dataclasses.replace(config, channels=(n,)), {**params, "head": {"out": same}}
 
 
 def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:

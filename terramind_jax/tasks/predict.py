@@ -75,6 +75,7 @@ def run(
         version=metadata.version("terramind_jax"),
         model=str(weights),
         weights_sha256=generate_scenes.digest(task.variables, task.generator),
+        dtype=task.module.backbone.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(overlap=overlap, batch_size=batch_size),

@@ -47,7 +47,6 @@ SILENT = {
     *("accelerator", "strategy", "devices", "num_nodes", "logger", "log_every_n_steps", "default_root_dir", "enable_checkpointing"),
     *("enable_progress_bar", "num_workers", "pin_memory", "persistent_workers", "rgb_indices", "rgb_modality", "plot_on_val"),
     *("allow_substring_file_names", "model_factory", "remove_cls_token", "task", "modalities", "verbose", "metadata_file_name"),
-    "decoder_num_classes",
 }
 SILENT_CALLBACKS = ("RichProgressBar", "TQDMProgressBar", "LearningRateMonitor", "ModelCheckpoint", "EarlyStopping")
 DEFAULTS = {
@@ -133,7 +132,7 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
     if decoder is not None:
         m.decoder = DECODERS.get(decoder, m.decoder)
         rest += [] if decoder in DECODERS else [f"model.init_args.model_args.decoder={decoder}"]
-        rest += [f"model.init_args.model_args.decoder={decoder}: without a head here"] if decoder == "LinearDecoder" else []
+        m.channels = _of_linear(args) if decoder == "LinearDecoder" else m.channels
     if m.decoder == "upernet":
         m.channels = m.channels or (256,)  # as there
     _time(config, args)
@@ -147,6 +146,13 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
         config.train.loss = ""
     if node.get("lr") is not None:
         config.optimizer.learning_rate = float(node.pop("lr"))
+
+
+def _of_linear(args: Fields) -> tuple[int]:
+    """The channels that a linear decoder makes for the head that is put on it."""
+    if "decoder_num_classes" not in args:
+        raise ValueError("The configuration's LinearDecoder lacks decoder_num_classes, without which TerraTorch does not build it.")
+    return (int(args.pop("decoder_num_classes")),)
 
 
 def _time(config: ConfigDict, args: Fields) -> None:

@@ -133,14 +133,19 @@ def run(
                 writer.say(f"{run.patience} steps in a row were skipped, to step {step}: back to the last checkpoint, with other data.")
 
             # ---- Validation and checkpoint, which knows what the validation was ----
-            if training.validate is not None and (step == steps or run.eval_every and step % run.eval_every == 0):
+            validates = training.validate is not None and (step == steps or run.eval_every and step % run.eval_every == 0)
+            if validates:
                 watchdog.at(step, "validates")
                 with meter.aside():
                     validated = training.validate(train_state, buffers)
-                    writer.write(step, validated)
                 if training.is_over():
                     writer.say(f"Ends at step {step} of {steps}: the validation has not become better for long enough.")
                     steps = step
+            if step == steps:
+                meter.flush()
+                meter.log()
+            if validates:
+                writer.write(step, validated)
             if step == steps or step % run.checkpoint_every == 0:
                 meter.flush()
                 if step == steps or not meter.streak:  # else the parameters may be what is wrong

@@ -55,6 +55,7 @@ class Meter:
         self._writer, self._log_every, self._work = writer, log_every, work
         self._max_bad, self._reasons, self._bad = max_bad_fraction, reasons, 0.0
         self._pending: tuple | None = None
+        self._unlogged: int | None = None  # the step of `last`, until it is in the log
         self._clock: float | None = None
         self._waiting = 0.0  # for data, since `_clock`
         self._steps, self._seconds, self._waited, self._saving = 0, 0.0, 0.0, 0.0
@@ -78,11 +79,19 @@ class Meter:
         self.streak = 0 if useful else self.streak + 1
         self._time(useful)
         self.last = {**metrics, **self._totals, "samples": self._samples, "rewinds": self.rewinds, **self._rates()}
+        self._unlogged = step
         if step % self._log_every == 0:
-            self._writer.write(step, self.last)
-            self._steps, self._seconds, self._waited, self._saving = 0, 0.0, 0.0, 0.0
+            self.log()
         self._writer.advance(step, _shown(self.last))
         self._check_samples(step, metrics["bad"])
+
+    def log(self) -> None:
+        """Writes the newest step that was read to the log, if it is not there: the last of a run, whatever its number."""
+        if self._unlogged is None:
+            return
+        self._writer.write(self._unlogged, self.last)
+        self._unlogged = None
+        self._steps, self._seconds, self._waited, self._saving = 0, 0.0, 0.0, 0.0
 
     @contextmanager
     def aside(self, saving: bool = False) -> Iterator[None]:

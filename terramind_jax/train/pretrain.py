@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
@@ -80,7 +81,7 @@ def train(
     faults = Faults(index, partial(read_streams, index, streams_read(config), config.model.image_size), workdir, jax.process_index())
     tokens, batch_size = config.mask.input_tokens + config.mask.target_tokens, config.train.batch_size
     training = loop.Training(
-        title=f"{state.size(train_state.params)} parameters, {len(index)} samples",
+        title=f"{state.size(train_state.params)} parameters, {len(index)} samples{tokens_told(config, index)}",
         total=total_samples(config),
         work={
             "tokens": tokens * batch_size,
@@ -301,6 +302,13 @@ def open_tokenized(config: ConfigDict, split: str) -> Index:
     return index
 
 
+def tokens_told(config: ConfigDict, index: Index) -> str:
+    """How many samples have tokens of each target, where these are stored: who tokenized only some modalities is to see it."""
+    names = [] if config.data.online_tokens else [name for name in config.data.targets if name in index.modalities]
+    counts = {name: np.count_nonzero(index.has_tokens[:, index.modalities.index(name)]) for name in names}
+    return f" with tokens of {', '.join(f'{name} ({count})' for name, count in counts.items())}" if counts else ""
+
+
 def open_validation(config: ConfigDict) -> Index | None:
     """The samples of the validation split, None if there is none."""
     return open_tokenized(config, config.data.val_split) if scan.is_there(config.data.root, config.data.val_split) else None
@@ -410,7 +418,7 @@ def streams(config: ConfigDict) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]
     declarations.declare(config.get("modalities", {}), "config.modalities")
     inputs = [modalities.get(name) for name in config.data.inputs]
     keys = {key for m in inputs for key in (m.pixels, m.tokens) if key}
-    targets = {modalities.output_stream(name).key for name in config.data.targets}
+    targets = {modalities.check_generated(name).key for name in config.data.targets}
 
     def sized(key: str) -> Stream:
         stream = modalities.STREAMS[key]

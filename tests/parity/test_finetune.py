@@ -118,9 +118,11 @@ CHANGES = {
     "crops": {},
     "upernet": {UNET: "UperNetDecoder\n      decoder_channels: 16\n      decoder_pool_scales: [1, 2]\n"},
     "fcn": {UNET: "FCNDecoder\n      decoder_channels: 16\n      decoder_num_convs: 2\n", PYRAMID: ""},
+    "linear": {UNET: "LinearDecoder\n      decoder_upsampling_size: 8\n      decoder_num_classes: 3\n", PYRAMID: ""},
+    "difference": {BACKBONE: SERIES.replace("max", "diff")},
 }
-TIMES = {"series": 3, "crops": 3}
-SLOW = ("thinking", "upernet", "fcn")
+TIMES = {"series": 3, "crops": 3, "difference": 2}
+SLOW = ("thinking", "upernet", "fcn", "difference")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CHANGES])
