@@ -172,7 +172,7 @@ def test_prototypes_of_classes_that_lie_apart():
     ("arguments", "message"),
     [
         (["--dataset=nothing"], "There is no data set 'nothing'"),
-        (["--dataset=sen1floods11"], "Sen1Floods11 is not complete"),
+        (["--dataset=sen1floods11"], "holds nothing of Sen1Floods11"),
         (["--dataset=sen1floods11", "--spatial"], "--spatial is a split of EuroSAT; sen1floods11 has none such"),
         (["--config=configs/finetune/eurosat.py", "--spatial"], "tells the data set and its options; leave out --dataset and --spatial"),
         (["--config=configs/pretrain/tiny.py"], "tiny.py is of pretrain; expected a configuration of finetune"),

@@ -174,7 +174,7 @@ def test_values_and_several_labels(tmp_path, task):
         (dict(split="bolivia"), "There is no file "),
         (dict(weights="nothing"), "has no config.json, so it is not the work directory of a training run"),
         (dict(weights="pretraining"), "has no task.json, so it is not the work directory of a fine-tuning"),
-        (dict(data="nothing"), "Sen1Floods11 is not complete in"),
+        (dict(data="nothing"), "holds nothing of Sen1Floods11"),
     ],
 )
 def test_what_cannot_be_scored(floods, tmp_path, capsys, change, message):

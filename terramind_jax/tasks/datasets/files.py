@@ -177,11 +177,13 @@ def check_present(paths: Iterable[tuple[str, str]], where: str) -> None:
 
 
 def require(title: str, root: str, parts: Sequence[str], source: str) -> None:
-    """Raises a FileNotFoundError that tells the first that is not in `root` of a data set's parts, and where to get it."""
+    """Raises a FileNotFoundError that tells what of a published data set is not in `root`, and where to get it."""
     absent = [part for part in parts if not os.path.exists(os.path.join(root, part))]
+    if absent[1:] and len(absent) == len(parts):
+        raise FileNotFoundError(f"{root} holds nothing of {title}, not even {absent[0]}; get it from {source}.")
     if absent:
-        first = f", the first of {len(absent)} parts that are not" if absent[1:] else ""
-        raise FileNotFoundError(f"{title} is not complete in {root}: {absent[0]} is not there{first}; get it from {source}.")
+        what = f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there"
+        raise FileNotFoundError(f"{title} is not complete in {root}: {what}; get it from {source}.")
 
 
 def base(root: str | os.PathLike, folder: str) -> str:
