@@ -74,7 +74,7 @@ def run(
     command = dict(
         version=metadata.version("terramind_jax"),
         model=str(weights),
-        weights_sha256=generate_scenes.digest(task.variables, task.generator),
+        weights_sha256=generate_scenes.digest(task.variables, task.generator, task.held.get("tokenizers")),
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
         **dict(overlap=overlap, batch_size=batch_size),
