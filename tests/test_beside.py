@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import nano_models
@@ -101,6 +102,26 @@ def test_thoughts_follow_from_tokens_and_series_are_of_single_images(root):
     np.testing.assert_array_equal(found["tok_dem@224"][:, 1], single["tok_dem@224"])
     variables = networks.join(parted["params"], held, parted.get("batch_stats"))
     assert jax.eval_shape(module.apply, variables, {**series, **found}).shape == (2, SIZE, SIZE, 2)
+
+
+def test_tokenizers_lie_elsewhere_or_have_other_sizes(root, tmp_path, monkeypatch):
+    """A pretraining of one's own need not hold tokenizers."""
+    own = weights.load("terramind_v1_tiny", "random", modalities=["S1GRD", "LULC"])
+    module, variables = own.tokenizers["LULC"]
+    weights.save(dataclasses.replace(own, tokenizers={}), tmp_path / "own")
+    config = settings(root, weights=str(tmp_path / "own"))
+    facts = finetune.open_split(config, "train").facts
+    extractor = finetune.backbone(config, facts)
+    init = functools.partial(networks.init, finetune.task_model(config, facts, extractor), beside=beside.of(extractor, 0))
+    with pytest.raises(FileNotFoundError, match="There is no tokenizer of LULC in"):
+        finetune.initial(config, init, extractor)
+    config.model.tokenizers = "random"
+    assert finetune.initial(config, init, extractor)["buffers"]["tokenizers"].keys() == {"LULC"}
+    other = tokenizer.Tokenizer(dataclasses.replace(module.config, dim=64))
+    load, held = weights.load, {"LULC": (other, variables)}
+    monkeypatch.setattr(weights, "load", lambda *given, **options: dataclasses.replace(load(*given, **options), tokenizers=held))
+    with pytest.raises(ValueError, match="random holds a tokenizer of LULC of other sizes than the released one; set"):
+        finetune.initial(config, init, extractor)
 
 
 def test_land_cover_of_other_classes_is_refused(root, tmp_path):

@@ -304,10 +304,15 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
     """Variables of a fresh run: the backbone from ``model.weights``, all else drawn; None if all is drawn."""
     if config.model.weights == "random":
         return None
-    found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options)
+    where = dict(seed=config.train.seed, tokenizers=config.model.tokenizers or None)
+    found = weights.load(extractor.name, config.model.weights, **where, **extractor.options)
     tokenized = {name: found.tokenizers[extractor.streams[name].modality] for name, _ in beside.of(found, 0).tokenizers}
-    if found.module != extractor.module or beside.of(found, 0) != beside.of(extractor, 0):
+    if found.module != extractor.module:
         raise ValueError(f"{config.model.weights} holds a network of other sizes than {extractor.name}.")
+    for name, (module, _) in tokenized.items():
+        if module != extractor.tokenizers[module.config.modality][0]:
+            words = config.model.tokenizers or config.model.weights
+            raise ValueError(f"{words} holds a tokenizer of {name} of other sizes than the released one; set model.tokenizers='hub'.")
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
     drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
