@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,8 +63,9 @@ def of(extractor: FeatureExtractor, seed: int) -> Beside:
     return Beside(tuple(tokens.items()), thinking.of(extractor, seed) if isinstance(extractor, ThinkingInModalities) else None)
 
 
+@partial(jax.jit, static_argnames="module")
 def _encode(module: Tokenizer, variables: Variables, x: jax.Array) -> jax.Array:
-    ids = tokenizer.apply(module, variables, x.reshape(-1, *x.shape[-3:]), "encode")
+    ids = module.apply(variables, x.reshape(-1, *x.shape[-3:]), method="encode")
     return ids.reshape(*x.shape[:-3], *ids.shape[1:])
 
 
