@@ -243,6 +243,7 @@ def test_what_is_told_of_schedules_and_ends(path, old, new, told):
         ("a: 1", "is no configuration of a fine-tuning with TerraTorch"),
         (YAML.replace("SemanticSegmentationTask", "ReconstructionTask"), "is of ReconstructionTask; known are SemanticSegmentationTask"),
         (YAML.replace("backbone: terramind_v1_tiny", "backbone: prithvi"), "The backbone is 'prithvi'; only TerraMind's"),
+        (YAML.replace("backbone_modalities: [S2L1C, S1GRD]", "backbone_modalities: [S2L1C, coords]"), "has coords, which TerraTorch's"),
         (YAML.replace("UNetDecoder", "LinearDecoder"), "LinearDecoder lacks decoder_num_classes, without which"),
     ],
 )

@@ -151,7 +151,7 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     splits, mesh = [finetune.open_split(config, split) for split in ("train", "val")], sharding.make_mesh(**config.mesh)
     held = jax.device_put({"generator": task.generator}, sharding.replicated(mesh))
     opened = partial(feeding.open_feed, dataset=splits[0], held_out=splits[1], scale=task.scale, mesh=mesh)
-    opened = partial(opened, frozen=feeding.Frozen(task.module, task.thinker, held))
+    opened = partial(opened, frozen=feeding.Frozen(task.module, task.beside, held))
     opened(config, total=8 * 16)
     assert seen["ids"] == 8 * 16 + 8 + 8  # with so few epochs a turned sample hardly repeats
     anew = settings(root, model=model, data=dict(crop=SIZE), train=dict(cache=False))

@@ -66,8 +66,8 @@ def measured(task: Task, dataset: Dataset, criterion: losses.Loss, batch_size: i
     """The sums of `validation.measure` over all windows of a split."""
     mesh = sharding.make_mesh()
     replicated, batch_size = sharding.replicated(mesh), -(-batch_size // mesh.size) * mesh.size
-    variables, generator = jax.device_put((task.variables, task.generator), replicated)
-    frozen = feeding.Frozen(task.module, task.thinker, {"generator": generator})
+    variables, held = jax.device_put((task.variables, task.held), replicated)
+    frozen = feeding.Frozen(task.module, task.beside, held)
     measure = jax.jit(partial(validation.measure, task.module, criterion, task.facts), out_shardings=replicated)
     stream = batches.covering(dataset, task.scale, crop=task.crop, batch_size=batch_size)
     count = batches.count(dataset, task.crop, batch_size) // batch_size

@@ -22,8 +22,8 @@ from terramind_jax import config as configuration
 from terramind_jax.convert import files, rules
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.models import ThinkingInModalities
+from terramind_jax.tasks import beside, convert, datasets, finetune
 from terramind_jax.tasks import config as fields
-from terramind_jax.tasks import convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Facts
 from terramind_jax.tasks.decoders import DecoderConfig
@@ -53,16 +53,20 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
 def to_torch(task: Task, tokenizers: str = "random") -> dict[str, np.ndarray]:
     """The state dict that loads strictly into TerraTorch's model of the same configuration.
 
-    Thinking in Modalities holds tokenizers there, too, which nothing but decoding needs: `tokenizers` says whence, as in `weights.load`.
+    Thinking in Modalities holds tokenizers there, too, of what it generates, which nothing but decoding needs: `tokenizers` says whence,
+    as in `weights.load`.
     """
     if task.module.time == "ltae":
         raise ValueError("TerraTorch has no L-TAE, so a model with model.time='ltae' cannot be exported.")
     if task.module.config.is_pangaea:
         raise ValueError("TerraTorch has no neck as PANGAEA's, so a model with model.decoder='upernet_pangaea' cannot be exported.")
     model = dataclasses.replace(task.extractor, variables={group: task.variables[group]["encoder"] for group in ("params", "buffers")})
+    own = {model.streams[name].modality: (module, task.held["tokenizers"][name]) for name, module in task.beside.tokenizers}
+    others = [modality for modality in model.tokenizers if modality not in own]
+    own |= {modality: weights.tokenizer(modality, tokenizers, model.version, optional=True) for modality in others}
+    model = dataclasses.replace(model, tokenizers=own)
     if task.thinker is not None:
-        held = {modality: weights.tokenizer(modality, tokenizers, model.version, optional=True) for modality in model.tokenizers}
-        model = dataclasses.replace(model, generator=(task.thinker.module, task.generator), tokenizers=held)
+        model = dataclasses.replace(model, generator=(task.thinker.module, task.generator))
     prefix = ENCODER * (2 if task.facts.has_times else 1)
     state = {prefix + name: x for name, x in weights.to_torch(model).items()}
     config, rest = task.module.config, _without_encoder(jax.device_get(task.variables))
@@ -83,7 +87,7 @@ def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts) -> dict[str, Any]:
-    """``{"params", "buffers", "batch_stats"}`` of a `TaskModel` from TerraTorch's model, or from its task; a thinker's are ``generator``.
+    """``{"params", "buffers", "batch_stats"}`` of a `TaskModel` from TerraTorch's model, or from its task, and those of a `Beside`.
 
     Raises ValueError for a state dict that is not of this configuration.
     """
@@ -102,9 +106,15 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
     own = {name: x for name, x in encoder.items() if not name.startswith((sources.GENERATOR, sources.TOKENIZER))}
     for group, tree in _network(own, extractor.module).items():
         found[group]["encoder"] = tree
+
+    def inner(prefix: str, network: Any) -> dict[str, Any]:
+        return _network({name.removeprefix(prefix): x for name, x in encoder.items() if name.startswith(prefix)}, network)
+
     if isinstance(extractor, ThinkingInModalities):
-        thinks = {name.removeprefix(sources.GENERATOR): x for name, x in encoder.items() if name.startswith(sources.GENERATOR)}
-        found["generator"] = _network(thinks, extractor.generator[0])
+        found["generator"] = inner(sources.GENERATOR, extractor.generator[0])
+    if tokens := beside.of(extractor, config.train.seed).tokenizers:
+        keys = {name: extractor.streams[name].key for name, _ in tokens}
+        found["tokenizers"] = {name: inner(f"{sources.TOKENIZER}{keys[name]}.", network) for name, network in tokens}
     return found
 
 
@@ -138,10 +148,10 @@ def import_model(source: str | os.PathLike, workdir: str | os.PathLike, config: 
     state = files.read(source)
     facts = dataclasses.replace(facts, has_times=facts.has_times or reads_series(state))
     found = from_torch(state, config, facts)
-    generator = {"generator": found.pop("generator")} if "generator" in found else {}
-    parted = networks.part(found, "full", bool(generator) and config.model.tim_chained)
+    aside = {name: found.pop(name) for name in ("tokenizers", "generator") if name in found}
+    parted = networks.part(found, "full", "generator" in aside and config.model.tim_chained)
     with files.replacing(workdir) as partial:
         configuration.bind_workdir(config, partial)
         finetune.write_task(partial, facts, finetune.scale_of(config, facts))
-        held = {**parted["buffers"], **generator}
+        held = {**parted["buffers"], **aside}
         finetune.save_best(partial, 0, *map(jax.device_put, (parted["params"], held, parted.get("batch_stats"))))

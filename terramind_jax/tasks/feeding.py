@@ -1,8 +1,8 @@
 """The batches of a fine-tuning on its mesh, with what frozen networks make of them: once a sample where nothing else changes it.
 
 A frozen backbone's features are kept (`caching`) if every sample is always seen in one way: images are of the crop's size, and none is
-turned. What a thinker makes is kept for each of the ways in which a whole image can be turned, if a run has more epochs than those, and
-always for validation. Random crops of larger images hardly ever repeat: they are thought about, and seen, in every step.
+turned. What tokenizers and a thinker make is kept for each of the ways in which a whole image can be turned, if a run has more epochs than
+those, and always for validation. Random crops of larger images hardly ever repeat: they are tokenised, thought about and seen anew.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from terramind_jax import sharding
 from terramind_jax.tasks import batches, caching
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.batches import Batch
+from terramind_jax.tasks.beside import Beside
 from terramind_jax.tasks.datasets import Dataset
 from terramind_jax.tasks.model import TaskModel
-from terramind_jax.tasks.thinking import Thinker
 
 Scale = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -37,18 +37,18 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """The networks that are not trained: a thinker, if there is one, and of `module` the backbone."""
+    """The networks that are not trained: those beside the backbone, and of `module` the backbone itself."""
 
     module: TaskModel
-    thinker: Thinker | None
+    beside: Beside
     held: Mapping[str, Any]
 
     def ids(self, batch: Batch) -> dict[str, jax.Array]:
-        """What the thinker makes of a batch."""
-        return {} if self.thinker is None else self.thinker(self.held["generator"], batch["inputs"])
+        """What the networks beside the backbone make of a batch."""
+        return self.beside.ids(self.held, batch["inputs"])
 
     def complete(self, batch: Batch) -> Batch:
-        """With what the thinker makes among the inputs."""
+        """With those ids among the inputs."""
         return _with_inputs(batch, self.ids(batch))
 
     def featured(self, batch: Batch) -> Batch:
@@ -81,7 +81,7 @@ def open_feed(
         in_order = partial(caching.training, seen, len(dataset), seed=config.train.seed, **share)
         return Feed(lambda consumed: to_mesh(in_order(consumed=consumed)), lambda: to_mesh(caching.covering(validated, **share)))
     feed = Feed(lambda consumed: map(frozen.complete, to_mesh(crops(consumed))), lambda: map(frozen.complete, to_mesh(windows(held_out))))
-    if not config.train.cache or frozen.thinker is None:
+    if not config.train.cache or not frozen.beside:
         return feed
     of_windows = keep(held_out, frozen.ids)
     feed = dataclasses.replace(feed, covering=lambda: to_mesh(with_ids(windows(held_out), of_windows)))

@@ -25,13 +25,13 @@ from terramind_jax import config as configuration
 from terramind_jax.data import order
 from terramind_jax.modalities import PATCH_SIZE
 from terramind_jax.models import SAMPLING, FeatureExtractor, ThinkingInModalities
-from terramind_jax.tasks import batches, datasets, feeding, losses, thinking, validation
+from terramind_jax.tasks import batches, beside, datasets, feeding, losses, validation
 from terramind_jax.tasks import config as fields
 from terramind_jax.tasks import model as networks
+from terramind_jax.tasks.beside import NOTHING, Beside
 from terramind_jax.tasks.datasets import Dataset, Facts
 from terramind_jax.tasks.datasets.files import Bands
 from terramind_jax.tasks.model import TaskModel
-from terramind_jax.tasks.thinking import Thinker
 from terramind_jax.train import loop, optimizer, state
 
 TASK, BEST = "task.json", "best"
@@ -60,9 +60,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
     extractor = backbone(config, dataset.facts)
-    module, thinker = task_model(config, dataset.facts, extractor), thinker_of(config, extractor)
+    module, aside = task_model(config, dataset.facts, extractor), beside.of(extractor, config.train.seed)
     tx = optimizer.adamw(config.optimizer, partial(networks.rates, depth=module.backbone.encoder_depth, decay=config.optimizer.layer_decay))
-    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, thinker=thinker)
+    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, beside=aside)
     given = None if is_begun(workdir) else initial(config, init, extractor)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     write_task(workdir, dataset.facts, scale)
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     measure_fn = jax.jit(lambda *trees, batch: measured(joined(*trees), batch), out_shardings=replicated)
 
     # ---- Batches, with what frozen networks make of them ----
-    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, thinker, held), total)
+    feed = feeding.open_feed(config, dataset, held_out, scale, mesh, feeding.Frozen(module, aside, held), total)
 
     # ---- Validation, on which the learning rate, the end and the best parameters depend ----
     history = validation.Progress(config, workdir, int(train_state.step))
@@ -155,14 +155,17 @@ def step_flops(config: ConfigDict, module: TaskModel, dataset: Dataset) -> float
     """About the floating-point operations of a step: a forward pass, and two back through what is trained, through LoRA's backbone one.
 
     A gradient's own products differ by up to a fifth of nano models: the first layer that is trained gives nothing back to its inputs, and
-    LoRA needs the second pass through attention's kernels. What a thinker makes is not counted, nor are features that are kept.
+    LoRA needs the second pass through attention's kernels. What makes ids beside it is not counted, nor are features that are kept.
     """
     side, length = config.data.crop, dataset.length()
     lead, grid = (config.train.batch_size, *(length,) * bool(length)), (side // PATCH_SIZE,) * 2
-    inputs = {name: jax.ShapeDtypeStruct((*lead, side, side, len(bands)), jnp.float32) for name, bands in dataset.facts.bands.items()}
-    for stream in (stream for stream in module.backbone.streams if stream.kind != "pixels"):  # which a thinker makes
-        places = (stream.max_tokens,) if stream.kind == "sequence" else (*grid, *stream.codes)
-        inputs[stream.key] = jax.ShapeDtypeStruct((*lead, *places), jnp.int32)
+    streams, inputs = {stream.key: stream for stream in module.backbone.streams}, {}
+    for name, key in module.streams:
+        if (stream := streams[key]).kind == "pixels":
+            inputs[name] = jax.ShapeDtypeStruct((*lead, side, side, len(dataset.facts.bands[name])), jnp.float32)
+        else:
+            places = (stream.max_tokens,) if stream.kind == "sequence" else (*grid, *stream.codes)
+            inputs[name] = jax.ShapeDtypeStruct((*lead, *places), jnp.int32)
     variables = jax.eval_shape(lambda key: meta.unbox(module.init(key, method="everything")), jax.random.key(0))
     encode, decode = (partial(module.apply, method=method) for method in ("features", "decode"))
     features = jax.eval_shape(encode, variables, inputs)
@@ -243,7 +246,8 @@ def scale_of(config: ConfigDict, facts: Facts) -> Scale:
     found = {}
     for name, bands in facts.bands.items():
         own = modalities.MODALITIES.get(name)
-        if config.data.statistics == "dataset" or own is None or any(band not in own.bands for band in bands):
+        is_classes = own is not None and own.kind == "classes"  # which are not standardised
+        if not is_classes and (config.data.statistics == "dataset" or own is None or any(band not in own.bands for band in bands)):
             if name not in facts.mean:
                 raise ValueError(f"{facts.title} has no mean and std of {name}; give them, or set data.statistics='pretrained'.")
             found[name] = np.float32(facts.mean[name]), np.float32(facts.std[name])
@@ -281,21 +285,16 @@ def thinking_options(config: ConfigDict, bands: Mapping[str, Sequence[str]]) -> 
     return dict(tim_modalities=list(m.tim_modalities), tim_chained_generations=m.tim_chained, **sampling)
 
 
-def thinker_of(config: ConfigDict, extractor: FeatureExtractor) -> Thinker | None:
-    """What generates for a backbone that thinks in modalities; None for any other."""
-    return thinking.of(extractor, config.train.seed) if isinstance(extractor, ThinkingInModalities) else None
-
-
 def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) -> TaskModel:
-    """The whole network; a ValueError for inputs that are no pixels."""
-    tokens = [name for name, stream in extractor.streams.items() if stream.kind != "pixels"]
-    if tokens:
-        raise ValueError(f"{tokens[0]} enters as tokens, which fine-tuning does not read; choose others with model.modalities.")
+    """The whole network; a ValueError for inputs that are no images."""
+    sequences = [name for name, stream in extractor.streams.items() if stream.kind == "sequence"]
+    if sequences:
+        raise ValueError(f"{sequences[0]} is no image, and fine-tuning reads images alone; choose others with model.modalities.")
     own = extractor.module.config
     head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
     names = {name: stream.key for name, stream in extractor.streams.items()}
-    if isinstance(extractor, ThinkingInModalities):
-        names |= {stream: stream for stream in thinker_of(config, extractor).targets}
+    if (thinker := beside.of(extractor, config.train.seed).thinker) is not None:
+        names |= {stream: stream for stream in thinker.targets}
     if config.model.time == "concat" and not config.model.times:
         raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
     return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times)
@@ -305,14 +304,22 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
     """Variables of a fresh run: the backbone from ``model.weights``, all else drawn; None if all is drawn."""
     if config.model.weights == "random":
         return None
-    found = weights.load(extractor.name, config.model.weights, seed=config.train.seed, **extractor.options)
+    where = dict(seed=config.train.seed, tokenizers=config.model.tokenizers or None)
+    found = weights.load(extractor.name, config.model.weights, **where, **extractor.options)
+    tokenized = {name: found.tokenizers[extractor.streams[name].modality] for name, _ in beside.of(found, 0).tokenizers}
     if found.module != extractor.module:
         raise ValueError(f"{config.model.weights} holds a network of other sizes than {extractor.name}.")
+    for name, (module, _) in tokenized.items():
+        if module != extractor.tokenizers[module.config.modality][0]:
+            words = config.model.tokenizers or config.model.weights
+            raise ValueError(f"{words} holds a tokenizer of {name} of other sizes than the released one; set model.tokenizers='hub'.")
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
     drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
     if isinstance(found, ThinkingInModalities):
         drawn["buffers"]["generator"] = found.generator[1]
+    if tokenized:
+        drawn["buffers"]["tokenizers"] = {name: variables for name, (_, variables) in tokenized.items()}
     return jax.device_get(networks.with_encoder(drawn, found.variables["params"]))
 
 
@@ -353,8 +360,11 @@ class Task:
     scale: Scale
     crop: int
     extractor: FeatureExtractor  # the released model that it stands on, with shapes in the place of weights
-    thinker: Thinker | None = None
-    generator: Mapping[str, Any] | None = None  # its variables
+    beside: Beside = NOTHING
+    held: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its variables
+
+    thinker = property(lambda self: self.beside.thinker)
+    generator = property(lambda self: self.held.get("generator"))
 
     def __call__(self, inputs: Mapping[str, np.ndarray], days: np.ndarray | None = None) -> jax.Array:
         """Inputs by modality in the data set's units, ``[B, (T,) H, W, C]``, to logits or values, see `TaskModel`."""
@@ -362,8 +372,9 @@ class Task:
         if missing:
             raise ValueError(f"The model was trained with {', '.join(self.facts.bands)}; {missing[0]} is missing.")
         scaled = {name: (np.asarray(inputs[name], np.float32) - mean) / std for name, (mean, std) in self.scale.items()}
-        ids = {} if self.thinker is None else self.thinker(self.generator, scaled)
-        return _apply(self.variables, {**scaled, **ids}, days, module=self.module)
+        for name, x in inputs.items():
+            datasets.check_class_map("An input", name, x)
+        return _apply(self.variables, {**scaled, **self.beside.ids(self.held, scaled)}, days, module=self.module)
 
 
 @partial(jax.jit, static_argnames="module")
@@ -381,14 +392,15 @@ def load(workdir: str | os.PathLike) -> Task:
     declarations.declare(known["modalities"], TASK)
     facts = facts_of(known)
     extractor = backbone(config, facts)
-    module, thinker = task_model(config, facts, extractor), thinker_of(config, extractor)
-    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, thinker=thinker)
+    module, aside = task_model(config, facts, extractor), beside.of(extractor, config.train.seed)
+    init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, beside=aside)
     abstract = meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     best = files.folder(workdir) / BEST
     trees = checkpoint.load_variables(best if best.is_dir() else workdir, abstract)
     variables = networks.join(trees["params"], trees["buffers"], trees.get("batch_stats"), config.model.lora_alpha)
     scale = {m: (np.float32(mean), np.float32(std)) for m, (mean, std) in known["scale"].items()}
-    return Task(module, variables, facts, scale, config.data.crop, extractor, thinker, trees["buffers"].get("generator"))
+    held = {name: trees["buffers"][name] for name in ("tokenizers", "generator") if name in trees["buffers"]}
+    return Task(module, variables, facts, scale, config.data.crop, extractor, aside, held)
 
 
 def facts_of(known: Mapping[str, Any]) -> Facts:

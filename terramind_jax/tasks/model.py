@@ -16,9 +16,9 @@ from terramind_jax.modalities import PATCH_SIZE
 from terramind_jax.model import Backbone, BackboneConfig, temporal
 from terramind_jax.model.layers import uniform
 from terramind_jax.tasks import decoders, layers
+from terramind_jax.tasks.beside import NOTHING, Beside
 from terramind_jax.tasks.decoders import DecoderConfig
 from terramind_jax.tasks.temporal import LTAE
-from terramind_jax.tasks.thinking import Thinker
 
 Variables = Mapping[str, Any]
 EMBEDDINGS = tuple(name for group, name in tim.SHARED if group == "params")
@@ -45,24 +45,34 @@ class TaskModel(nn.Module):
     def __call__(self, inputs: Mapping[str, jax.Array], train: bool = False, days: jax.Array | None = None) -> jax.Array:
         """Standardised ``[B, H, W, C]`` or ``[B, T, H, W, C]`` by user name -> float32 ``[B, H, W, outputs]``, of labels ``[B, outputs]``.
 
-        A regression of one variable has no last axis. `days` ``[B, T]`` are those of a time series.
+        What enters as tokens is ids ``[B, (T,) h, w]`` (`beside`). A regression of one variable has no last axis. `days` ``[B, T]`` are
+        those of a time series.
         """
-        size = next(iter(inputs.values())).shape[-3:-1]
-        return self.decode(self.features(inputs, train), size, train, days)
+        return self.decode(self.features(inputs, train), self._shape(inputs)[-2:], train, days)
 
     def features(self, inputs: Mapping[str, jax.Array], train: bool = False) -> list[jax.Array]:
         """What the backbone makes of them: ``[B, N, D]`` of each of the layers that the decoder reads, for L-TAE ``[B, T, N, D]``."""
         ordered = collections.OrderedDict((stream, inputs[name]) for name, stream in self.streams if name in inputs)
         encode = lambda x: [every[i] for every in [self.encoder(x, train=train)] for i in self.config.layers]  # noqa: E731
-        if (first := next(iter(ordered.values()))).ndim == 4:
+        first, shape = next(iter(ordered.values())), self._shape(inputs)
+        if len(shape) == 3:
             if self.time in SERIES:
                 raise ValueError(
                     f"With time={self.time!r} a model reads time series, [B, T, H, W, C]; its input has the shape {first.shape}."
                 )
             return encode(ordered)
-        if self.time == "concat" and first.shape[1] != self.times:
-            raise ValueError(f"The model joins the features of {self.times} images, and its input is a series of {first.shape[1]}.")
+        if self.time == "concat" and shape[1] != self.times:
+            raise ValueError(f"The model joins the features of {self.times} images, and its input is a series of {shape[1]}.")
         return temporal.over_time(encode, ordered, "keep" if self.time == "ltae" else self.time)
+
+    def _shape(self, inputs: Mapping[str, jax.Array]) -> tuple[int, ...]:
+        """``(B, (T,) H, W)`` of the images, of which ids have one for each patch."""
+        name, key = next((name, key) for name, key in self.streams if name in inputs)
+        x, stream = inputs[name], next(stream for stream in self.backbone.streams if stream.key == key)
+        if stream.kind == "pixels":
+            return x.shape[:-1]
+        *lead, h, w = x.shape[: x.ndim - len(stream.codes)]
+        return (*lead, h * PATCH_SIZE, w * PATCH_SIZE)
 
     def decode(
         self,
@@ -100,27 +110,19 @@ def outputs(module: TaskModel, variables: Variables, batch: Mapping[str, Any], *
 # ---- which parameters are trained ----
 
 
-def init(module: TaskModel, key: jax.Array, tune: str = "full", rank: int = 0, thinker: Thinker | None = None) -> dict[str, Any]:
+def init(module: TaskModel, key: jax.Array, tune: str = "full", rank: int = 0, beside: Beside = NOTHING) -> dict[str, Any]:
     """Fresh variables, the encoder's boxed, parted as `part` does; with ``lora`` the products of rank `rank` are zero.
 
-    A thinker's are in ``buffers`` as ``generator``; if it is chained, its embeddings are the encoder's, which are not trained.
+    Those of the networks `beside` the encoder are in ``buffers``; if they share its embeddings, these are not trained.
     """
     variables = module.init(key, method="everything")
     if tune == "lora":
         adapted = init_lora(jax.random.fold_in(key, 1), nn.meta.unbox(variables["params"]["encoder"]), rank)
         variables = {**variables, "params": {**variables["params"], "lora": adapted}}
-    parted = part(variables, tune, thinker is not None and thinker.chained)
-    if thinker is not None:
-        parted["buffers"]["generator"] = _generator(thinker, jax.random.fold_in(key, 2), variables)
+    parted = part(variables, tune, beside.keeps_embeddings)
+    encoder = {group: variables[group]["encoder"] for group in ("params", "buffers")}
+    parted["buffers"] |= beside.init(jax.random.fold_in(key, 2), encoder)
     return parted
-
-
-def _generator(thinker: Thinker, key: jax.Array, variables: Variables) -> dict[str, Any]:
-    found = thinker.module.init(key, method="everything")
-    if not thinker.chained:
-        return dict(found)
-    own = {group: {name: x for name, x in tree.items() if (group, name) not in tim.SHARED} for group, tree in found.items()}
-    return tim.share(own, {group: variables[group]["encoder"] for group in own})
 
 
 def part(variables: Variables, tune: str, keeps_embeddings: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
+from terramind_jax import modalities
 from terramind_jax.tasks.config import finetuning
 from terramind_jax.tasks.datasets import multitemporal_crop
 
@@ -115,6 +116,9 @@ def _model(config: ConfigDict, node: Fields, task: str, rest: list[str]) -> None
         m.weights = "random"
     m.weights = args.pop("backbone_ckpt_path", None) or m.weights
     m.modalities = tuple(next(iter(x)) if isinstance(x, Mapping) else x for x in args.pop("backbone_modalities", ()))
+    for name in m.modalities:
+        if (known := modalities.MODALITIES.get(name)) is not None and not known.is_image:
+            raise ValueError(f"backbone_modalities has {name}, which TerraTorch's models read; fine-tuning here reads images alone.")
     names = dict(backbone_merge_method="merge_method", backbone_tim_temps="tim_temperature", backbone_tim_top_p="tim_top_p")
     names |= dict(backbone_tim_top_k="tim_top_k", backbone_tim_decoding_steps="tim_steps", backbone_tim_chained_generations="tim_chained")
     names |= dict(backbone_drop_path_rate="drop_path_rate", backbone_modality_drop_rate="modality_drop_rate", head_dropout="head_dropout")

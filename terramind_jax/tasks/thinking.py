@@ -25,7 +25,7 @@ class Thinker:
     settings: tuple[tuple[str, Any], ...]  # of `tim.think`
 
     def __call__(self, variables: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Standardised ``[B, (T,) H, W, C]`` by user name -> ids by stream, ``[B, (T,) h, w]`` or ``[B, (T,) L]``."""
+        """Standardised ``[B, (T,) H, W, C]``, or ids ``[B, (T,) h, w]``, by user name -> ids by stream, of sequences ``[B, (T,) L]``."""
         return _think(variables, dict(inputs), thinker=self)
 
 
@@ -41,7 +41,8 @@ def of(extractor: ThinkingInModalities, seed: int) -> Thinker:
 @partial(jax.jit, static_argnames="thinker")
 def _think(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array], *, thinker: Thinker) -> dict[str, jax.Array]:
     arrays = {stream: inputs[name] for name, stream in thinker.streams}
-    lead = next(iter(arrays.values())).shape[:-3]
-    folded = {stream: x.reshape(-1, *x.shape[-3:]) for stream, x in arrays.items()}
+    ranks = {s.key: 3 if s.kind == "pixels" else 2 + len(s.codes) for s in thinker.module.config.encoder}  # of one image
+    lead = next(x.shape[: x.ndim - ranks[stream]] for stream, x in arrays.items())
+    folded = {stream: x.reshape(-1, *x.shape[len(lead) :]) for stream, x in arrays.items()}
     found = tim.think(thinker.module, variables, folded, thinker.targets, chained=thinker.chained, **dict(thinker.settings))
     return {key: found[key].reshape(*lead, *found[key].shape[1:]) for key in thinker.targets}

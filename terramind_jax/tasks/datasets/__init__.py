@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from terramind_jax.tasks.datasets import ai4smallfarms, burnscars, eurosat, generic, mados, pangaea, pastis, sen1floods11
-from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample, class_counts, statistics, strata
+from terramind_jax.tasks.datasets.dataset import SPLITS, TASKS, Dataset, Facts, Sample, check_class_map, class_counts, statistics, strata
 
 OTHERS = {"generic": generic, "pangaea": pangaea}
 PUBLISHED = {
@@ -21,7 +21,21 @@ PUBLISHED = {
     "ai4smallfarms": ai4smallfarms,
 }
 
-__all__ = ["PUBLISHED", "SPLITS", "TASKS", "Dataset", "Facts", "Sample", "check", "class_counts", "facts", "load", "statistics", "strata"]
+__all__ = [
+    "PUBLISHED",
+    "SPLITS",
+    "TASKS",
+    "Dataset",
+    "Facts",
+    "Sample",
+    "check",
+    "check_class_map",
+    "class_counts",
+    "facts",
+    "load",
+    "statistics",
+    "strata",
+]
 
 
 def load(name: str, root: str | os.PathLike, split: str = "train", **options) -> Dataset:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from terramind_jax import modalities
 from terramind_jax.tasks.datasets.files import Bands
 
 # What a target is: int32 [H, W] class of a pixel; float32 [H, W] value of a pixel; int class of the image; float32 [K] of 0 and 1, classes
@@ -94,6 +95,8 @@ class Dataset:
         inputs = self.read_inputs(sample)
         target = self.target(i)
         _check_sizes(sample.name, inputs, target)
+        for modality, image in inputs.items():
+            check_class_map(sample.name, modality, image)
         dates = {} if sample.dates is None else {"dates": dict(sample.dates)}
         return {"inputs": inputs, "target": target, "name": sample.name, **dates}
 
@@ -149,6 +152,16 @@ def _check_sizes(name: str, inputs: Mapping[str, np.ndarray], target: Any) -> No
             raise ValueError(f"The {modality} of {name} is {_size(other)} pixels and its {first} {_size(size)}; expected one size.")
     if np.ndim(target) == 2 and target.shape != size:
         raise ValueError(f"The mask of {name} is {_size(target.shape)} pixels and its {first} {_size(size)}; expected one size.")
+
+
+def check_class_map(what: str, modality: str, x: np.ndarray) -> None:
+    """Raises a ValueError if an image of `modality`, which `what` has, should hold its classes and does not; others pass."""
+    known = modalities.MODALITIES.get(modality)
+    if known is None or known.kind != "classes":
+        return
+    if not np.isin(x, range(known.channels)).all():
+        wrong = x[~np.isin(x, range(known.channels))][0]
+        raise ValueError(f"{what} has {wrong:g} in its {modality}; classes are 0-{known.channels - 1}: {', '.join(known.classes)}.")
 
 
 def _size(shape: Sequence[int]) -> str:
