@@ -287,7 +287,8 @@ def parse(field: str, text: str, like: Any) -> Any:
         if isinstance(like, float):
             return float(text)
         if isinstance(like, tuple):
-            return _tuple(text, like)
+            names = field.endswith("modalities")  # of what an empty tuple may hold, it says nothing
+            return _tuple(text, like or ("",) if names else like)
         if isinstance(like, ConfigDict):
             return _dict(text)
     except (KeyError, ValueError, SyntaxError, TypeError):
