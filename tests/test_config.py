@@ -118,6 +118,12 @@ def test_a_file_that_is_no_config(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="does not define get_config"):
         configuration.read(tmp_path / "empty.py")
+    (tmp_path / "wrong.py").write_text("\ndef get_config(:\n")
+    with pytest.raises(ValueError, match=r"wrong.py is no Python that can be read: invalid syntax in line 2\."):
+        configuration.read(tmp_path / "wrong.py")
+    (tmp_path / "number.py").write_text("get_config = lambda: 5\n")
+    with pytest.raises(ValueError, match=r"get_config\(\) of .*number.py returns a int; expected a ConfigDict"):
+        configuration.read(tmp_path / "number.py")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pretrain")])
