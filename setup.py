@@ -68,7 +68,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4"],
     },
-    entry_points={"console_scripts": ["terramind-jax = terramind_jax.cli:main"]},
+    entry_points={"console_scripts": ["terramind-jax = terramind_jax.__main__:run"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: GIS",

@@ -1,7 +1,20 @@
-"""``python -m terramind_jax COMMAND``."""
+"""``python -m terramind_jax COMMAND``, and the installed ``terramind-jax``."""
 
+import os
 import sys
 
-from terramind_jax.cli import main
+from terramind_jax.cli import STOPPED, main
 
-sys.exit(main())
+
+def run() -> None:
+    """Ends this process with the command's exit code, after Ctrl-C at once: threads in the midst of compiling or writing would crash."""
+    code = main()
+    if code == STOPPED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -219,10 +219,16 @@ def read(path: str | os.PathLike) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path} is no Python that can be read: {error.msg} in line {error.lineno}.") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} does not define get_config().")
-    return module.get_config().lock()
+    config = module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of {path} returns a {type(config).__name__}; expected a ConfigDict.")
+    return config.lock()
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -287,7 +293,8 @@ def parse(field: str, text: str, like: Any) -> Any:
         if isinstance(like, float):
             return float(text)
         if isinstance(like, tuple):
-            return _tuple(text, like)
+            names = field.endswith("modalities")  # of what an empty tuple may hold, it says nothing
+            return _tuple(text, like or ("",) if names else like)
         if isinstance(like, ConfigDict):
             return _dict(text)
     except (KeyError, ValueError, SyntaxError, TypeError):

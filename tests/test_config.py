@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
 from terramind_jax.model import layers
+from terramind_jax.tasks.config import finetuning
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = ("pretrain/tiny", "pretrain/small", "pretrain/base", "pretrain/large", "pretrain/xl") + tuple(
@@ -50,6 +51,14 @@ def test_overrides_take_the_type_of_the_field(config, field, text, value):
     group, name = field.split(".")
     assert config[group][name] == value
     assert type(config[group][name]) is type(value)
+
+
+def test_names_are_taken_where_there_were_none():
+    config = finetuning()
+    configuration.override(config, "model.modalities", "S1GRD,S2L1C")
+    assert config.model.modalities == ("S1GRD", "S2L1C")
+    with pytest.raises(ValueError, match="'model.layers' takes a value of type tuple"):
+        configuration.override(config, "model.layers", "last")
 
 
 def test_an_open_dict_is_replaced(config):
@@ -109,6 +118,12 @@ def test_a_file_that_is_no_config(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="does not define get_config"):
         configuration.read(tmp_path / "empty.py")
+    (tmp_path / "wrong.py").write_text("\ndef get_config(:\n")
+    with pytest.raises(ValueError, match=r"wrong.py is no Python that can be read: invalid syntax in line 2\."):
+        configuration.read(tmp_path / "wrong.py")
+    (tmp_path / "number.py").write_text("get_config = lambda: 5\n")
+    with pytest.raises(ValueError, match=r"get_config\(\) of .*number.py returns a int; expected a ConfigDict"):
+        configuration.read(tmp_path / "number.py")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pretrain")])

@@ -38,7 +38,7 @@ def prepare(
     machines have to see `root`, `tokens` and `out` under the same names. `out` appears whole or not at all; until then its files wait in
     ``{out}.parts``, with which the same call goes on after it was killed. If `out` was prepared from the same shards already nothing is
     done, and anything else there, or in ``{out}.parts``, is a FileExistsError. Samples that cannot be read are as bad there as in the
-    shards. Raises ValueError for tokens whose keys are not those of the pixels, ImportError where Beam is missing.
+    shards. Raises ValueError for tokens of other samples or pixels, ImportError where Beam is missing.
     """
     root, out = os.fspath(root), os.fspath(out)
     if files.is_remote(out):
