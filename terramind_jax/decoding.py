@@ -64,7 +64,8 @@ def generate_tokens(
       inputs: arrays by encoder stream: pixels ``[B, S, S, C]`` standardised, image tokens ``[B, s, s]`` or ``[B, s * s]``, of K codebooks
         ``[..., K]``, sequences ``[B, L]`` right-padded with 0. Images are of one size, any multiple of the patch size. May be empty.
       targets: decoder streams. One that also is an encoder stream conditions those after it; if it is a sequence, those before it read
-        its start token, as in the reference.
+        its start token, as in the reference. One of which `inputs` hold tokens is in-painted: those that are `visible` stay, and the
+        others are drawn; targets before it see those that stay.
       seed: one integer, or ``[B]``, one a sample. A sample's draws depend on it and on the sample alone, whatever batch it is in; but
         products round differently with the size of a batch and the number of devices, so that near-ties may fall otherwise. Images that
         diffusion decoders make of equal tokens agree to 1e-5 standard deviations in float32, and to some 0.04 in bfloat16.
@@ -77,7 +78,7 @@ def generate_tokens(
       chained: whether a target conditions those after it. Without, they depend on the inputs alone. Images of equal settings that do not
         depend on each other are written together, in one pass a step, with the same result.
       visible: bool ``[B, s, s]`` by image input, which of its patches or tokens the model sees; the others are as if they were not given.
-        Shapes do not depend on it, so that one program serves all masks. Inputs without one are seen whole.
+        Shapes do not depend on it, so that one program serves all masks. Inputs without one are seen whole; a target needs one.
       known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here.
       only: the one target to sample now. Target after target, each with `known_tokens` of those before, gives what one call gives.
       at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the random
@@ -88,13 +89,14 @@ def generate_tokens(
       sequences.
 
     Raises:
-      ValueError: a stream that the model lacks or that is both input and target, wrong shapes, images of different sizes, settings out
-        of range.
+      ValueError: a stream that the model lacks, or that is both input and target without a mask of what stays, wrong shapes, images of
+        different sizes, settings out of range.
     """
     encoder, decoder = ({s.key: s for s in streams} for streams in (module.config.encoder, module.config.decoder))
     finished = {key: jnp.asarray(value) for key, value in (known_tokens or {}).items()}
     known, masks, batch_size = check(module, inputs, targets, np.size(seed), visible, finished, only)
     known |= {key: value for key, value in finished.items() if key in encoder}
+    masks = {key: mask for key, mask in masks.items() if key not in finished}
     module, variables = at_inputs(module, variables, known)
     words, at = jnp.asarray(sampling.seed_words(seed, batch_size)), jnp.asarray(sampling.corners(at, batch_size))
     given = dict(steps=steps, schedule=schedule, token_schedule=token_schedule, temperature=temperature)
@@ -102,18 +104,22 @@ def generate_tokens(
     missing = [target for target in targets if target not in finished and only in (None, target)]
     plans = {target: _plan(module, decoder[target], **{k: _option(v, target) for k, v in given.items()}) for target in missing}
     outputs = {}
-    for group in _groups(plans, {*encoder} if chained else set()):
+    for group in _groups(plans, {*encoder} if chained else {*known}):
         later = [key for key in targets[targets.index(group[-1]) + 1 :] if key not in finished and key in encoder]
         starts = [key for key in later if chained and encoder[key].kind == "sequence"]
-        seen = known | {key: jnp.full((batch_size, 1), START) for key in starts}
+        others, hiding = ({key: x for key, x in of.items() if key != group[0]} for of in (known, masks))
+        seen = others | {key: jnp.full((batch_size, 1), START) for key in starts}
         plan = plans[group[0]]
         values = jnp.asarray(plan.counts), jnp.asarray(plan.temperatures, jnp.float32), jnp.float32(plan.guidance_scale)
         if plan.is_sequence:
-            made = [_write_sequence(variables, seen, masks, words, values, module=module, target=group[0], **dict(plan.settings))]
+            made = [_write_sequence(variables, seen, hiding, words, values, module=module, target=group[0], **dict(plan.settings))]
         else:
-            made = _write_images(variables, seen, masks, words, at, values, module=module, targets=tuple(group), **dict(plan.settings))
+            stay = (known[group[0]], masks[group[0]]) if group[0] in known else None
+            what = dict(module=module, targets=tuple(group), **dict(plan.settings))
+            made = _write_images(variables, seen, hiding, words, at, values, stay, **what)
         outputs |= zip(group, made, strict=True)
-        known |= {target: outputs[target] for target in group if chained and target in encoder}
+        if chained:
+            known, masks = known | {target: outputs[target] for target in group if target in encoder}, hiding
     return outputs
 
 
@@ -157,12 +163,12 @@ def _plan(
     return _Plan(is_sequence, stream in module.config.encoder, stream.codes, counts, temperatures, guidance_scale, tuple(settings.items()))
 
 
-def _groups(plans: Mapping[str, _Plan], conditioning: set[str]) -> list[list[str]]:
-    """Targets, in their order, that are written together: images with one plan, none of which conditions those after it."""
+def _groups(plans: Mapping[str, _Plan], alone: set[str]) -> list[list[str]]:
+    """Targets, in their order, that are written together: images with one plan, none of them `alone`, as is what conditions others."""
     groups: list[list[str]] = []
     for target, plan in plans.items():
         last = groups[-1] if groups else []
-        if last and not plan.is_sequence and plan == plans[last[0]] and conditioning.isdisjoint(last):
+        if last and not plan.is_sequence and plan == plans[last[0]] and alone.isdisjoint([*last, target]):
             last.append(target)
         else:
             groups.append([target])
@@ -176,12 +182,12 @@ _STATIC = ("module", "target", "top_k", "top_p", "guided", "greedy")
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "targets", "schedule", "width", "even"))
 def _write_images(
-    variables, inputs, visible, words, at, plan, *, module, targets, schedule, width, even, guided, **settings
+    variables, inputs, visible, words, at, plan, stay, *, module, targets, schedule, width, even, guided, **settings
 ) -> list[jax.Array]:
     """All steps of image streams that do not depend on each other -> ids ``[B, h, w]`` or ``[B, h, w, K]`` of each.
 
     `plan` holds counts and temperatures ``[steps]`` and the guidance scale; `width` is the largest count. Arrays are ``[T * B, ...]``, one
-    target after the other.
+    target after the other. `stay`, of one target, is its ids and which of them are not drawn anew.
     """
     counts, temperatures, guidance_scale = plan
     b, grid, length = words.shape[0], module.config.grid, module.config.grid**2
@@ -199,7 +205,7 @@ def _write_images(
     places = repeat(sampling.places(at, grid, grid))
     order = jnp.pad(sampling.random_orders(keys, places), ((0, 0), (0, width)))
     slots = _embed(module, variables, inputs, visible)
-    sees_itself = targets[0] in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs)
+    sees_itself = targets[0] in {s.key for s in module.config.encoder} and (counts.shape[0] > 1 or not inputs or stay is not None)
     slots, fixed = (repeat(slots), None) if sees_itself else (slots, repeat(_encode(module, variables, slots, None, guided)))
 
     def body(state, plan):
@@ -211,11 +217,12 @@ def _write_images(
             contexts = _encode(module, variables, slots, _hide(content, emb, ~written), guided)
         if schedule == "roar":
             positions = jax.lax.dynamic_slice_in_dim(order, start, width, axis=1)
-            missing = jnp.broadcast_to(jnp.arange(width) < count, positions.shape)
+            missing = jnp.arange(width) < count
+            missing &= ~jnp.take_along_axis(written, positions, axis=1)  # those that stay
         else:
             positions, missing = jnp.broadcast_to(jnp.arange(length), written.shape), ~written
         # Slots that need no token are hidden keys, so that the decoder works as if they were not there (spec 8.3 has no other mask).
-        needs_mask = not even if schedule == "roar" else counts.shape[0] > 1
+        needs_mask = stay is not None or (not even if schedule == "roar" else counts.shape[0] > 1)
         self_mask = jnp.broadcast_to(~missing[:, None, :], (*missing.shape, missing.shape[1])) if needs_mask else None
         queries = each(lambda target, positions: module.apply(variables, target, positions, method="queries"), positions)
         y = [module.apply(variables, queries, *context, self_mask, method="decode") for context in contexts]
@@ -227,11 +234,13 @@ def _write_images(
             return _sample(keys, _logits(module, variables, target, y, guidance_scale), temperature, **settings)
 
         new, confidence = each(draw, drawn, *y)
-        chosen = missing if schedule == "roar" else _most_confident(confidence, missing, count)
+        chosen = missing if schedule == "roar" else missing & _most_confident(confidence, missing, count)
         return _write(ids, written, positions, new, chosen), None
 
     codes = next(s.codes for s in module.config.decoder if s.key == targets[0])
     state = (jnp.zeros((len(targets) * b, length, *codes), jnp.int32), jnp.zeros((len(targets) * b, length), bool))
+    if stay is not None:
+        state = tuple(x.reshape(empty.shape).astype(empty.dtype) for x, empty in zip(stay, state, strict=True))
     steps = (jnp.arange(counts.shape[0]), jnp.cumsum(counts) - counts, counts, temperatures)
     (ids, _), _ = jax.lax.scan(body, state, steps)
     return list(ids.reshape(len(targets), b, grid, grid, *codes))
@@ -426,14 +435,14 @@ def check(
         unknown = [key for key in keys if key not in known]
         if unknown:
             raise ValueError(f"This model has no {role} stream {unknown[0]!r}; it has {', '.join(known)}.")
-    both = [key for key in targets if key in inputs]
+    both = [key for key in targets if key in inputs and key not in (visible or {})]
     if both:
-        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one.")
+        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one, or say what of it stays with `visible`.")
     if len(set(targets)) != len(targets):
         raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
     if only is not None and only not in targets:
         raise ValueError(f"The option only is {only!r}, which is no target; targets: {', '.join(targets)}.")
-    both = [key for key in finished if key in inputs or key == only]
+    both = [key for key in finished if key in inputs and key not in targets or key == only]
     if both:
         raise ValueError(f"The known tokens are of {both[0]!r}, which is {'to be sampled' if both[0] == only else 'an input'}.")
     if not inputs | finished and targets and targets[0] not in encoder:

@@ -94,8 +94,8 @@ def generate(
       bands, fill_bands: which bands an input has, by user name, if not all, and what stands for the others; see `bands.fill_missing`.
       visible: bool ``[B, S / 16, S / 16]`` by input, which patches of an image are seen, such as those without clouds. The pixels of the
         others may be anything, NaN too. Where tokens enter, those that are seen are made of an image without the others: their pixels are
-        the mean, or class 0. Such an input may be an output, too, which repaints it, if it enters as pixels (S2L2A, S1GRD, DEM); LULC and
-        NDVI, which enter as tokens, cannot be both.
+        the mean, or class 0. Such an input may be an output, too, which repaints it: one that enters as pixels (S2L2A, S1GRD, DEM) as a
+        whole, of one that enters as tokens (LULC, NDVI) the patches that are not seen, and the tokens of the others stay.
       timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
@@ -139,7 +139,7 @@ def generate_draws(
     batch does (`seed` of `decoding.generate_tokens`).
     """
     seeds = sampling.draw_seeds(seed, num_samples)
-    _check_call(module, inputs, outputs, tokenizers)
+    _check_call(module, inputs, outputs, tokenizers, options.get("visible"))
     encoded = encode_inputs(module, tokenizers, inputs, **{name: options[name] for name in ENCODING if name in options})
     own = {"encoded": encoded} | {name: options.pop(name) for name in OF_SAMPLES if options.get(name) is not None}
     arrays, names = jax.tree.flatten(own, is_leaf=lambda x: isinstance(x, list))
@@ -181,7 +181,7 @@ def output_tokens(
     those before it; `outputs` stay the same. `encoded` is what `encode_inputs` made of the inputs, if that is known. `options` are of
     `encode_inputs` and of `decoding.generate_tokens`.
     """
-    _check_call(module, inputs, outputs, tokenizers)
+    _check_call(module, inputs, outputs, tokenizers, options.get("visible"))
     made = {name: modalities.output_stream(name) for name in outputs}
     _check_known(known_tokens or {}, only, made)
     encoding = {name: options.pop(name) for name in ENCODING if name in options}
@@ -354,10 +354,12 @@ def _check_known(tokens: Mapping[str, np.ndarray], only: str | None, made: Mappi
         check_integers(f"known_tokens of {name}", ids, made[name].vocab_size, "tokens")
 
 
-def _check_call(module: TerraMind, inputs: Any, outputs: Iterable[str], tokenizers: Tokenizers) -> None:
+def _check_call(
+    module: TerraMind, inputs: Any, outputs: Iterable[str], tokenizers: Tokenizers, visible: Iterable[str] | None = None
+) -> None:
     """Errors in what is given and asked for, by name."""
     check_by_name(inputs)
-    check_names(module, inputs, outputs, tokenizers)
+    check_names(module, inputs, outputs, tokenizers, visible or ())
 
 
 def check_input(module: TerraMind, tokenizers: Tokenizers, standardize: bool, name: str, x: np.ndarray) -> None:
@@ -379,8 +381,13 @@ def _streams(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]) -
     return {name: input_stream(module, name) for name in inputs}, {name: modalities.output_stream(name) for name in outputs}
 
 
-def check_names(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str], tokenizers: Tokenizers) -> None:
-    """Raises a ValueError for user names that a model does not know or that do not go together, before anything is computed."""
+def check_names(
+    module: TerraMind, inputs: Iterable[str], outputs: Iterable[str], tokenizers: Tokenizers, visible: Iterable[str] = ()
+) -> None:
+    """Raises a ValueError for user names that a model does not know or that do not go together, before anything is computed.
+
+    `visible` are inputs of which it is known what is seen: their tokens may be outputs, too.
+    """
     read, made = _streams(module, inputs, outputs)
     encoder = {s.key: s.modality for s in module.config.encoder}
     decoder = {s.key: s.modality for s in module.config.decoder}
@@ -391,9 +398,9 @@ def check_names(module: TerraMind, inputs: Iterable[str], outputs: Iterable[str]
                 raise ValueError(f"This model {verb} no {name}; it {verb} {', '.join(dict.fromkeys(known.values()))}.")
             if stream.kind == "tokens" and stream.modality not in tokenizers:
                 raise ValueError(f"The {role} {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
-    both = [name for name, stream in read.items() if stream in made.values()]
+    both = [name for name, stream in read.items() if stream in made.values() and name not in visible]
     if both:
-        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one.")
+        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one, or say what of it stays with `visible`.")
 
 
 def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:

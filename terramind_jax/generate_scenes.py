@@ -53,7 +53,8 @@ def run(
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, Cloud-Optimised GeoTIFF, float32 in the modality's unit (NaN: no data),
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
     window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
-    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. Nothing that exists is replaced;
+    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
+    which is painted there, see `generate.generate`. Nothing that exists is replaced;
     a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
     computes in another dtype.
 
@@ -101,7 +102,7 @@ def run(
     journal.check_outputs(out, [*written, *pictures])
     scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
     network = network or load_network(weights, model, inputs, to, tokenizers)
-    generate.check_names(network.module, inputs, to, network.tokenizers)
+    generate.check_names(network.module, inputs, to, network.tokenizers, visible=inputs)  # where they have data
     side = network.module.config.image_size
     overlap = side // 2 // PATCH * PATCH if overlap is None else overlap
     for scene in scenes:

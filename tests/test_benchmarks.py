@@ -125,6 +125,20 @@ def test_errors_of_missing_bands(scripts):
     assert found["zeros"] == pytest.approx({"COASTAL_AEROSOL": 4.5**0.5, "WATER_VAPOR": 0})
 
 
+@pytest.mark.usefixtures("compile_fast")
+def test_what_missing_bands_do_to_what_is_generated(scripts, tmp_path, monkeypatch):
+    """Nothing where the bands are what they are filled with; the mean is further off than a neighbour that is alike."""
+    script, image = scripts("missing_bands"), np.repeat(np.random.default_rng(0).normal(size=(1, 50, 52, 1)), 12, axis=-1)
+    encoder = STREAMS["untok_sen2l2a@224"], STREAMS["tok_lulc@224"], STREAMS["tok_dem@224"]
+    network, tokenizers = random_networks.build(encoder, encoder[1:]), random_networks.build_tokenizers("LULC", "DEM", image_size=48)
+    run = random_networks.as_workdir(monkeypatch, tmp_path / "run", network, tokenizers)
+    found = script.distances(run, "S2L2A", image.astype(np.float32), ["COASTAL_AEROSOL", "WATER_VAPOR"])
+    assert list(found) == ["LULC", "DEM"]
+    for name, of in found.items():
+        assert of["neighbours"] == 0 < of["zeros"] and of[script.OTHER_SEED] > 0
+        assert script.figure(name, 0.123) == ("12%" if name == "LULC" else "0.12")
+
+
 # ---- any to any ----
 
 

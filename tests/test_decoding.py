@@ -58,19 +58,19 @@ def plain_logits(network, inputs, target, positions, own=None, ids=None, self_ma
     return plain_pass(network[1], inputs, own or None, positions, ids, self_mask, module=network[0], target=target)
 
 
-def plain_loop(network, inputs, target, counts, schedule, seed=0):
-    """Spec 8.3 for one sample at temperature 0, written down as it reads."""
+def plain_loop(network, inputs, target, counts, schedule, seed=0, stay=None):
+    """Spec 8.3 for one sample at temperature 0, written down as it reads. `stay`: positions and ids that are there before."""
     places = sampling.places(jnp.zeros((1, 2), int), SIDE, SIDE)
     order = sampling.random_orders(sampling.sample_keys(jnp.asarray(sampling.seed_words(seed, 1)), target), places)[0]
-    written = {}
+    written, start = dict(stay or {}), 0
     for count in counts:
-        if schedule == "roar":
-            positions = [int(p) for p in order[len(written) : len(written) + count]]
-        else:
-            positions = [p for p in range(LENGTH) if p not in written]
+        positions = [int(p) for p in order[start : start + count]] if schedule == "roar" else range(LENGTH)
+        positions, start = [p for p in positions if p not in written], start + count
+        if not positions:
+            continue
         probability = np.asarray(jax.nn.softmax(plain_logits(network, inputs, target, positions, own=written)))[0]
         if schedule == "roar":
-            chosen = range(count)
+            chosen = range(len(positions))
         else:
             chosen = np.argsort(-probability.max(-1), kind="stable")[:count]
         written |= {positions[i]: int(probability[i].argmax()) for i in chosen}
@@ -230,6 +230,41 @@ def test_what_is_visible_compiles_nothing_anew_and_may_be_all_or_nothing(network
     before = decoding._write_images._cache_size()
     nothing = seeing(False)
     assert decoding._write_images._cache_size() == before and (nothing == nothing[:1]).all() and (nothing != whole).any()
+
+
+@pytest.mark.parametrize("schedule", ["roar", "maskgit"])
+def test_tokens_that_stay_are_in_painted_around(network, schedule):
+    """Against the plain loop that begins with them, each sample with a mask of its own; what hidden tokens are does not matter."""
+    own = np.random.default_rng(2).integers(0, 40, (2, SIDE, SIDE))
+    visible = np.array([[1, 0, 1, 1, 0, 0, 0, 1, 0], [0] * 8 + [1]], bool).reshape(2, SIDE, SIDE)
+    options = dict(steps=2, schedule=schedule, temperature=0, visible={"tok_a": visible})
+    painted = run(network, pixels(2) | {"tok_a": own}, **options)["tok_a"]
+    for i in range(2):
+        first = {key: value[i : i + 1] for key, value in pixels(2).items()}
+        stay = {int(p): int(own[i].flat[p]) for p in np.flatnonzero(visible[i])}
+        np.testing.assert_array_equal(painted[i], plain_loop(network, first, "tok_a", (5, 4), schedule, stay=stay))
+    np.testing.assert_array_equal(painted, run(network, pixels(2) | {"tok_a": np.where(visible, own, 7)}, **options)["tok_a"])
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_what_is_in_painted_conditions_the_others(network, chained):
+    """What stays those before it; those after it what it became. Target after target, and alone where nothing stays, is the same."""
+    targets, visible = ("tok_b", "tok_a", "tok_c"), {"tok_a": np.arange(18).reshape(2, SIDE, SIDE) % 3 > 0}
+    inputs = pixels(2) | {"tok_a": np.random.default_rng(2).integers(0, 40, (2, SIDE, SIDE))}
+    options = dict(visible=visible, chained=chained, temperature=0)
+    together, known = run(network, inputs, targets, **options), {}
+    np.testing.assert_array_equal(together["tok_b"], run(network, inputs, ("tok_b",), visible=visible, temperature=0)["tok_b"])
+    before = {"tok_b": together["tok_b"]} if chained else {}
+    np.testing.assert_array_equal(together["tok_a"], run(network, inputs | before, visible=visible, temperature=0)["tok_a"])
+    finished = pixels(2) | {key: together[key] for key in targets[:2]}
+    after = (
+        run(network, finished, ("tok_c",), temperature=0) if chained else run(network, inputs, ("tok_c",), visible=visible, temperature=0)
+    )
+    np.testing.assert_array_equal(together["tok_c"], after["tok_c"])
+    for target in targets:
+        known |= run(network, inputs, targets, known_tokens=known if chained else {}, only=target, **options)
+    for target in targets:
+        np.testing.assert_array_equal(known[target], together[target])
 
 
 def test_guidance_at_one_changes_nothing_and_at_zero_forgets_the_inputs(network):

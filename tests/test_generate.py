@@ -226,6 +226,20 @@ def test_hidden_patches_may_hold_anything(system):
     np.testing.assert_array_equal(tokens(dem, lulc), tokens(dem, lulc, visible={"DEM": np.ones((2, 3, 3), bool)}))
 
 
+def test_land_cover_is_in_painted(system):
+    """Tokens that are seen stay; of what is not seen nothing is told."""
+    lulc, visible = np.random.default_rng(3).integers(0, 10, (2, 48, 48)), np.random.default_rng(4).random((2, 3, 3)) < 0.5
+    options = dict(seed=0, temperature=0, visible={"LULC": visible})
+    clouded = scene() | {"LULC": np.where(np.kron(visible, np.ones((1, 16, 16), bool)), lulc, 200)}
+    painted = generate.output_tokens(*system, clouded, ["NDVI", "LULC"], **options)
+    given, _ = generate.encode_inputs(system[0], system[2], clouded, visible={"LULC": visible})
+    own, made = np.asarray(given["tok_lulc@224"]), np.asarray(painted["LULC"])
+    np.testing.assert_array_equal(made[visible], own[visible])
+    assert (made[~visible] != own[~visible]).any()
+    image = generate.generate(*system, clouded, ["NDVI", "LULC"], **options)["LULC"]
+    np.testing.assert_array_equal(image, generate.decode_output(STREAMS["tok_lulc@224"], painted["LULC"], system[2]))
+
+
 def test_a_density_over_the_earth(system):
     """A row against the plain pass that writes its latitude and then looks for the longitude."""
     module, variables, _ = system

@@ -209,6 +209,19 @@ def test_a_hole_in_one_input_is_not_seen(weights, networks, tmp_path):
     assert (make({"DEM": filled[None], "NDVI": ndvi[None]})["LULC"] != hidden["LULC"]).mean() > 0.1
 
 
+def test_holes_of_land_cover_are_painted(weights, networks, tmp_path):
+    """What there is of a map stays, as its tokens have it."""
+    inputs, place = {"DEM": tmp_path / "dem.tif", "LULC": tmp_path / "lulc.tif"}, geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
+    dem, clear = elevation(inputs["DEM"], TILE, TILE), np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
+    lulc = np.random.default_rng(1).integers(0, 10, (TILE, TILE, 1)).astype(np.uint8)
+    holes = np.where(np.kron(clear, np.ones((16, 16), bool))[..., None], lulc, 255).astype(np.uint8)
+    geo.write(inputs["LULC"], holes, like=place, nodata=255)
+    (found,) = generate_scenes.run(weights=weights, inputs=inputs, to=["LULC"], out=tmp_path / "out", lulc_codes="terramesh")
+    given = {"DEM": dem[None], "LULC": lulc[None]}
+    made = generate.generate(*networks[0], networks[1], given, ["LULC"], seed=0, visible={"LULC": clear[None]})
+    np.testing.assert_array_equal(geo.read(found)[..., 0], made["LULC"][0].argmax(-1))
+
+
 def test_memory_does_not_grow_with_the_height(weights, monkeypatch, tmp_path):
     def tokens(*network, at, only, **options):
         return {only: np.zeros((len(at), 3, 3), np.int32)}

@@ -28,6 +28,8 @@ from terramind_jax import coordinates, zoo
 from terramind_jax import model as networks
 from terramind_jax.convert import rules, transformer
 from terramind_jax.modalities import DECODER_STREAMS, ENCODER_STREAMS, IMAGE_SIZE, Stream
+from terramind_jax.tokenizer import TokenizerConfig
+from terramind_jax.tokenizer.unet import has_attention
 
 
 def _import_torchvision() -> None:
@@ -54,6 +56,8 @@ with warnings.catch_warnings():
     from terratorch.models.backbones.terramind.model.modality_info import MODALITY_INFO
     from terratorch.models.backbones.terramind.model.terramind import TerraMind
     from terratorch.models.backbones.terramind.model.tm_utils import LayerNorm
+    from terratorch.models.backbones.terramind.tokenizer import vqvae
+    from terratorch.models.backbones.terramind.tokenizer.models import vit_models
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY, TERRATORCH_FULL_MODEL_REGISTRY
 
 # Importing TerraTorch sets "medium" (its models/backbones/clay_v15/model.py): bfloat16 in float32 products where the processor has AMX.
@@ -115,6 +119,29 @@ def build(
     with replaced, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _made(lambda: registry.build(name, pretrained=False, **options), seed)
+
+
+def tokenizer(config: TokenizerConfig, seed: int | None = 0, **options: Any) -> torch.nn.Module:
+    """The reference's DiVAE or VQVAE of any sizes: its own have names, of which these are put beside them while it is built.
+
+    `seed` is `build`'s; `options` are of the class, such as ``thresholding=False``, which lifts the clip of a DiVAE.
+    """
+    vit = dict(dim_tokens=config.dim, depth=config.depth, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio)
+    levels = range(len(config.channel_mult))
+    sizes = {name: getattr(config, name) for name in ("model_channels", "num_res_blocks", "channel_mult")}
+    sizes |= {"patch_size": config.decoder_patch_size, "attention_resolutions": [2**i for i in levels if has_attention(config, i)]}
+    presets = {
+        "vit_own_enc": (vqvae.vit_models, lambda **given: vit_models.ViTEncoder(**{**given, **vit})),
+        "vit_own_dec": (vqvae.vit_models, lambda **given: vit_models.ViTDecoder(**{**given, **vit})),
+        "unet_own": (vqvae.unet, lambda **given: vqvae.unet.PatchedUNetCondCat(**{**given, **sizes})),
+    }
+    kind, decoder = (vqvae.DiVAE, "unet_own") if config.decoder == "unet" else (vqvae.VQVAE, "vit_own_dec")
+    codes = dict(quant_type="fsq", codebook_size="-".join(map(str, config.levels)), latent_dim=config.latent_dim)
+    networks = dict(enc_type="vit_own_enc", dec_type=decoder, post_mlp=True, patch_size=config.patch_size)
+    with contextlib.ExitStack() as stack:
+        for name, (module, make) in presets.items():
+            stack.enter_context(mock.patch.object(module, name, make, create=True))
+        return _made(lambda: kind(image_size=config.image_size, n_channels=config.channels, **networks, **codes, **options), seed)
 
 
 def _made(make: Callable[[], torch.nn.Module], seed: int | None) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """One step of tokenizer training against the reference's own modules: noise, loss and every gradient (spec 9.4, 9.5)."""
 
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,8 +12,6 @@ import pytest
 import tiny_run
 import torch
 from terratorch.models.backbones.terramind.tokenizer import vqvae
-from terratorch.models.backbones.terramind.tokenizer.models.unet import unet
-from terratorch.models.backbones.terramind.tokenizer.models.vit_models import ViTDecoder, ViTEncoder
 from terratorch.models.backbones.terramind.tokenizer.scheduling import diffusion_pipeline
 
 from terramind_jax import cli, modalities, tokenizer
@@ -29,25 +26,9 @@ DIVAE = TokenizerConfig("S1GRD", 2, decoder="unet", model_channels=32, channel_m
 VQVAE = TokenizerConfig("LULC", 10, levels=(7, 5, 5, 5, 5), **VIT)
 
 
-def vit(kind, **given):
-    return kind(**{**given, "dim_tokens": VIT["dim"], "depth": VIT["depth"], "num_heads": VIT["num_heads"]})
-
-
 def build(config):
-    """The reference's DiVAE or VQVAE, whose sizes have names, with names for small ones; and our variables of its weights."""
-    sizes = {"model_channels": 32, "channel_mult": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": [2, 4], "patch_size": 4}
-    presets = [
-        mock.patch.object(vqvae.vit_models, "vit_nano_enc", partial(vit, ViTEncoder), create=True),
-        mock.patch.object(vqvae.vit_models, "vit_nano_dec", partial(vit, ViTDecoder), create=True),
-        mock.patch.object(vqvae.unet, "unet_nano", lambda **given: unet.PatchedUNetCondCat(**given, **sizes), create=True),
-    ]
-    is_divae = config.decoder == "unet"
-    codebook = "-".join(map(str, config.levels))
-    options = dict(image_size=SIDE, n_channels=config.channels, enc_type="vit_nano_enc", post_mlp=True, quant_type="fsq")
-    kind = vqvae.DiVAE if is_divae else vqvae.VQVAE
-    with presets[0], presets[1], presets[2]:
-        model = kind(**options, dec_type="unet_nano" if is_divae else "vit_nano_dec", codebook_size=codebook, latent_dim=config.latent_dim)
-    peer.randomize(model, seed=1)
+    """The reference's tokenizer of these sizes, and our variables of its weights."""
+    model = peer.tokenizer(config, seed=1)
     table = tokenizers.rules(config)
     shapes = nn.unbox(jax.eval_shape(lambda: tokenizer.init(tokenizer.Tokenizer(config), jax.random.key(0))))
     state = {key: value.copy() for key, value in peer.numpy_state(model).items()}
