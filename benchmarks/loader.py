@@ -146,7 +146,7 @@ def rates_of(root: str) -> list[list[str]]:
     index, rows = open_index(root, "train"), []
 
     def through_zip(i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
-        return np.moveaxis(read_sample(index._payload(index._pixels, i, modality), ("bands",))["bands"][0], 0, -1)
+        return np.moveaxis(read_sample(index._pixels.whole(i, modality), ("bands",))["bands"][0], 0, -1)
 
     for names in (index.modalities, ("S2L2A",)):
         found = [rate(lambda r=read, m=names: batches(index, m, r), len(index)) for read in (index.read, through_zip)]
@@ -166,7 +166,7 @@ def decoding(index: Index, names: Sequence[str]) -> float:
     chunks, samples = [], range(min(len(index), SCENES))
     for i, name in itertools.product(samples, names):
         if index.available[i, index.modalities.index(name)]:
-            payload = index._payload(index._pixels, i, name)
+            payload = index._pixels.whole(i, name)
             column = index._pixels[name]
             layout = index._layouts[column.layout[column.row(i)]]
             chunks.append((layout, {member: zips.split(payload)[member] for member, _ in layout.members()}))
@@ -201,12 +201,14 @@ def masked_first(root: str, alphas: str, k: int, epochs: int = 4) -> tuple[float
     config = settings(root, alphas, views_per_sample=k, view_window=SCENES)
     index = pretrain.open_tokenized(config, "train")
     groups = ViewGroups(index, *pretrain.data_settings(config), seed=0, train=True)
-    counters = index._stores = {side: Counting(store) for side, store in index._stores.items()}
+    read = index._pixels, index._tokens.columns
+    for columns in read:
+        columns.store = Counting(columns.store)
     sent, size = 0, config.data.patch_group
     for position in range(0, epochs * len(index) * k, size):
         sent += sum(x.nbytes for x in jax.tree.leaves(pretrain.on_device(groups(position))))
     tokens = epochs * len(index) * k * (config.mask.input_tokens + config.mask.target_tokens)
-    return sum(c.bytes for c in counters.values()) / tokens, sent / tokens
+    return sum(columns.store.bytes for columns in read) / tokens, sent / tokens
 
 
 def everything(root: str, k: int) -> tuple[float, float]:

@@ -175,9 +175,7 @@ def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, num_classes: int
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
     """IoU a class ``[K]``; NaN for classes that do not occur in the truth."""
-    hit, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    with np.errstate(invalid="ignore"):
-        return np.where(true > 0, hit / (true + predicted - hit), np.nan)
+    return np.where(confusion.sum(1) > 0, scores_by_class(confusion)["IoU"], np.nan)
 
 
 def mean_iou(confusion: np.ndarray) -> float:

@@ -256,7 +256,7 @@ def pretraining(root, **options):
 
 
 def test_a_run_learns_codes(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))  # compiles in half the time
+    tiny_run.on_one_device(monkeypatch)
     pretrain.train(pretraining(root), tmp_path)
     steps = [line["loss/LULC"] for line in logging.read(tmp_path) if "loss" in line]
     assert steps[0] == pytest.approx(np.log(V), rel=0.5) and np.nanmean(steps[-5:]) < 0.8 * steps[0]

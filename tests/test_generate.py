@@ -144,7 +144,7 @@ def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
 def test_a_sample_follows_its_own_seed_alone(system):
     """Whatever the others of its batch are, where it lies among them, and on how many devices; with a diffusion decoder."""
     module, variables, tokenizers = system
-    unet = dict(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    unet = dict(decoder="unet", model_channels=32, channel_mult=(1,), num_res_blocks=1)
     diffusion = tokenizer.Tokenizer(dataclasses.replace(tokenizers["NDVI"][0].config, image_size=64, **unet))
     decoders = {"NDVI": (diffusion, random_networks.random_variables(tokenizer.init, diffusion, scale=0.1))}
     dem, seeds = np.random.default_rng(1).normal(size=(4, 32, 32, 1)).astype(np.float32), np.array([3, 1, 4, 1])
@@ -169,7 +169,7 @@ import numpy as np, random_networks
 from terramind_jax import generate, modalities, tokenizer
 
 streams = tuple(modalities.STREAMS[name] for name in ("untok_dem@224", "tok_lulc@224", "tok_ndvi@224", "coords"))
-unet = dict(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+unet = dict(decoder="unet", model_channels=32, channel_mult=(1,), num_res_blocks=1)
 ndvi = tokenizer.Tokenizer(tokenizer.TokenizerConfig("NDVI", 1, modalities.get("NDVI").levels, 16, 1, 2, image_size=64, **unet))
 decoders = random_networks.build_tokenizers("LULC") | {"NDVI": (ndvi, random_networks.random_variables(tokenizer.init, ndvi, 0.1))}
 dem, how = np.random.default_rng(1).normal(size=(2, 32, 32, 1)).astype(np.float32), dict(seed=np.array([3, 4]), steps=2, timesteps=2)

@@ -59,7 +59,8 @@ def test_load_gives_the_averaged_weights(finished):
     assert not np.array_equal(saved["ema"]["quant_proj"]["kernel"], saved["params"]["quant_proj"]["kernel"])
 
 
-def test_class_maps(root, tmp_path):
+def test_class_maps(root, tmp_path, monkeypatch):
+    tiny_run.on_one_device(monkeypatch)
     config = tiny_run.tokenizer_training(root, "LULC")
     config.train.zero_output = True
     last = tokenizer.train(config, tmp_path)
@@ -96,7 +97,7 @@ def test_unreadable_images_weigh_nothing(finished):
 
 def unet_training(root, modality="DEM", **options):
     config = tiny_run.tokenizer_training(root, modality, **options)
-    config.model.update(decoder="unet", model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    config.model.update(decoder="unet", model_channels=32, channel_mult=(1,), num_res_blocks=1)
     config.run.timesteps = 2
     return config
 
@@ -104,7 +105,9 @@ def unet_training(root, modality="DEM", **options):
 @pytest.fixture(scope="module")
 def diffused(root, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("diffused")
-    tokenizer.train(unet_training(root), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.on_one_device(patch)
+        tokenizer.train(unet_training(root), workdir)
     return workdir
 
 
@@ -120,10 +123,10 @@ def test_a_diffusion_decoder_learns(diffused):
 @pytest.mark.slow
 def test_diffusion_continues_with_the_same_numbers(root, diffused, tmp_path, monkeypatch):
     """Noise and timesteps follow from a sample's place in the data, not from how often the run was started."""
-    stop_at(monkeypatch, 16)
-    with pytest.raises(KeyboardInterrupt):
+    tiny_run.on_one_device(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 16)
         tokenizer.train(unet_training(root), tmp_path)
-    monkeypatch.undo()
     tokenizer.train(unet_training(root), tmp_path)
     assert losses(tmp_path) == losses(diffused)
     jax.tree.map(np.testing.assert_array_equal, tokenizer.load(tmp_path)[1], tokenizer.load(diffused)[1])
@@ -172,8 +175,9 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(run, request):
 
 
 @pytest.mark.parametrize("modality", ["DEM", "LULC"])
-def test_random_crops_of_several_sizes_in_one_program(root, tmp_path, modality):
+def test_random_crops_of_several_sizes_in_one_program(root, tmp_path, modality, monkeypatch):
     """The loop refuses a second compilation, and the tiles of 48 pixels are larger than the images of 32."""
+    tiny_run.on_one_device(monkeypatch)
     config = tiny_run.tokenizer_training(root, modality)
     config.data.sizes = (16, 48)
     tokenizer.train(config, tmp_path)

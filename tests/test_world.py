@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from terramind_jax import geo
-from terramind_jax.data import clouds, shards, world
+from terramind_jax.data import clouds, world
 from terramind_jax.data.index import open_index
 from terramind_jax.data.synthesize import synthesize, write_tiles
 from terramind_jax.data.world import draws, landcover, optics, people, place, radar, spectra, terrain
@@ -319,7 +319,7 @@ def test_shards_say_where_they_lie_and_which_offset_they_carry(root):
     for i in range(len(index)):
         where = index.place(i)
         assert np.allclose(geo.lonlat(where), index.coordinates(i), atol=2e-4)
-        assert shards.read_attributes(index._payload(index._pixels, i, "S2L2A"))["offset"] in (0, 1000)
+        assert index.attributes(i, "S2L2A")["offset"] in (0, 1000)
 
 
 def test_workers_do_not_change_a_byte(root, tmp_path):

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
 from terramind_jax import config as configuration
+from terramind_jax import sharding
 from terramind_jax.data import crops
 from terramind_jax.data.shards import ShardWriter, write_sample
 
@@ -80,6 +83,11 @@ def tokenizer_training(root: Path, modality: str = "DEM", steps: int = 32) -> Co
     config.train.ema_decay = 0.5
     _shorten(config, root, steps)
     return config
+
+
+def on_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Training on one of the eight devices, where their number is not what is tested: it compiles in less time."""
+    patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
 
 
 def write_config(path: Path, config: ConfigDict) -> Path:

@@ -5,88 +5,30 @@
 
 from __future__ import annotations
 
-import collections.abc
 import hashlib
 import itertools
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from terramind_jax import declarations
 from terramind_jax import modalities as registry
-from terramind_jax.data import clouds, layout, order, scan, storage, table, tars, zips
+from terramind_jax.data import clouds, layout, order, records, scan, storage, table, zips
+from terramind_jax.data.columns import Columns, Keys, presence, rows_in, wanted_rows
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.shards import TOKEN_SOURCE, read_attributes, read_sample
+from terramind_jax.data.joined_tokens import TokensInRecords, TokensInTars
+from terramind_jax.data.records import Records
+from terramind_jax.data.shards import read_attributes, read_sample
 from terramind_jax.data.table import Table
-from terramind_jax.files import is_remote, parse_npy
+from terramind_jax.files import is_remote
 
 if TYPE_CHECKING:
-    from terramind_jax.data.records import Records
     from terramind_jax.geo import Place
 
-_NEAR = 1 << 14  # bytes of a sample before its pixels that are read besides, to see that it is this sample
 _CHECKED, _TAIL = 8, 4096  # samples of a tar, and bytes of each, that enter its fingerprint
-_COMPARED = 8  # samples whose places are compared with those of their tokens
 _LOOKED_AT = 256  # shards of a store at most of which one has to hold a sample where its index says
-
-
-class Keys(collections.abc.Sequence):
-    """A sequence of str over a sorted array of bytes, or its given rows: nine million keys without nine million objects."""
-
-    def __init__(self, stored: np.ndarray, rows: np.ndarray | None = None):
-        self._stored, self._rows = stored, rows
-
-    def __len__(self) -> int:
-        return len(self._stored if self._rows is None else self._rows)
-
-    def raw(self, i) -> np.ndarray:
-        """Keys as bytes; `i` is whatever indexes an array."""
-        return self._stored[i if self._rows is None else self._rows[i]]
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [k.decode() for k in self.raw(i).tolist()]
-        return bytes(self.raw(i)).decode()
-
-    def __eq__(self, other) -> bool:
-        return list(self) == list(other)
-
-    __hash__ = None
-
-    def find(self, key: str) -> int:
-        """The position of `key`; a KeyError if there is none."""
-        i = int(np.searchsorted(self._stored, key.encode()))
-        i = i if self._rows is None else int(np.searchsorted(self._rows, i))
-        if i == len(self) or self[i] != key:
-            raise KeyError(f"There is no sample {key!r} among {len(self)}.")
-        return i
-
-
-class _Column:
-    """One folder's samples laid along the keys of an index file; size 0 where a key is missing."""
-
-    def __init__(self, parent: str, name: str, found: Table, rows: np.ndarray | None):
-        self.folder, self.suffix, self.rows = storage.join(parent, name), scan.suffix_of(name), rows
-        self.shards = [s[0] for s in found.meta["shards"][name]]
-        self.shard, self.offset, self.size, self.start, self.length, self.layout = (found.arrays[f"{name}/{f}"] for f in scan.FIELDS)
-        self.block = 0  # bytes that are read at once of a remote store, 0: a sample's own
-
-    def row(self, i: int) -> int:
-        """The row of location `i`, -1 if the file does not know it."""
-        return i if self.rows is None else int(self.rows[i])
-
-    def path(self, i: int) -> str:
-        return storage.join(self.folder, self.shards[self.shard[self.row(i)]])
-
-    def mean_size(self) -> float:
-        """Bytes of a sample in its tar."""
-        sizes = self.sizes()
-        return float(sizes.sum(dtype=np.int64)) / max(int(np.count_nonzero(sizes)), 1)
-
-    def sizes(self) -> np.ndarray:
-        return self.size if self.rows is None else np.where(self.rows < 0, 0, self.size[self.rows])
 
 
 class Index:
@@ -105,29 +47,30 @@ class Index:
         files: tuple[str, str],
         tokens_root: str,
         tables: tuple[Table, Table],
-        records: Records | None = None,
+        token_records: Records | None = None,
     ):
-        """`files` hold the `tables` of pixels and of tokens; of tokens that are in `records` it is their table."""
+        """`files` hold the `tables` of pixels and of tokens; of tokens that are in `token_records` it is their table."""
         pixels, tokens = tables
         self.modalities = tuple(modalities)
         self._opened = root, split, self.modalities, files, tokens_root, tuple(t.meta["id"] for t in tables)
         images = {m: m for m in modalities if m in pixels.meta["columns"]}
         ids = {m: f"{m}_tokens" for m in modalities if f"{m}_tokens" in tokens.meta["columns"]}
         joined = pixels if images else tokens  # without pixels the keys are those of the tokens
-        rows = _wanted_rows(joined, (images or ids).values())
-        token_rows = rows if files[0] == files[1] or not images else _rows_in(tokens, pixels, rows)
+        rows = wanted_rows(joined, (images or ids).values())
+        token_rows = rows if files[0] == files[1] or not images else rows_in(tokens, pixels, rows)
         self.keys = Keys(joined.arrays["keys"], rows)
-        self._pixels = {m: _Column(storage.join(root, split), c, pixels, rows) for m, c in images.items()}
-        self._records, self._record_rows = records, token_rows
-        in_tars = {} if records else ids
-        self._tokens = {m: _Column(storage.join(tokens_root, split), c, tokens, token_rows) for m, c in in_tars.items()}
-        self.available = _presence(joined, [images.get(m, "") for m in modalities], rows)
-        self.has_tokens = _presence(tokens, [ids.get(m, "") for m in modalities], token_rows)
+        self._pixels = Columns(root, split, images, pixels, rows, self.keys)
+        if token_records:
+            self._tokens = TokensInRecords(token_records, token_rows, self.keys)
+        else:
+            self._tokens = TokensInTars(Columns(tokens_root, split, ids, tokens, token_rows, self.keys, "tokens of "))
+        self._columns = self._pixels or self._tokens.columns  # those that the order of samples and the first look go by
+        self.available = presence(joined, [images.get(m, "") for m in modalities], rows)
+        self.has_tokens = presence(tokens, [ids.get(m, "") for m in modalities], token_rows)
         self.subsets, subset = tuple(joined.meta["subsets"]), joined.arrays["subset"]
         self.subset = subset if rows is None else subset[rows]
         self._coordinates, self._rows = joined.arrays["coordinates"], rows
         self._layouts = [layout.parse_bytes("bands", text.encode()) for text in pixels.meta["layouts"]]
-        self._stores = {False: storage.store(root), True: storage.store(tokens_root)}
         self._nearby = 0, 1
 
     def __reduce__(self):
@@ -138,8 +81,7 @@ class Index:
 
     def stored_bytes(self) -> int:
         """Bytes of all samples in the shards, tokens included: of those in records, all that these hold."""
-        columns = (*self._pixels.values(), *self._tokens.values())
-        return sum(int(column.sizes().sum(dtype=np.int64)) for column in columns) + (self._records.stored_bytes() if self._records else 0)
+        return self._pixels.stored_bytes() + self._tokens.stored_bytes()
 
     @property
     def version(self) -> str:
@@ -147,58 +89,8 @@ class Index:
         return hashlib.sha256("".join(self._opened[-1]).encode()).hexdigest()
 
     def check_tokens(self) -> None:
-        """A ValueError if the tokens of a modality are those of other samples altogether, or of other pixels under the same keys."""
-        stored = {m: (np.count_nonzero(column.size), column.folder) for m, column in self._tokens.items()}
-        if self._records:
-            stored = {
-                m: (int(n), self._records.root) for m, n in zip(self._records.modalities, self._records.has_tokens.sum(0), strict=True)
-            }
-        for m, (count, folder) in stored.items():
-            if count and not self.has_tokens[:, self.modalities.index(m)].any():
-                raise ValueError(
-                    f"None of the {count} tokens in {folder} has the key of a sample with pixels, such as {self.keys[0]!r}; tokenize these "
-                    "shards, or point to the tokens that were made from them."
-                )
-        if self._records:
-            self._check_places()
-        for m in self._pixels.keys() & self._tokens.keys():
-            self._check_source(m)
-
-    def _check_source(self, modality: str) -> None:
-        """A ValueError if a token shard tells that it was made from other pixels; one of each modality is asked, and need not tell."""
-        column = self.modalities.index(modality)
-        both = np.flatnonzero(self.available[:, column] & self.has_tokens[:, column])
-        pixels, tokens = self._pixels[modality], self._tokens[modality]
-        if not len(both) or os.path.basename(path := tokens.path(i := int(both[0]))) != os.path.basename(pixels.path(i)):
-            return
-        try:
-            start = bytes(self._stores[True].read(path, 0, 2 * tars.BLOCK))
-            told = tars.is_header_of(start[: tars.BLOCK], "".join(TOKEN_SOURCE).encode())
-            same = not told or start[tars.BLOCK :].rstrip(b"\0").decode() == self.fingerprint(modality, self._beside(pixels, i))
-        except (OSError, DataError):
-            return  # a shard that cannot be read is found out where it is
-        if not same:
-            raise ValueError(
-                f"{path} holds tokens of other pixels than those of {pixels.path(i)}, though under the same keys; tokenize these shards "
-                "(again, if they have changed since), or point to the tokens that were made from them."
-            )
-
-    def _beside(self, column: _Column, i: int) -> np.ndarray:
-        """The samples in the tar of sample `i`, in their order there."""
-        rows = slice(None) if column.rows is None else column.rows
-        there = np.flatnonzero((column.shard[rows] == column.shard[column.row(i)]) & (column.sizes() > 0))
-        return there[np.argsort(column.offset[rows][there])]
-
-    def _check_places(self) -> None:
-        """A ValueError if records of tokens lie elsewhere on Earth than the pixels, as far as a few of both tell."""
-        there = np.flatnonzero(self.has_tokens.any(1))
-        for i in there[order.spread(len(there), _COMPARED)].tolist():
-            own, other = self.coordinates(i), self._records.coordinates(i if self._record_rows is None else int(self._record_rows[i]))
-            if own and other and not np.allclose(own, other, rtol=0, atol=1e-4):
-                raise ValueError(
-                    f"Sample {self.keys[i]!r} lies at {own[0]:.4f}, {own[1]:.4f}, and its tokens in {self._records.root} were made of one "
-                    f"at {other[0]:.4f}, {other[1]:.4f}; tokenize these shards, or point to the tokens that were made from them."
-                )
+        """A ValueError if the tokens of a modality are those of other samples, pixels or places, as far as a few tell."""
+        self._tokens.check(self, self._pixels)
 
     def read_nearby(self, window: int, readers: int = 1) -> None:
         """Tells that `window` neighbours in the shards are visited together, by so many processes in turns; 0 undoes it.
@@ -206,7 +98,7 @@ class Index:
         What of a remote store is then cheaper to read in blocks is read so, see `storage.block_size`.
         """
         self._nearby = window, readers
-        columns, room = (*self._pixels.values(), *self._tokens.values()), storage.KEPT
+        columns, room = (*self._pixels.values(), *self._tokens.columns.values()), storage.KEPT
         # Without a window nothing is asked of millions of sizes: every worker comes by here.
         blocks = [(storage.block_size(column.mean_size(), window, readers) if window else 0, column) for column in columns]
         for block, column in sorted(blocks, key=lambda found: found[0]):
@@ -215,7 +107,7 @@ class Index:
 
     def in_storage_order(self, samples: np.ndarray) -> np.ndarray:
         """`samples` as they lie in the shards of the first modality, those without it last."""
-        column = next(iter((self._pixels or self._tokens).values()))
+        column = next(iter(self._columns.values()))
         rows = samples if column.rows is None else column.rows[samples]
         return samples[np.lexsort((column.offset[rows], column.shard[rows], column.size[rows] == 0))]
 
@@ -232,7 +124,7 @@ class Index:
         available = self.available if self._pixels else self.has_tokens
         yield 0, self.modalities[int(available[0].argmax())]
         found = []
-        for name, column in (self._pixels or self._tokens).items():
+        for name, column in self._columns.items():
             there = np.flatnonzero(column.sizes())
             samples = np.full(len(column.shards), -1)
             samples[column.shard[there if column.rows is None else column.rows[there]]] = there
@@ -242,7 +134,7 @@ class Index:
 
     def find(self, i: int, modality: str) -> None:
         """A `DataError` if the pixels of sample `i`, or its tokens if there are no pixels, are not where the index says."""
-        self._read(self._pixels or self._tokens, i, modality, 0, 1)
+        self._columns.read(i, modality, 0, 1)
 
     def read(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray:
         """[H, W, C] in the stored dtype: a view, bands last, the first time step. `DataError` if it cannot be read.
@@ -269,34 +161,34 @@ class Index:
     def _tile(self, i: int, modality: str, bands: np.ndarray | None) -> np.ndarray:
         expected = len(registry.get(modality).bands)
         if bands is None:
-            raise DataError(f"{self._where(self._pixels, i, modality)} has no array 'bands'.", "missing")
+            raise DataError(f"{self._pixels.where(i, modality)} has no array 'bands'.", "missing")
         while bands.ndim > 3 and len(bands):
             bands = bands[0]
         if bands.ndim != 3 or len(bands) != expected:
-            where = self._where(self._pixels, i, modality)
+            where = self._pixels.where(i, modality)
             raise DataError(f"{where} has 'bands' of shape {bands.shape}, expected [{expected}, y, x].", "shape")
         if bands.dtype.kind not in "biuf":
-            where = self._where(self._pixels, i, modality)
+            where = self._pixels.where(i, modality)
             raise DataError(f"{where} has 'bands' of type {bands.dtype}, expected real numbers.", "value")
         return np.moveaxis(bands, 0, -1)
 
     def _bands(self, i: int, modality: str, out: np.ndarray | None = None) -> np.ndarray | None:
         """From their own bytes alone where the index knows them, else from the whole zip."""
-        column = self._column(self._pixels, i, modality)
+        column = self._pixels.of(i, modality)
         row = column.row(i)
         found = self._layouts[column.layout[row]] if column.length[row] else None
         if found is None:
             return self.read_all(i, modality, ("bands",)).get("bands")
-        piece = self._read(self._pixels, i, modality, int(column.start[row]), int(column.length[row]))
+        piece = self._pixels.read(i, modality, int(column.start[row]), int(column.length[row]))
         try:
             chunks = zips.split(piece)
             if any(member not in chunks for member, _ in found.members()):
                 raise ValueError("its chunks are not where they were when the shard was indexed")
             return found.assemble(chunks, out)
         except DataError as error:
-            raise DataError(f"{self._where(self._pixels, i, modality)} {error}.") from error
+            raise DataError(f"{self._pixels.where(i, modality)} {error}.") from error
         except Exception as error:  # codecs raise RuntimeError, zlib.error, ...
-            where = self._where(self._pixels, i, modality)
+            where = self._pixels.where(i, modality)
             raise DataError(f"{where} has damaged 'bands' ({error}); index it again or copy it.") from error
 
     def stored_shape(self, i: int, modality: str) -> tuple[int, ...]:
@@ -315,19 +207,7 @@ class Index:
 
     def tokens(self, i: int, modality: str) -> np.ndarray:
         """Stored token ids ``[variants, h, w]`` of sample `i`, one grid a fixed crop; of K codebooks ``[..., K]``."""
-        if self._records:
-            row = i if self._record_rows is None else int(self._record_rows[i])
-            if row < 0:
-                raise DataError(f"Sample {self.keys[i]!r} has no tokens of {modality} in {self._records.root}.", "missing")
-            return self._records.tokens(row, modality)
-        payload = self._payload(self._tokens, i, modality)
-        try:
-            ids = parse_npy(payload)
-        except Exception as error:  # a damaged header raises SyntaxError, TypeError, MemoryError, ...
-            raise DataError(f"{self._where(self._tokens, i, modality)} is no readable .npy file ({error}).") from error
-        if ids.dtype.kind not in "iu":
-            raise DataError(f"{self._where(self._tokens, i, modality)} holds {ids.dtype} instead of integer token ids.", "value")
-        return ids
+        return self._tokens.read(i, modality)
 
     def shards(self, modality: str) -> dict[str, np.ndarray]:
         """Name of each tar of `modality` -> the samples in it, in their order there."""
@@ -349,7 +229,7 @@ class Index:
         for i in samples[order.spread(len(samples), _CHECKED)]:
             size = int(column.size[column.row(int(i))])
             length = min(size, _TAIL)
-            digest.update(self._read(self._pixels, int(i), modality, size - length, length))
+            digest.update(self._pixels.read(int(i), modality, size - length, length))
         return digest.hexdigest()
 
     def coordinates(self, i: int) -> tuple[float, float] | None:
@@ -371,7 +251,7 @@ class Index:
             if mask is None:
                 continue
             if mask.ndim < 2 or not mask.size or mask.dtype.kind not in "iub":
-                where = self._where(self._pixels, i, name)
+                where = self._pixels.where(i, name)
                 raise DataError(f"{where} has a {clouds.NAME} of {mask.dtype} {mask.shape}, expected integers [y, x].", "shape")
             return mask.reshape(-1, *mask.shape[-2:])[0].astype(np.uint8)
         return None
@@ -405,79 +285,15 @@ class Index:
         return sorted((m for m, size in sizes.items() if size), key=sizes.get)
 
     def _parse(self, parse, i: int, modality: str, argument):
-        payload = self._payload(self._pixels, i, modality)
+        payload = self._pixels.whole(i, modality)
         try:
             return parse(payload, argument)
         except DataError as error:
-            raise DataError(f"{self._where(self._pixels, i, modality)} {error}.") from error
-
-    def _column(self, columns: dict[str, _Column], i: int, modality: str) -> _Column:
-        column = columns.get(modality)
-        if column is None or (row := column.row(i)) < 0 or not column.size[row]:
-            what = "tokens of " if columns is self._tokens else ""
-            raise DataError(f"Sample {self.keys[i]!r} has no {what}{modality}; check Index.available before reading.", "missing")
-        return column
-
-    def _payload(self, columns: dict[str, _Column], i: int, modality: str) -> memoryview:
-        """The whole sample as it lies in its tar."""
-        column = self._column(columns, i, modality)
-        return self._read(columns, i, modality, 0, int(column.size[column.row(i)]))
-
-    def _read(self, columns: dict[str, _Column], i: int, modality: str, start: int, size: int) -> memoryview:
-        """`size` bytes of a sample from its byte `start`; a `DataError` if another sample lies there by now."""
-        column = columns[modality]
-        before = start + tars.BLOCK if start <= _NEAR else 0  # of the sample's header in the tar, which comes along where it is near
-        try:
-            at = int(column.offset[column.row(i)]) + start - before
-            payload = memoryview(self._stores[columns is self._tokens].read(column.path(i), at, before + size, column.block))
-        except OSError as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else "unreachable"
-            raise DataError(f"{self._where(columns, i, modality)} cannot be read ({error.strerror or error}).", reason) from error
-        if len(payload) != before + size:
-            there = max(len(payload) - before, 0)
-            raise DataError(f"{self._where(columns, i, modality)} ends early: {there} of {size} bytes; index it again.")
-        name = self.keys.raw(i) + column.suffix.encode()
-        if before and not tars.is_header_of(payload[: tars.BLOCK], name):
-            raise DataError(f"{self._where(columns, i, modality)} is not where it was when the shard was indexed; index it again.")
-        return payload[before:]
-
-    def _where(self, columns: dict[str, _Column], i: int, modality: str) -> str:
-        return f"{columns[modality].path(i)}: sample {self.keys[i]!r}"
-
-
-def _wanted_rows(found: Table, columns: Collection[str]) -> np.ndarray | None:
-    """The rows that have any of `columns`; None if these are all of them, which takes no memory."""
-    n = len(found.arrays["keys"])
-    if any(found.meta["counts"][c] == n for c in columns) and n:
-        return None
-    there = _presence(found, list(columns), None).any(1)
-    return None if there.all() and n else np.flatnonzero(there)
-
-
-def _presence(found: Table, names: Sequence[str], rows: np.ndarray | None) -> np.ndarray:
-    """Bool ``[n, len(names)]``: a view of the file where it can be."""
-    places = [found.meta["columns"].index(n) if n in found.meta["columns"] else -1 for n in names]
-    available = found.arrays["available"]
-    if rows is None and places and places[0] >= 0 and places == list(range(places[0], places[0] + len(places))):
-        return available[:, places[0] : places[0] + len(places)]
-    there = np.zeros((len(available) if rows is None else len(rows), len(places)), bool)
-    for column, place in enumerate(places):
-        if place >= 0:
-            there[:, column] = available[:, place] if rows is None else available[rows, place] & (rows >= 0)
-    return there
-
-
-def _rows_in(tokens: Table, pixels: Table, rows: np.ndarray | None) -> np.ndarray | None:
-    """The rows of another file's keys that the kept rows of `pixels` have there, -1 where they have none."""
-    keys, known = pixels.arrays["keys"], tokens.arrays["keys"]
-    keys = keys if rows is None else keys[rows]
-    return None if np.array_equal(keys, known) else scan.places_in(keys, known)
+            raise DataError(f"{self._pixels.where(i, modality)} {error}.") from error
 
 
 def has_split(root: str | os.PathLike, split: str, modality: str) -> bool:
     """Whether there is a folder of the modality, or prepared data."""
-    from terramind_jax.data import records
-
     return scan.is_there(root, split, modality) or records.is_prepared(root, split)
 
 
@@ -493,8 +309,6 @@ def open_index(
     modality or the index of other shards, and `DataError` for a truncated or damaged tar.
     Of a folder that ``data prepare`` wrote it is a `records.Records`, which can be read in the same way.
     """
-    from terramind_jax.data import records  # which is made of this module's keys
-
     if records.is_prepared(root, split):
         return records.open_records(root, split, modalities, tokens_root=tokens_root)
     root, tokens_root = os.fspath(root), os.fspath(tokens_root or root)
@@ -575,9 +389,7 @@ def _reopen(
 ) -> Index:
     """What unpickling does: maps the files that the index was made of, and no others, and declares the user's own modalities."""
     declarations.declare(own, root)
-    from terramind_jax.data import records
-
-    found = records.Records(tokens_root, split, modalities) if os.path.basename(files[1]) == records.NAME else None
+    found = Records(tokens_root, split, modalities) if os.path.basename(files[1]) == records.NAME else None
     pixels, tokens = (table.read(path) or Table({}, {}) for path in files)
     tables = pixels, found.token_table() if found else tokens
     if tuple(t.meta.get("id") for t in tables) != ids:

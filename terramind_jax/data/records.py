@@ -14,8 +14,8 @@ import numpy as np
 
 from terramind_jax import modalities as registry
 from terramind_jax.data import clouds, scan, storage, table
+from terramind_jax.data.columns import Keys
 from terramind_jax.data.errors import DataError
-from terramind_jax.data.index import Keys
 from terramind_jax.data.mapped import COORDINATES, Mapped
 
 if TYPE_CHECKING:

@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from terramind_jax import coordinates
 from terramind_jax.data import clouds, crops, masks
 from terramind_jax.data.errors import DataError, fault, reading
-from terramind_jax.data.index import Index
 from terramind_jax.modalities import MODALITIES, PATCH_SIZE, RELEASED, Stream
+
+if TYPE_CHECKING:
+    from terramind_jax.data.index import Index
 
 NEVER_CONSTANT = ("S1", "S2")  # land cover and elevation may be: a forest, the sea
 

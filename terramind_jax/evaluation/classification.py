@@ -18,6 +18,7 @@ from scipy import optimize
 from terramind_jax import metrics
 from terramind_jax.evaluation import features, results
 from terramind_jax.evaluation.features import Features
+from terramind_jax.tasks import validation
 from terramind_jax.tasks.datasets import Facts
 
 PENALTIES = tuple(10.0**i for i in range(-6, 3))  # of a mean cross-entropy
@@ -113,12 +114,7 @@ def _write(
         numbers = {"accuracy": scores["pixel_accuracy"], "mean class accuracy": scores["accuracy"], "F1": scores["F1"]}
         rows.append({"model": model if name == "features" else name, "data set": facts.title, "input": inputs, "setting": how, **numbers})
     first = next(iter(found.values()))
-    confusion = metrics.confusion_matrix(first, test.labels, facts.num_classes)
-    each = [
-        {"class": name, "images": int(of.sum()), "accuracy": float(of[i] / of.sum())}
-        for i, (name, of) in enumerate(zip(facts.class_names, confusion, strict=True))
-        if of.sum()
-    ]
+    each = validation.by_class(facts, {"confusion": metrics.confusion_matrix(first, test.labels, facts.num_classes)})
     named = [
         {"sample": s, "truth": facts.class_names[t], "predicted": facts.class_names[p]}
         for s, t, p in zip(test.names, test.labels, first, strict=True)

@@ -84,11 +84,10 @@ def _report(path: Path, model: str, task: Task, dataset: Dataset, config: Config
         of_classes |= {f"{row['class']} IoU": 100 * row["IoU"] for row in classes if row["class"] == facts.class_names[1]}
     row = {**told, **of_classes, **{name: x for name, x in found.items() if name in ("loss", "rmse", "mae")}}
     unit = "scores in per cent, but for the loss" if facts.num_classes else "RMSE and MAE in the unit of the labels"
-    shown = [{name: 100 * x if isinstance(x, float) else x for name, x in of.items()} for of in classes]
     return results.write_report(
         path,
         f"Fine-tuned: {facts.title}",
         f"{len(dataset)} samples of the {dataset.split} split; {unit}.",
         results.compared("finetuned", [row]),
-        f"## By class\n\n{results.table(shown)}" if classes else "",
+        f"## By class\n\n{results.table(results.in_per_cent(classes))}" if classes else "",
     )

@@ -31,7 +31,7 @@ from terramind_jax import metrics, zoo
 from terramind_jax.convert.files import check_free
 from terramind_jax.evaluation import results
 from terramind_jax.scenes.feeding import padded
-from terramind_jax.tasks import datasets, finetune
+from terramind_jax.tasks import datasets, finetune, validation
 from terramind_jax.tasks.config import finetuning
 from terramind_jax.tasks.datasets import Dataset, pangaea
 from terramind_jax.tasks.finetune import Task
@@ -146,8 +146,7 @@ def sliding(task: Task, inputs: dict[str, np.ndarray], side: int) -> np.ndarray:
 
 
 def _write(out: Path, settings: Settings, model: str, test: Dataset, confusion: np.ndarray, found: dict[str, float]) -> None:
-    each = zip(test.class_names, metrics.intersection_over_union(confusion), confusion.sum(1), strict=True)
-    classes = [{"class": name, "pixels": int(pixels), "IoU": float(iou)} for name, iou, pixels in each if pixels]
+    classes = validation.by_class(test.facts, {"confusion": confusion})
     own = {"model": model, test.facts.title: 100 * found["mIoU"], "F1": 100 * found["F1"], "pixel accuracy": 100 * found["pixel_accuracy"]}
     usual = dataclasses.asdict(Settings())
     changed = [f"{name} {value}" for name, value in dataclasses.asdict(settings).items() if value != usual[name]]
@@ -158,6 +157,6 @@ def _write(out: Path, settings: Settings, model: str, test: Dataset, confusion: 
         f"PANGAEA: {test.facts.title}",
         f"mIoU on {len(test)} test images, {told}. All scores are in per cent.",
         results.compared("pangaea", [own]),
-        f"## By class\n\n{results.table([row | {'IoU': 100 * row['IoU']} for row in classes])}",
+        f"## By class\n\n{results.table(results.in_per_cent(classes))}",
     )
     print("\n" + text)

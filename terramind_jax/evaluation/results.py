@@ -36,6 +36,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def in_per_cent(rows: Sequence[Row]) -> list[Row]:
+    """Rows with every share, which is what their floats are, times a hundred."""
+    return [{name: 100 * x if isinstance(x, float) else x for name, x in row.items()} for row in rows]
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Rows with every digit."""
     columns = list(dict.fromkeys(name for row in rows for name in row))

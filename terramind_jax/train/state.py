@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -207,8 +208,12 @@ def start(
 
 
 def _drawn(init, tx: optax.GradientTransformation, seed: int, ema: bool, layout: State, places: Params) -> tuple[State, Params]:
-    """A fresh state and its buffers. Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole."""
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    """A fresh state and its buffers. Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
+
+    ``XLA_FLAGS`` that name a level have theirs.
+    """
+    level = "xla_backend_optimization_level"
+    options = {level: 1} if jax.default_backend() == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
     fresh = jax.jit(partial(_fresh, init, tx, ema), out_shardings=(layout, places), compiler_options=options)
     return fresh(jax.random.key(seed))
 
