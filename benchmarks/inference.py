@@ -3,7 +3,7 @@
     python benchmarks/inference.py                          # base features, S2L2A tokenizer, S2L2A to four modalities
     python benchmarks/inference.py --peer --rounds 3 --out benchmarks/results/inference.md
     python benchmarks/inference.py --batches 1,8,32 --peer --repeats 1 --out benchmarks/results/inference.md
-    python benchmarks/inference.py --samplers DIR --out benchmarks/results/inference.md    # trains small tokenizers in DIR
+    python benchmarks/inference.py --samplers DIR --peer --rounds 3 --out benchmarks/results/inference.md    # trains small ones in DIR
 
 Each of these is a section of the file, which replaces that section alone. Every case runs in a process of its own, ours and the reference's
 one after the other; compile time is apart. Weights are random, but for the samplers: they do not change the work. On a GPU ours is in
@@ -211,7 +211,7 @@ def main() -> None:
     if arguments.samplers:
         import samplers
 
-        title, text = "Samplers", samplers.section(arguments.samplers)
+        title, text = "Samplers", samplers.section(arguments.samplers, arguments.rounds if arguments.peer else 0)
     elif arguments.batches:
         title, text = "Batches", batches(arguments)
     else:

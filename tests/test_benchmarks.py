@@ -111,6 +111,31 @@ def test_a_section_replaces_itself_alone(scripts, tmp_path):
     assert path.read_text() == "# Inference\n\n## Speed\n\nnew\n\n| b |\n\n## Samplers\n\none\n"
 
 
+# ---- samplers ----
+
+
+def test_the_reference_decodes_in_turn_with_ours(scripts, tmp_path, monkeypatch):
+    """Rows of medians; DPM-Solver++ takes as few steps as reach the error of the published ones."""
+    script, asked = scripts("samplers"), []
+
+    def measure(_, *flags):
+        side, sampler, steps = (flag_of(flags, name) for name in ("side", "sampler", "steps"))
+        asked.append((side, sampler, int(steps)))
+        seconds = int(steps) * (0.02 if side == "peer" else 0.01) * (1 if len(asked) <= 6 else 100)  # the last round is disturbed
+        return {"limit": 0.2 if sampler == "ddim" else 0.1, "image": 1.0, "seconds": seconds}
+
+    monkeypatch.setattr(scripts("process"), "measure", measure)
+    errors = {("ddim", 50): 0.2} | {("dpmpp", n): 2 / n for n in script.STEPS["dpmpp"]}
+    enough = script.enough_steps({case: {"limit": error} for case, error in errors.items()})
+    assert enough == 10
+    assert script.beside("DEM", tmp_path, enough, rounds=3) == [
+        "| DEM | reference, ddim | 50 | 0.2000 | 1.000 | 1.0 |",
+        "| DEM | ddim | 50 | 0.2000 | 0.500 | 2.0 |",
+        "| DEM | dpmpp | 10 | 0.1000 | 0.100 | 10.0 |",
+    ]
+    assert asked == [("peer", "ddim", 50), ("ours", "ddim", 50), ("ours", "dpmpp", 10)] * 3
+
+
 # ---- missing bands ----
 
 

@@ -14,6 +14,7 @@ import jax
 import nano_models
 import numpy as np
 import pytest
+import tiny_run
 from ml_collections import ConfigDict
 
 from terramind_jax import cli, flops, geo, sharding, tim, weights
@@ -128,6 +129,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("name", ["terramind_v1_tiny", pytest.param("terramind_v1_tiny_tim", marks=pytest.mark.slow)])
 def test_features_of_a_frozen_backbone_are_computed_once_a_sample(root, tmp_path, monkeypatch, name):
     """Of 16 samples and 8 in validation; losses are those of features that every step computes."""
+    tiny_run.on_one_device(monkeypatch)
     changes = dict(model=dict(name=name), data=dict(crop=SIZE, d4=False))
     finetune.train(settings(root, train=dict(tune="frozen", cache=False), **changes), tmp_path / "anew")
     seen = counted(monkeypatch)
@@ -142,6 +144,7 @@ def test_thinking_in_modalities(root, tmp_path, monkeypatch):
     """Ids are made once a turned sample, from the inputs alone, by the generator that is given; `predict` thinks as well."""
     given = weights.load("terramind_v1_tiny_tim", "random", modalities=["S1GRD"], tim_modalities=["LULC", "DEM"])
     weights.save(given, tmp_path / "given")
+    tiny_run.on_one_device(monkeypatch)
     model = dict(name=given.name, weights=str(tmp_path / "given"), tim_modalities=("LULC", "DEM"), tim_temperature=0.0)
     config = settings(root, model=model, data=dict(crop=SIZE), train=dict(steps=24), run=dict(eval_every=12, checkpoint_every=24))
     seen = counted(monkeypatch)

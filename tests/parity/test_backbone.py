@@ -106,7 +106,7 @@ KNOWN = ("S2L2A", "S1GRD", "S2L1C", "RGB", "DEM", "LULC", "NDVI", "coords", "cap
 def test_every_layer_of_every_size(size):
     names = ("S2L2A", "S1GRD")
     theirs, module, variables = build(size, names, seed=len(size))
-    for batch, side in ((1, 224), (3, 224), (1, 256), (3, 256)) if size == "tiny" else ((1, 224), (3, 256)):
+    for batch, side in ((1, 224), (3, 224), (1, 256), (3, 256)) if size == "tiny" else ((1, 224), (2, 96)):
         compare(theirs, module, variables, inputs(names, batch, side, seed=batch), LARGE_BOUND if size == "large" else BOUND)
     returned = rules.to_torch(jax.device_get(variables), sources.rules_of(module))
     assert all(returned[key].tobytes() == x.tobytes() for key, x in peer.numpy_state(theirs).items())
