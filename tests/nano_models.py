@@ -10,7 +10,7 @@ from terramind_jax import build, zoo
 from terramind_jax.tokenizer import Tokenizer
 
 NANO = dict(dim=64, encoder_depth=2, decoder_depth=1, num_heads=1, gated_mlp=False, use_bias=True)
-UNET = dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+UNET = dict(model_channels=32, channel_mult=(1,), num_res_blocks=1)
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, *sizes: str) -> None:

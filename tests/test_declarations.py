@@ -151,7 +151,9 @@ def continued(tmp_path_factory):
     """A small model of DEM and LULC, and shards that have TEMP besides, in training alone; with its tokens."""
     root = tiny_run.write_shards(tmp_path_factory.mktemp("shards"))
     old = tmp_path_factory.mktemp("old") / "run"
-    pretrain.train(tiny_run.pretraining(root, steps=2), old)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.on_one_device(patch)
+        pretrain.train(tiny_run.pretraining(root, steps=2), old)
     (root / "modalities.json").write_text(json.dumps({"TEMP": TEMP}))
     write_own(root, "train", 12)
     tiny_run.write_tokens(root, "train", "TEMP", [i % 2 for i in range(12)])  # of 16
@@ -172,7 +174,9 @@ def grown(continued, tmp_path_factory, request):
     root, old = continued
     targets = ("DEM", "LULC", "TEMP") if request.param == "with tokens" else ("DEM", "LULC")
     workdir = tmp_path_factory.mktemp("grown") / "run"
-    pretrain.train(continuing(root, old, inputs=("DEM", "LULC", "S1GRD", "TEMP"), targets=targets), workdir, weights.initial)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.on_one_device(patch)
+        pretrain.train(continuing(root, old, inputs=("DEM", "LULC", "S1GRD", "TEMP"), targets=targets), workdir, weights.initial)
     return workdir, targets
 
 

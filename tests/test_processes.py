@@ -169,7 +169,7 @@ def test_data_workers_outlive_a_sigterm_to_the_whole_job(tmp_path):
 
 # ---- two processes ----
 
-STEPS, EVERY, SIGTERM = 64, 7, 143
+STEPS, EVERY, SIGTERM = 32, 4, 143  # 32 steps are the program of other tests, which need not be compiled anew
 
 
 def test_two_processes_are_killed_and_terminated_and_end_as_one_that_was_not(tmp_path):
@@ -186,7 +186,7 @@ def test_two_processes_are_killed_and_terminated_and_end_as_one_that_was_not(tmp
 
     # ---- SIGKILL at one: the other ends ----
     two = tiny_run.start(path, broken, "--profile=2:4", processes=2)
-    tiny_run.wait_for(lambda: lines() >= 2 * EVERY + 2, two)
+    tiny_run.wait_for(lambda: lines() >= 2 * EVERY + 2 and len(tiny_run.checkpoints(broken)) > 1, two)
     two[1].kill()
     assert tiny_run.ended(two, 30)[0] not in (0, SIGTERM)
 
