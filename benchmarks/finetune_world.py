@@ -135,6 +135,19 @@ def findings(task: str, paired: dict[tuple, Spread], seeds: int) -> str:
     return "\n".join(lines)
 
 
+def tally(scores: dict[tuple, list[float]]) -> str:
+    """In how many pairs of runs of one seed, task and share of the labels each of `PAIRS` is the better."""
+    lines = []
+    for a, b in PAIRS:
+        gains = [
+            SIGNS[task] * (x - y)
+            for task, share in itertools.product(TASKS, SHARES)
+            for x, y in zip(scores[task, a, share], scores[task, b, share], strict=True)
+        ]
+        lines.append(f"- {a} against {b}: better in {sum(gain > 0 for gain in gains)} of {len(gains)} pairs")
+    return "\n".join(["All seeds, tasks and shares together, of which those of one seed have labels in common:", "", *lines])
+
+
 def _text(value: Spread, sign: str = "") -> str:
     mean, deviation = value
     return f"{mean:{sign}.1f} ± {deviation:.1f}"
@@ -150,7 +163,7 @@ def report(scores: dict[tuple, list[float]], steps: int, counts: dict[str, int],
     )
     for task, (_, _, title) in METRICS.items():
         text += f"\n{task} from Sentinel-2 ({title}):\n\n{table(task, found, paired)}\n\n{findings(task, paired, seeds)}\n"
-    return text
+    return f"{text}\n{tally(scores)}\n"
 
 
 def main(flags: Sequence[str] | None = None) -> None:

@@ -390,6 +390,7 @@ def test_differences_of_fine_tunings_are_told_by_seed(scripts):
     assert "| random | 30.0 ± 10.0 |" in text and "| pretrained minus random, by seed | -3.0 ± 1.0 |" in text
     assert text.count("pretrained against random: better at 5%, better at 20%, better at 100%") == 2
     assert text.count("TiM of LULC and DEM against pretrained: nothing clear at 5%") == 2
+    assert "- pretrained against random: better in 18 of 18 pairs" in text and "against pretrained: better in 6 of 18 pairs" in text
     assert (
         "random against the mean, everywhere: worse at 5%" in text
         and "random against the most common class, everywhere: better at 5%" in text
