@@ -1,7 +1,7 @@
-"""Fine-tunes the quickstart's model on the embedded world with few labels, from its weights and from random ones, in 20 minutes on a core.
+"""Fine-tunes the quickstart's model on the embedded world with few labels, from its weights and from random ones, in an hour on a core.
 
     terramind-jax quickstart --out=quickstart
-    python benchmarks/finetune_world.py --quickstart=quickstart --steps=60 --out=benchmarks/results/finetune_world.md
+    python benchmarks/finetune_world.py --quickstart=quickstart --steps=200 --out=benchmarks/results/finetune_world.md
 
 Land cover, and elevation where there is no water, from Sentinel-2 of the quickstart's own scenes; scores are of its held-out scenes. Its
 pretraining has seen both as targets on the same training scenes: what is asked is what its weights save in labels, not more. Each case

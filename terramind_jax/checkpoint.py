@@ -118,8 +118,8 @@ def _everywhere(ok: bool) -> bool:
 
 
 def saved(workdir: str | os.PathLike) -> Checkpoints | None:
-    """The checkpoints of a work directory, opened for reading and to be closed; None if none is complete."""
-    if not (files.folder(workdir) / FOLDER).is_dir():
+    """The checkpoints of a work directory, opened for reading and to be closed; None if none is complete. All processes ask together."""
+    if not _everywhere((files.folder(workdir) / FOLDER).is_dir()):  # one alone could see the folder that another makes next
         return None
     checkpoints = Checkpoints(workdir)
     if checkpoints.latest() is not None:
