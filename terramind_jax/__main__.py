@@ -10,9 +10,11 @@ def run() -> None:
     """Ends this process with the command's exit code, after Ctrl-C at once: threads in the midst of compiling or writing would crash."""
     code = main()
     if code == STOPPED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also if whoever read them has gone
+            os._exit(code)
     sys.exit(code)
 
 

@@ -222,7 +222,7 @@ def read(path: str | os.PathLike) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ValueError(f"{path} is no Python that can be read: {error.msg} in line {error.lineno}.") from error
+        raise ValueError(f"{error.filename or path} is no Python that can be read: {error.msg} in line {error.lineno}.") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} does not define get_config().")
     config = module.get_config()

@@ -398,7 +398,7 @@ def check_names(
                 raise ValueError(f"This model {verb} no {name}; it {verb} {', '.join(dict.fromkeys(known.values()))}.")
             if stream.kind == "tokens" and stream.modality not in tokenizers:
                 raise ValueError(f"The {role} {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
-    both = [name for name, stream in read.items() if stream in made.values() and name not in visible]
+    both = [name for name, stream in read.items() if stream in made.values() and (name not in visible or stream.kind == "sequence")]
     if both:
         raise ValueError(f"{both[0]} is both an input and an output; leave it out of one, or say what of it stays with `visible`.")
 

@@ -54,7 +54,7 @@ def run(
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
     window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
     of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
-    which is painted there, see `generate.generate`. Nothing that exists is replaced;
+    which is painted there, and in patches of which it has some, see `generate.generate`. Nothing that exists is replaced;
     a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
     computes in another dtype.
 
@@ -173,11 +173,7 @@ def load_tokenizers(module: TerraMind, inputs: Sequence[str], to: Sequence[str],
         if not path.is_dir():
             raise FileNotFoundError(f"There is no tokenizer {path}; train it, or say with --tokenizers in which folder it is.")
         loaded[stream.modality] = tokenizer.load(path)
-        own = loaded[stream.modality][0].config
-        found, wanted = (own.codebook_size, own.num_codebooks), (stream.vocab_size, stream.num_codebooks)
-        if found != wanted:
-            of = [f"{size} codes" if number == 1 else f"{number} codebooks of {size} codes" for size, number in (found, wanted)]
-            raise ValueError(f"The tokenizer {path} has {of[0]}, but the model was trained with {of[1]}.")
+        loaded[stream.modality][0].config.check_stream(stream, f"The tokenizer {path}")
     return loaded
 
 

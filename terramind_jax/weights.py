@@ -167,7 +167,8 @@ def initial(words: str, module: networks.TerraMind, seed: int = 0) -> dict[str, 
 
     Modalities that `module` lacks are left out, those that the weights lack are fresh; a ValueError says what else does not fit.
     """
-    is_name = words in zoo.MODELS or (words.startswith("terramind_") and not Path(words).exists())
+    is_path = Path(words).exists() or Path(words).name != words or Path(words).suffix
+    is_name = words in zoo.MODELS or (words.startswith("terramind_") and not is_path)
     entry = zoo.get(words if is_name else "terramind_v1_base")
     if entry.kind == "tokenizer":
         raise ValueError(f"A pretraining cannot start from {words}, which is a tokenizer.")

@@ -13,7 +13,7 @@ from terramind_jax import cli
 from terramind_jax.data.faults import Faults
 from terramind_jax.train.meter import Meter
 
-PAUSE = 0.05
+PAUSE = 0.1
 following, add = Faults.following, Meter.add
 batch = []
 

@@ -124,6 +124,26 @@ def test_tokenizers_lie_elsewhere_or_have_other_sizes(root, tmp_path, monkeypatc
         finetune.initial(config, init, extractor)
 
 
+def test_tokenizers_of_other_codes_or_classes_than_the_inputs_are_refused(root):
+    config = settings(root)
+    facts = finetune.open_split(config, "train").facts
+    config.model.codebooks = ConfigDict({"LULC": 20})
+    with pytest.raises(ValueError, match="The tokenizer of LULC has 4375 codes, but the model was trained with 20"):
+        finetune.task_model(config, facts, finetune.backbone(config, facts))
+    config = settings(root, name="terramind_v01_base")
+    with pytest.raises(ValueError, match="terramind_v01_base tells 9 classes of LULC, and fine-tuning reads maps of the 10 of TerraMesh"):
+        finetune.task_model(config, facts, finetune.backbone(config, facts))
+
+
+def test_what_bands_of_a_class_map_are_called_does_not_matter(root):
+    config, whole = settings(root), finetune.open_split(settings(root), "train").facts
+    facts = dataclasses.replace(whole, bands={**whole.bands, "LULC": ("classes",)})
+    assert finetune.scale_of(config, facts).keys() == {"S1GRD", "LULC"}
+    assert finetune.backbone(config, facts).module == finetune.backbone(config, whole).module
+    with pytest.raises(ValueError, match="LULC is a map of classes, one band; .* has a, b"):
+        finetune.scale_of(config, dataclasses.replace(facts, bands={"LULC": ("a", "b")}))
+
+
 def test_land_cover_of_other_classes_is_refused(root, tmp_path):
     config = settings(root)
     task = finetune.Task(None, {}, finetune.open_split(config, "train").facts, {}, SIZE, None)

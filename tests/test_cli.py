@@ -31,14 +31,17 @@ except SystemExit:
 
 
 def test_errors_of_the_system_and_warnings_are_sentences(monkeypatch, capsys):
+    texts, usual = [], warnings.formatwarning
+
     def open_a_file(parsed):
+        for category, filename in ((UserWarning, cli.__file__), (UserWarning, "a.py"), (DeprecationWarning, cli.__file__)):
+            texts.append(warnings.formatwarning("It is late.", category, filename, 1, line="x"))
         raise NotADirectoryError(20, "Not a directory", "a.txt/x")
 
     monkeypatch.setattr(cli, "_info", open_a_file)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     assert cli.main(["info"]) == 2 and capsys.readouterr().err == "error: a.txt/x: Not a directory.\n"
-    assert warnings.formatwarning(UserWarning("It is late."), UserWarning, "a.py", 1) == "warning: It is late.\n"
-    assert warnings.formatwarning("old", DeprecationWarning, "a.py", 1, "x").startswith("a.py:1: DeprecationWarning: old\n  x")
+    assert texts[0] == "warning: It is late.\n" and texts[1] == "a.py:1: UserWarning: It is late.\n  x\n"
+    assert "1: DeprecationWarning: It is late." in texts[2] and warnings.formatwarning is usual
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,7 @@ def weights_file(root, tmp_path_factory):
     return path, module, variables
 
 
-def test_the_first_loss_is_that_of_the_weights(root, weights_file, tmp_path, monkeypatch):
-    tiny_run.on_one_device(monkeypatch)
+def test_the_first_loss_is_that_of_the_weights(root, weights_file, tmp_path):
     path, whole, variables = weights_file
     config = config_of(root, init=str(path))
     pretrain.train(config, tmp_path / "run", weights.initial)
@@ -105,3 +104,5 @@ def test_the_command_starts_from_a_path_and_refuses_what_does_not_fit(root, weig
         weights.initial("terramind_v1_tokenizer_dem", None)
     with pytest.raises(ValueError, match="Unknown model 'terramind_v1_bas'; did you mean 'terramind_v1_base'"):
         weights.initial("terramind_v1_bas", None)
+    with pytest.raises(FileNotFoundError, match="There are no weights"):
+        weights.initial("terramind_runs/whole.pt", None)

@@ -210,16 +210,28 @@ def test_a_hole_in_one_input_is_not_seen(weights, networks, tmp_path):
 
 
 def test_holes_of_land_cover_are_painted(weights, networks, tmp_path):
-    """What there is of a map stays, as its tokens have it."""
+    """What there is of a map stays, as its tokens have it; patches that a hole touches are painted."""
     inputs, place = {"DEM": tmp_path / "dem.tif", "LULC": tmp_path / "lulc.tif"}, geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
     dem, clear = elevation(inputs["DEM"], TILE, TILE), np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
     lulc = np.random.default_rng(1).integers(0, 10, (TILE, TILE, 1)).astype(np.uint8)
     holes = np.where(np.kron(clear, np.ones((16, 16), bool))[..., None], lulc, 255).astype(np.uint8)
+    holes[30:34, :5] = 255  # into two patches of the first column
+    clear[1:, 0] = False
     geo.write(inputs["LULC"], holes, like=place, nodata=255)
     (found,) = generate_scenes.run(weights=weights, inputs=inputs, to=["LULC"], out=tmp_path / "out", lulc_codes="terramesh")
     given = {"DEM": dem[None], "LULC": lulc[None]}
     made = generate.generate(*networks[0], networks[1], given, ["LULC"], seed=0, visible={"LULC": clear[None]})
     np.testing.assert_array_equal(geo.read(found)[..., 0], made["LULC"][0].argmax(-1))
+
+
+def test_what_is_not_chained_does_not_condition(weights, tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, quicklook=False)
+    (alone,) = generate_scenes.run(**call, to=["LULC"], out=tmp_path / "alone")
+    _, unchained = generate_scenes.run(**call, to=["NDVI", "LULC"], out=tmp_path / "unchained", chained=False)
+    _, chained = generate_scenes.run(**call, to=["NDVI", "LULC"], out=tmp_path / "chained")
+    np.testing.assert_array_equal(geo.read(unchained), geo.read(alone))
+    assert (geo.read(chained) != geo.read(alone)).mean() > 0.1
 
 
 def test_memory_does_not_grow_with_the_height(weights, monkeypatch, tmp_path):

@@ -169,7 +169,7 @@ def test_data_workers_outlive_a_sigterm_to_the_whole_job(tmp_path):
 
 # ---- two processes ----
 
-STEPS, EVERY, SIGTERM = 32, 4, 143  # 32 steps are the program of other tests, which need not be compiled anew
+STEPS, EVERY, SIGTERM = 32, 5, 143  # 32 steps are the program of other tests, which need not be compiled anew
 
 
 def test_two_processes_are_killed_and_terminated_and_end_as_one_that_was_not(tmp_path):

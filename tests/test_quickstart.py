@@ -42,6 +42,14 @@ def test_the_report_says_what_beats_what():
     assert "took 12.3 minutes" in text and "minutes" not in evaluate.report(*about, None)
 
 
+def test_each_folder_of_tiles_has_an_output_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "world" / "tiles").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "world" / "tiles")
+    monkeypatch.chdir(tmp_path / "world" / "tiles")
+    folders = (None, ".", "..", f"{tmp_path / 'link'}/")
+    assert [*map(quickstart.default_out, folders)] == ["quickstart", "quickstart_tiles", "quickstart_world", "quickstart_link"]
+
+
 def test_baselines_see_one_pixel(tmp_path):
     """A modality that is a linear function of the input is regressed exactly; the mean is that of the training pixels."""
 

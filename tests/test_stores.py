@@ -79,7 +79,7 @@ def test_shards_are_indexed_and_checked_as_on_the_disk(store, local, tmp_path, c
     assert f"There is no index of {url}/train; make it once with: terramind-jax data index {url}" in capsys.readouterr().err
     assert cli.main(["data", "index", url]) == 0
     assert f"train: 12 locations, indexed in {tmp_path / 'cache'}" in capsys.readouterr().out
-    said = [(cli.main(["data", "check", root, f"--workers={n}"]), *capsys.readouterr()) for root, n in ((url, 2), (str(local), 0))]
+    said = [(cli.main(["data", "check", root, f"--workers={n}"]), *capsys.readouterr()) for root, n in ((url, 2), (str(local), 1))]
     assert (
         said[0][0] == 1 and "sample 's003' is no zip file" in said[0][1] and "All 5 samples that val_metadata.parquet lists" in said[0][1]
     )
@@ -94,14 +94,14 @@ def test_samples_and_batches_are_those_of_the_disk(store, local):
     assert cli.main(["data", "index", url]) == 0
     index, expected, sent = open_index(url, "train"), open_index(local, "train"), faults.sent
     jobs = [(i, m) for i in range(12) for m in index.modalities if (i, m) != (3, "DEM")]
-    faults.latency = 0.03
+    faults.latency = 0.1
     for opened in (index, pickle.loads(pickle.dumps(index))):
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda job, of=opened: (of.read(*job), of.tokens(*job)), jobs))
         for job, (pixels, tokens) in zip(jobs, found, strict=True):
             np.testing.assert_array_equal(pixels, expected.read(*job))
             np.testing.assert_array_equal(tokens, expected.tokens(*job))
-    assert faults.most_at_once >= 3 and faults.sent - sent < 2 * 1.2 * index.stored_bytes(), "in threads, and nothing is read ahead"
+    assert faults.most_at_once >= 8 and faults.sent - sent < 2 * 1.2 * index.stored_bytes(), "in threads, and nothing is read ahead"
     faults.latency, config = 0.0, tiny_run.pretraining(local)
     settings = dict(batch_size=8, train=False)
     batches = [pipeline.batches(i, *pretrain.data_settings(config), **settings, workers=n) for i, n in ((index, 1), (expected, 0))]

@@ -102,6 +102,18 @@ def unet_training(root, modality="DEM", **options):
     return config
 
 
+@pytest.mark.slow
+def test_diffusion_on_several_devices_is_as_on_one(root, tmp_path, monkeypatch):
+    config = unet_training(root, steps=2)
+    config.model.channel_mult = (1, 1)  # of two levels, as all that are released
+    tokenizer.train(config, tmp_path / "several")
+    tiny_run.on_one_device(monkeypatch)
+    tokenizer.train(config, tmp_path / "one")
+    several, one = ([line["loss"] for line in logging.read(tmp_path / run) if "loss" in line] for run in ("several", "one"))
+    np.testing.assert_allclose(several, one, rtol=1e-4)
+    assert len(one) == 2
+
+
 @pytest.fixture(scope="module")
 def diffused(root, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("diffused")

@@ -164,10 +164,10 @@ class Check:
 def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None = None, workers: int | None = None) -> Check:
     """Reads every sample of a split, its tokens too, by `workers` processes (default: all cores).
 
-    A problem is what is corrupt, NaN, outside its valid range or constant, tokens of another shape or vocabulary, a shard that only some
-    modalities have, samples that only the published list of all has (`metadata`, where all `modalities` are checked), and statistics that
-    no data of a modality have (`FAR`, `WIDE`, `NARROW`; small sets differ from the released ones as they like). Samples that lack a
-    modality are noted, tiles of several sizes, and in how many of S2L1C the reflectance is stored with an offset of 1000.
+    A problem is what is corrupt, NaN, outside its valid range or constant, tokens of another shape, vocabulary or sample, a shard that
+    only some modalities have, samples that only the published list of all has (`metadata`, where all `modalities` are checked), and
+    statistics that no data of a modality have (`FAR`, `WIDE`, `NARROW`; small sets differ from the released ones as they like). Samples
+    that lack a modality are noted, tiles of several sizes, and in how many of S2L1C the reflectance is stored with an offset of 1000.
     """
     samples = open_index(root, split, modalities)
     result = Check(split, len(samples), {m: ModalityCheck() for m in samples.modalities})
@@ -184,6 +184,10 @@ def check(root: str | os.PathLike, split: str, modalities: Sequence[str] | None 
         sizes[part.modality].update(part.sizes)
     for row in result.modalities.values():
         row.missing = len(samples) - row.present
+    try:
+        samples.check_tokens()
+    except ValueError as error:
+        result.problems.append(str(error))
     result.statistics = {m: Statistics.of(m, *found) for m, found in total.items() if found[0]}
     result.problems += [p for m, s in result.statistics.items() if (p := _implausible(m, s))]
     lacks = lacking(samples.modalities, samples.available, samples.subset)

@@ -31,6 +31,7 @@ class TokensInTars:
         self.columns = columns
 
     def read(self, i: int, modality: str) -> np.ndarray:
+        """Stored ids ``[variants, h, w]`` of sample `i`, of K codebooks ``[..., K]``; `DataError` if they cannot be read."""
         payload = self.columns.whole(i, modality)
         try:
             ids = parse_npy(payload)
@@ -80,6 +81,7 @@ class TokensInRecords:
         self._records, self._rows, self._keys = records, rows, keys
 
     def read(self, i: int, modality: str) -> np.ndarray:
+        """As `TokensInTars.read`."""
         if (row := self._row(i)) < 0:
             raise DataError(f"Sample {self._keys[i]!r} has no tokens of {modality} in {self._records.root}.", "missing")
         return self._records.tokens(row, modality)

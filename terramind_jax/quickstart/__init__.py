@@ -68,7 +68,7 @@ def run(data: str | None = None, out: str | None = None, *, minutes: float = NOM
 
 def default_out(data: str | None) -> str:
     """``quickstart``, or ``quickstart_NAME`` for a folder of tiles, so that one run never takes up another's shards."""
-    return "quickstart" if data is None else f"quickstart_{Path(data).absolute().name}"
+    return "quickstart" if data is None else f"quickstart_{os.path.basename(os.path.abspath(data))}"
 
 
 def _shards(data: str | None, shards: Path, lulc_codes: str) -> None:

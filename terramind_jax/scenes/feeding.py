@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -41,11 +41,15 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One scene, how it is cut, and which of its windows hold data, ``[rows, columns]``."""
+    """One scene, how it is cut, and which of its windows hold data, ``[rows, columns]``.
+
+    `painted` are inputs that are outputs, too: of these a patch is seen only if all of it has data, so that holes are painted to their rim.
+    """
 
     scene: Scene
     cut: Cut
     live: np.ndarray
+    painted: Collection[str] = ()
 
 
 def spread(network: Network) -> Network:
@@ -78,7 +82,7 @@ def padded(batch: list[T], size: int) -> list[T]:
 
 
 def read(work: Work, i: int) -> Strip:
-    """Of every input under row `i` of windows its pixels ``[L, w, C]``, and which patches hold any data, ``[L / 16, w / 16]`` bool.
+    """Of every input under row `i` of windows its pixels ``[L, w, C]``, and which patches are seen, ``[L / 16, w / 16]`` bool.
 
     None of an input that only gives its position.
     """
@@ -89,21 +93,22 @@ def read(work: Work, i: int) -> Strip:
     strip: dict[str, tuple | None] = dict.fromkeys(work.scene.paths)
     for name in work.scene.images:
         pixels, missing = reading.read(work.scene, name, *where)
-        strip[name] = pixels, reading.seen(missing)
+        strip[name] = pixels, reading.seen(missing, whole=name in work.painted)
     return strip
 
 
 def encode(network: Network, work: Work, i: int, js: Sequence[int], strip: Strip) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What some windows of row `i` give to the network, and of images which patches hold any data, both by stream; `strip` is of `read`."""
+    """What some windows of row `i` give to the network, and of images which patches are seen, both by stream; `strip` is of `read`."""
     values, visible = {}, {}
     for name, rows in strip.items():
-        own = generate.input_stream(network.module, name)
+        own, options = generate.input_stream(network.module, name), {"version": network.version}
         if rows is None:
             x = _positions(work, i, js)
         else:
             x, seen = (_windows(work, js, image) for image in rows)
             visible[own.key] = network.put(seen)
-        values[own.key] = network.put(generate.encode_input(own, x, network.tokenizers, version=network.version))
+            options |= {"visible": seen} if name in work.painted else {}
+        values[own.key] = network.put(generate.encode_input(own, x, network.tokenizers, **options))
     return values, visible
 
 

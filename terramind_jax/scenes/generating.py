@@ -47,8 +47,10 @@ class Job:
 
 def generate_scene(job: Job, scene: Scene, cut: Cut) -> None:
     """Writes all targets of one scene; goes on where the journal says."""
-    work = Work(scene, cut, reading.measured(scene, cut))
     streams = {name: modalities.output_stream(name) for name in job.to}
+    made = {s.modality for s in streams.values()}
+    painted = {name for name in scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
+    work = Work(scene, cut, reading.measured(scene, cut), painted)
     passes = len({s.key for s in streams.values()}) + sum(s.kind != "sequence" for s in streams.values())
     with tqdm(desc=scene.name, total=passes * job.samples * int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
         maps: dict[str, np.ndarray] = {}
@@ -104,7 +106,7 @@ def _sample(
     network, c = job.network, work.cut
     values, visible = feeding.encode(network, work, i, js, strip)
     known = {}
-    for key, ids in maps.items():
+    for key, ids in maps.items() if job.options.get("chained", True) else ():
         is_sequence = modalities.output_stream(key).kind == "sequence"
         at = [i * len(c.columns) + j if is_sequence else c.window(i, j) for j in js]
         known[key] = network.put(np.stack([ids[k][part] for part in at]))

@@ -133,9 +133,10 @@ def _is_class_map(name: str) -> bool:
     return modalities.get(modalities.input_stream(name).modality).kind == "classes"
 
 
-def seen(missing: np.ndarray) -> np.ndarray:
-    """Which patches hold any data, ``[h / 16, w / 16]`` bool, of the pixels ``[h, w]`` that have none."""
-    return ~missing.reshape(len(missing) // PATCH, PATCH, -1, PATCH).all((1, 3))
+def seen(missing: np.ndarray, whole: bool = False) -> np.ndarray:
+    """Which patches hold any data, or, if `whole`, nothing else: ``[h / 16, w / 16]`` bool, of the pixels ``[h, w]`` that have none."""
+    patches = missing.reshape(len(missing) // PATCH, PATCH, -1, PATCH)
+    return ~(patches.any((1, 3)) if whole else patches.all((1, 3)))
 
 
 def missing(scene: Scene, row: int, height: int) -> np.ndarray:

@@ -32,6 +32,7 @@ from terramind_jax.tasks.beside import NOTHING, Beside
 from terramind_jax.tasks.datasets import Dataset, Facts
 from terramind_jax.tasks.datasets.files import Bands
 from terramind_jax.tasks.model import TaskModel
+from terramind_jax.tasks.thinking import Thinker
 from terramind_jax.train import loop, optimizer, state
 
 TASK, BEST = "task.json", "best"
@@ -247,7 +248,11 @@ def scale_of(config: ConfigDict, facts: Facts) -> Scale:
     for name, bands in facts.bands.items():
         own = modalities.MODALITIES.get(name)
         is_classes = own is not None and own.kind == "classes"  # which are not standardised
-        if not is_classes and (config.data.statistics == "dataset" or own is None or any(band not in own.bands for band in bands)):
+        if is_classes:
+            if len(bands) != 1:
+                raise ValueError(f"{name} is a map of classes, one band; {facts.title} has {', '.join(bands)}.")
+            found[name] = np.zeros(1, np.float32), np.ones(1, np.float32)
+        elif config.data.statistics == "dataset" or own is None or any(band not in own.bands for band in bands):
             if name not in facts.mean:
                 raise ValueError(f"{facts.title} has no mean and std of {name}; give them, or set data.statistics='pretrained'.")
             found[name] = np.float32(facts.mean[name]), np.float32(facts.std[name])
@@ -266,7 +271,8 @@ def backbone_options(config: ConfigDict, facts: Facts) -> dict[str, Any]:
     """Options of the backbone as `weights.load` takes them: a modality that TerraMind lacks is new, some bands of one are taken."""
     m, known = config.model, modalities.MODALITIES
     names = [name if name in known else {name: len(bands)} for name, bands in facts.bands.items()]
-    bands = {name: list(bands) for name, bands in facts.bands.items() if name in known and tuple(bands) != known[name].bands}
+    images = {name: bands for name, bands in facts.bands.items() if name in known and known[name].kind != "classes"}
+    bands = {name: list(bands) for name, bands in images.items() if tuple(bands) != known[name].bands}
     same = {name: m[name] for name in ("merge_method", "drop_path_rate", "modality_drop_rate", "remat", "unroll")}
     own = thinking_options(config, bands) if zoo.get(m.name).kind == "tim" else {"bands": bands}
     own |= dict(sizes=m.sizes.to_dict(), codebooks=m.codebooks.to_dict(), img_size=m.image_size)
@@ -291,10 +297,18 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
     if sequences:
         raise ValueError(f"{sequences[0]} is no image, and fine-tuning reads images alone; choose others with model.modalities.")
     own = extractor.module.config
+    aside = beside.of(extractor, config.train.seed)
+    for name, module in aside.tokenizers:
+        module.config.check_stream(extractor.streams[name], f"The tokenizer of {name}")
+        if module.config.is_class_map and module.config.channels != modalities.get(name).channels:
+            raise ValueError(
+                f"{extractor.name} tells {module.config.channels} classes of {name}, and fine-tuning reads maps of the "
+                f"{modalities.get(name).channels} of TerraMesh; choose another model.name, or other inputs with model.modalities."
+            )
     head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
     names = {name: stream.key for name, stream in extractor.streams.items()}
-    if (thinker := beside.of(extractor, config.train.seed).thinker) is not None:
-        names |= {stream: stream for stream in thinker.targets}
+    if aside.thinker is not None:
+        names |= {stream: stream for stream in aside.thinker.targets}
     if config.model.time == "concat" and not config.model.times:
         raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
     return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times)
@@ -313,8 +327,7 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
         if module != extractor.tokenizers[module.config.modality][0]:
             words = config.model.tokenizers or config.model.weights
             raise ValueError(f"{words} holds a tokenizer of {name} of other sizes than the released one; set model.tokenizers='hub'.")
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
-    drawn = jax.jit(lambda key: meta.unbox(init(key)), compiler_options=options)(jax.random.key(config.train.seed))
+    drawn = state.jit_once(lambda key: meta.unbox(init(key)))(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
     if isinstance(found, ThinkingInModalities):
         drawn["buffers"]["generator"] = found.generator[1]
@@ -363,8 +376,14 @@ class Task:
     beside: Beside = NOTHING
     held: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its variables
 
-    thinker = property(lambda self: self.beside.thinker)
-    generator = property(lambda self: self.held.get("generator"))
+    @property
+    def thinker(self) -> Thinker | None:
+        return self.beside.thinker
+
+    @property
+    def generator(self) -> Mapping[str, Any] | None:
+        """Variables of the thinker."""
+        return self.held.get("generator")
 
     def __call__(self, inputs: Mapping[str, np.ndarray], days: np.ndarray | None = None) -> jax.Array:
         """Inputs by modality in the data set's units, ``[B, (T,) H, W, C]``, to logits or values, see `TaskModel`."""

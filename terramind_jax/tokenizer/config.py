@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from terramind_jax.modalities import MODALITIES
+from terramind_jax.modalities import MODALITIES, Stream
 
 GROUPS = 32  # of channels that the U-Net normalises together
 
@@ -52,6 +52,13 @@ class TokenizerConfig:
     def codebook_size(self) -> int:
         """Number of tokens a codebook distinguishes."""
         return math.prod(self.levels)
+
+    def check_stream(self, stream: Stream, what: str) -> None:
+        """Raises a ValueError if tokens of this tokenizer, which is `what`, are not those that a model reads or writes as `stream`."""
+        found, wanted = (self.codebook_size, self.num_codebooks), (stream.vocab_size, stream.num_codebooks)
+        if found != wanted:
+            of = [f"{size} codes" if number == 1 else f"{number} codebooks of {size} codes" for size, number in (found, wanted)]
+            raise ValueError(f"{what} has {of[0]}, but the model was trained with {of[1]}.")
 
     @property
     def latent_dim(self) -> int:

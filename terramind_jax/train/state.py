@@ -208,14 +208,18 @@ def start(
 
 
 def _drawn(init, tx: optax.GradientTransformation, seed: int, ema: bool, layout: State, places: Params) -> tuple[State, Params]:
-    """A fresh state and its buffers. Runs once, so on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
+    """A fresh state and its buffers."""
+    return jit_once(partial(_fresh, init, tx, ema), out_shardings=(layout, places))(jax.random.key(seed))
+
+
+def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of what runs once: on a CPU, whose compiler is the slow part, half the optimization is the faster whole.
 
     ``XLA_FLAGS`` that name a level have theirs.
     """
     level = "xla_backend_optimization_level"
-    options = {level: 1} if jax.default_backend() == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
-    fresh = jax.jit(partial(_fresh, init, tx, ema), out_shardings=(layout, places), compiler_options=options)
-    return fresh(jax.random.key(seed))
+    less = {level: 1} if jax.default_backend() == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
+    return jax.jit(function, compiler_options=less, **options)
 
 
 def _placed(variables: Params, tx: optax.GradientTransformation, ema: bool, layout: State, places: Params) -> tuple[State, Params]:
