@@ -282,7 +282,7 @@ def test_the_whole_protocol(roots, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--dataset=eurosat"], "Of PANGAEA's data sets there is no 'eurosat'"),
-        (["--dataset=mados"], "MADOS is not complete in"),
+        (["--dataset=mados"], "burnscars holds nothing of MADOS"),
         (["--dataset=burnscars", "--model=nothing"], "Unknown model 'nothing'"),
         (["--dataset=burnscars", "--crop=224"], "are 96x96 pixels; data.crop=224 can be at most 96"),
         (["--dataset=burnscars", "--labels=0"], "data.labels=0.0"),
