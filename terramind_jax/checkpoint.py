@@ -128,6 +128,14 @@ def saved(workdir: str | os.PathLike) -> Checkpoints | None:
     return None
 
 
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Whether a work directory has a checkpoint to go on from. All processes ask together."""
+    there = saved(workdir)
+    if there is not None:
+        there.close()
+    return there is not None
+
+
 def load_variables(workdir: str | os.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of a finished or running training, ``params``, averaged if it keeps an average, ``buffers``, and what else it has.
 

@@ -29,7 +29,7 @@ from terramind_jax import modalities as registry
 from terramind_jax.data import records, scan
 from terramind_jax.data.index import Index, open_index
 from terramind_jax.data.pipeline import variant_images
-from terramind_jax.data.shards import TOKEN_SOURCE, TOKEN_SUFFIX, ShardWriter
+from terramind_jax.data.shards import TOKEN_SOURCE, TOKEN_SUFFIX, ShardWriter, token_source
 from terramind_jax.data.tars import scan_tar
 from terramind_jax.modalities import IMAGE_SIZE, PATCH_SIZE
 from terramind_jax.tokenizer import Tokenizer, encode_stored
@@ -262,12 +262,8 @@ def _source_of(shard: Path) -> str:
     """The fingerprint that a token shard records, empty if there is none."""
     if not shard.is_file():
         return ""
-    name, offset, size = next(scan_tar(shard), ("", 0, 0))
-    if name != "".join(TOKEN_SOURCE):
-        return ""
-    with open(shard, "rb") as f:
-        f.seek(offset)
-        return f.read(size).decode("ascii", "replace")
+    with open(shard, "rb", buffering=0) as f:
+        return token_source(scan_tar(shard), lambda offset, size: os.pread(f.fileno(), size, offset))
 
 
 def _shard_name(shard: Path) -> tuple[str, int]:

@@ -10,7 +10,8 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from terramind_jax.cli import data, evaluate
@@ -20,7 +21,6 @@ DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback to
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # JAX's own: where compiled programs are kept
 SAMPLERS = ("ddim", "dpmpp", "ddpm")
 CLIPS = ("published", "none", "dynamic")
-_USUAL = warnings.formatwarning
 STOPPED = 130  # what the shell reports for Ctrl-C
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for bad data found, 2 after an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
     _keep_programs()
-    usual, warnings.formatwarning = warnings.formatwarning, _sentence
+    usual, warnings.formatwarning = warnings.formatwarning, partial(_sentence, warnings.formatwarning)
     try:
         return parsed.command(parsed) or 0
     except KeyboardInterrupt:
@@ -63,10 +63,12 @@ def _keep_programs() -> None:
         os.environ[PROGRAMS] = str(folder)
 
 
-def _sentence(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """The text of a warning: of this package's own, which are told to users, not where in the code they come from."""
+def _sentence(
+    usual: Callable[..., str], message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """The text of a warning: of this package's own, which are told to users, not where in the code they come from; else the `usual` one."""
     own = category is UserWarning and Path(__file__).parents[1] in Path(filename).parents
-    return f"warning: {message}\n" if own else _USUAL(message, category, filename, lineno, line)
+    return f"warning: {message}\n" if own else usual(message, category, filename, lineno, line)
 
 
 def _told(error: Exception) -> bool:

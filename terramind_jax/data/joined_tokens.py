@@ -15,7 +15,7 @@ from terramind_jax.data import order, tars
 from terramind_jax.data.columns import Column, Columns, Keys
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.records import Records
-from terramind_jax.data.shards import TOKEN_SOURCE
+from terramind_jax.data.shards import token_source
 from terramind_jax.files import parse_npy
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ class TokensInTars:
             return
         try:
             start = bytes(self.columns.store.read(shard, 0, 2 * tars.BLOCK))
-            told = tars.is_header_of(start[: tars.BLOCK], "".join(TOKEN_SOURCE).encode())
-            same = not told or start[tars.BLOCK :].rstrip(b"\0").decode() == index.fingerprint(modality, pixels.beside(i))
+            read = lambda offset, size: start[offset : offset + size]  # noqa: E731
+            told = token_source(tars.scan(shard, read, len(start)), read)
+            same = not told or told == index.fingerprint(modality, pixels.beside(i))
         except (OSError, DataError):
             return  # a shard that cannot be read is found out where it is
         if not same:

@@ -21,7 +21,7 @@ from typing import Any
 import numcodecs
 import numpy as np
 
-from terramind_jax.data import layout
+from terramind_jax.data import layout, tars
 from terramind_jax.data.errors import DataError
 
 SAMPLE_SUFFIX = ".zarr.zip"
@@ -232,3 +232,9 @@ def _read_array(z: zipfile.ZipFile, members: set[str], name: str, meta: Mapping[
         if z.getinfo(member).file_size > found.most():
             raise DataError(f"has a chunk {member!r} larger than its array allows")
     return found.assemble({member: z.read(member) for member in wanted})
+
+
+def token_source(members: Iterator[tuple[str, int, int]], read: tars.Read) -> str:
+    """The fingerprint of its pixels with which a token shard begins, "" if it tells none; `members` are as `tars.scan` gives them."""
+    name, start, size = next(members, ("", 0, 0))
+    return read(start, size).decode("ascii", "replace") if name == "".join(TOKEN_SOURCE) else ""

@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     module, aside = task_model(config, dataset.facts, extractor), beside.of(extractor, config.train.seed)
     tx = optimizer.adamw(config.optimizer, partial(networks.rates, depth=module.backbone.encoder_depth, decay=config.optimizer.layer_decay))
     init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, beside=aside)
-    given = None if is_begun(workdir) else initial(config, init, extractor)
+    given = None if checkpoint.is_begun(workdir) else initial(config, init, extractor)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
     write_task(workdir, dataset.facts, scale)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
@@ -337,14 +337,6 @@ def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: Fea
 
 
 # ---- what is kept of a run ----
-
-
-def is_begun(workdir: str | os.PathLike) -> bool:
-    """Whether `workdir` has a checkpoint to go on from."""
-    there = checkpoint.saved(workdir)
-    if there is not None:
-        there.close()
-    return there is not None
 
 
 def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:

@@ -105,10 +105,7 @@ def initial_variables(config: ConfigDict, module: networks.TerraMind, workdir: s
         return None
     if initial is None:
         raise ValueError("train.init names weights to start from; give `train` the function that loads them, weights.initial.")
-    if (there := checkpoint.saved(workdir)) is None:
-        return initial(config.train.init, module)
-    there.close()
-    return None
+    return None if checkpoint.is_begun(workdir) else initial(config.train.init, module)
 
 
 # ---- one step, as a pure function ----
