@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 --durations=10
 
 .venv-parity/.installed: setup.py
 	$(PYTHON) -m venv .venv-parity
@@ -49,7 +49,7 @@ test: lint
 	@touch $@
 
 test-parity: $(if $(filter .venv-parity,$(PARITY)),.venv-parity/.installed)
-	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity tests/test_convert.py -n 2 --dist loadfile -m "" --durations=10
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity tests/test_convert.py -n 2 --dist loadfile --max-worker-restart=0 -m "" --durations=10
 
 golden:
 	$(PARITY)/bin/python tests/parity/make_golden.py
