@@ -2,7 +2,8 @@
 
     python benchmarks/inference.py                          # base features, S2L2A tokenizer, S2L2A to four modalities
     python benchmarks/inference.py --peer --rounds 3 --out benchmarks/results/inference.md
-    python benchmarks/inference.py --batches 1,8,32 --peer --repeats 1 --out benchmarks/results/inference.md
+    python benchmarks/inference.py --batches 1,8 --peer --repeats 1 --out benchmarks/results/inference.md
+    python benchmarks/inference.py --batches 32 --peer --repeats 0 --out benchmarks/results/inference.md    # 13 minutes a call on 2 cores
     python benchmarks/inference.py --samplers DIR --peer --rounds 3 --out benchmarks/results/inference.md    # trains small ones in DIR
 
 Each of these is a section of the file, which replaces that section alone. Every case runs in a process of its own, ours and the reference's
@@ -115,7 +116,7 @@ def peers_called(work: str, batch: int, size: int, device: str) -> Callable[[], 
 
 
 def measure(side: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the first call and the median of those after it."""
+    """Seconds of the first call and the median of those after it; without any, of the first."""
     work, batch = CASES.get(case) or (case.split()[0], int(case.split()[1]))
     prepare, dtype = (ours, arguments.dtype) if side == "ours" else (peers, arguments.peer_dtype)
     run = prepare(work, batch, arguments.size, dtype)
@@ -124,7 +125,7 @@ def measure(side: str, case: str, arguments: argparse.Namespace) -> dict[str, fl
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    return {"first": times[0], "seconds": statistics.median(times[1:])}
+    return {"first": times[0], "seconds": statistics.median(times[1:] or times)}
 
 
 def child(side: str, case: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -169,7 +170,8 @@ def batches(arguments: argparse.Namespace) -> str:
     """Generation of all targets at several batch sizes."""
     what = f"S2L2A to {', '.join(TARGETS)}, {STEPS} steps, base, on {on(arguments)}"
     columns = ["batch", "s", "s a tile", "first call s", "reference s", "speed relative to the reference"]
-    lines = [f"{what}; medians of {arguments.repeats} calls.", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    calls = f"medians of {arguments.repeats} calls" if arguments.repeats else "first calls, ours with its compile time"
+    lines = [f"{what}; {calls}.", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for batch in map(int, arguments.batches.split(",")):
         sides = {}
         for side in ("ours", "peer") if arguments.peer else ("ours",):
@@ -194,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="time TerraTorch, too")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls a process")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls a process, after the first; 0: the first, for large batches")
     parser.add_argument("--rounds", type=int, default=1, help="rounds, each ours then the reference")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="ours; auto is bfloat16 on an accelerator, float32 on a CPU")
     parser.add_argument("--peer_dtype", default="float32", choices=DTYPES[1:], help="the reference's, by autocast")
@@ -213,7 +215,7 @@ def main() -> None:
 
         title, text = "Samplers", samplers.section(arguments.samplers, arguments.rounds if arguments.peer else 0)
     elif arguments.batches:
-        title, text = "Batches", batches(arguments)
+        title, text = f"Batches of {arguments.batches}", batches(arguments)
     else:
         title, text = "Speed", report(arguments)
     print("\n" + text)
