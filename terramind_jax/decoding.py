@@ -79,7 +79,8 @@ def generate_tokens(
         depend on each other are written together, in one pass a step, with the same result.
       visible: bool ``[B, s, s]`` by image input, which of its patches or tokens the model sees; the others are as if they were not given.
         Shapes do not depend on it, so that one program serves all masks. Inputs without one are seen whole; a target needs one.
-      known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here.
+      known_tokens: ids of targets that are finished, ``{target: [B, s, s]}``; they condition as if they had been sampled here, so only if
+        `chained`.
       only: the one target to sample now. Target after target, each with `known_tokens` of those before, gives what one call gives.
       at: ``[B, 2]``, row and column of an image's first token on the grid of its scene. Windows of a scene with one seed share the random
         material of each token there. None: zeros.
@@ -95,8 +96,8 @@ def generate_tokens(
     encoder, decoder = ({s.key: s for s in streams} for streams in (module.config.encoder, module.config.decoder))
     finished = {key: jnp.asarray(value) for key, value in (known_tokens or {}).items()}
     known, masks, batch_size = check(module, inputs, targets, np.size(seed), visible, finished, only)
-    known |= {key: value for key, value in finished.items() if key in encoder}
-    masks = {key: mask for key, mask in masks.items() if key not in finished}
+    conditions = {key: value for key, value in finished.items() if chained and key in encoder}
+    known, masks = known | conditions, {key: mask for key, mask in masks.items() if key not in conditions}
     module, variables = at_inputs(module, variables, known)
     words, at = jnp.asarray(sampling.seed_words(seed, batch_size)), jnp.asarray(sampling.corners(at, batch_size))
     given = dict(steps=steps, schedule=schedule, token_schedule=token_schedule, temperature=temperature)
@@ -437,7 +438,8 @@ def check(
             raise ValueError(f"This model has no {role} stream {unknown[0]!r}; it has {', '.join(known)}.")
     both = [key for key in targets if key in inputs and key not in (visible or {})]
     if both:
-        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one, or say what of it stays with `visible`.")
+        partly = "" if encoder[both[0]].kind == "sequence" else ", or say what of it stays with `visible`"
+        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one{partly}.")
     if len(set(targets)) != len(targets):
         raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
     if only is not None and only not in targets:

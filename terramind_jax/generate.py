@@ -400,7 +400,8 @@ def check_names(
                 raise ValueError(f"The {role} {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
     both = [name for name, stream in read.items() if stream in made.values() and (name not in visible or stream.kind == "sequence")]
     if both:
-        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one, or say what of it stays with `visible`.")
+        partly = "" if read[both[0]].kind == "sequence" else ", or say what of it stays with `visible`"
+        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one{partly}.")
 
 
 def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:

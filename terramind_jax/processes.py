@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -52,13 +51,6 @@ def join(coordinator: str | None = None, *, heartbeat_seconds: int = 100) -> Non
 def several() -> bool:
     """Whether this process has joined others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def abandon(code: int) -> None:
-    """Ends this process of several at once with an exit code, as one that fails alone would wait for the others, and they for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _number(name: str) -> int | None:

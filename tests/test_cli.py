@@ -62,6 +62,21 @@ def test_a_command_that_goes_on_says_so_when_it_is_stopped(arguments, kept, monk
     assert capsys.readouterr().err == (f"\nStopped. {kept}; the same command goes on from there.\n" if kept else "")
 
 
+def test_a_stopped_command_leaves_at_once_whatever_its_threads_do():
+    program = (
+        "import threading, time\n"
+        "from terramind_jax import __main__, cli\n"
+        "def stop(parsed):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "cli._info = stop\n"
+        "print('so far')\n"
+        "__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "info"], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (cli.STOPPED, "so far\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -262,7 +262,7 @@ def test_what_is_in_painted_conditions_the_others(network, chained):
     )
     np.testing.assert_array_equal(together["tok_c"], after["tok_c"])
     for target in targets:
-        known |= run(network, inputs, targets, known_tokens=known if chained else {}, only=target, **options)
+        known |= run(network, inputs, targets, known_tokens=known, only=target, **options)
     for target in targets:
         np.testing.assert_array_equal(known[target], together[target])
 

@@ -258,6 +258,9 @@ def test_shards_list_their_samples_and_a_fingerprint_follows_the_pixels(root):
         "x_shard_000000.tar": ["c", "b"],
         "x_shard_000001.tar": ["a"],
     }
+    for samples in index.shards("S2L2A").values():
+        for i in samples:
+            np.testing.assert_array_equal(index._pixels["S2L2A"].beside(int(i)), samples)
     os.utime(root / "train" / "S2L2A" / "x_shard_000000.tar", (1, 1))
     assert prints() == before
     with ShardWriter(root, "train", "S2L2A", "x", 0) as shard:

@@ -258,7 +258,7 @@ def test_one_of_several_processes_that_fails_ends_at_once(tmp_path, monkeypatch,
         raise error
 
     monkeypatch.setattr(processes, "several", lambda: True)
-    monkeypatch.setattr(processes, "abandon", end)
+    monkeypatch.setattr(cli, "end", end)
     monkeypatch.setattr(pretrain, "train", fail)
     config = tiny_run.write_config(tmp_path / "config.py", tiny_run.pretraining(tmp_path))
     with pytest.raises(Ended, match=str(code)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import tensorflow_datasets as tfds
 import tiny_run
 
 from terramind_jax import cli, modalities, tokenize, tokenizer
-from terramind_jax.data import crops, prepare, records, storage, terramesh
+from terramind_jax.data import check, crops, prepare, records, storage, terramesh
 from terramind_jax.data.errors import DataError
 from terramind_jax.data.index import open_index
 from terramind_jax.data.shards import ShardWriter, write_sample
@@ -476,3 +477,6 @@ def test_tokens_of_other_pixels_under_the_same_keys_are_refused(root, weights, q
     write_shard(tmp_path / "other", 1, {"a": tile(5), "b": tile(6, SIZE)})
     with pytest.raises(ValueError, match="DEM_tokens/world_shard_000001.tar holds tokens of other pixels than those of .*other"):
         open_index(tmp_path / "other", "train", tokens_root=tmp_path / "tokens").check_tokens()
+    shutil.copytree(tmp_path / "tokens" / "train" / "DEM_tokens", tmp_path / "other" / "train" / "DEM_tokens")
+    report = check.check(tmp_path / "other", "train", workers=1)
+    assert not report.ok and any("holds tokens of other pixels" in problem for problem in report.problems)

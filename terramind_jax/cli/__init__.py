@@ -44,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.formatwarning = usual
 
 
+def end(code: int) -> None:
+    """Ends this process at once: its threads may be in the midst of compiling or writing, and other processes may wait for it."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also if whoever read them has gone
+        os._exit(code)
+
+
 def _keep_programs() -> None:
     """Has JAX keep what it compiles, unless it was told where, or not to: the next command starts without that minute.
 
@@ -75,9 +84,14 @@ def _told(error: Exception) -> bool:
     """Whether an error was told in one sentence, as those of use are; the others need their traceback."""
     if os.environ.get(DEBUG) == "1" or not _is_users(error):
         return False
-    told = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    told = f"{_paths(error)}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
     print(f"error: {' '.join(told.split())}", file=sys.stderr)
     return True
+
+
+def _paths(error: OSError) -> str:
+    """The file that it is about; of a renaming both."""
+    return f"{error.filename} to {error.filename2}" if error.filename2 else str(error.filename)
 
 
 def _is_users(error: Exception) -> bool:
@@ -171,7 +185,7 @@ def _train(train, parsed: argparse.Namespace, settings=None) -> int:
             raise
         if not _told(error):
             traceback.print_exc()
-        processes.abandon(2 if _is_users(error) else 1)
+        end(2 if _is_users(error) else 1)
     print("  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if value == value))  # a modality without targets has no loss
     return 0
 

@@ -111,7 +111,13 @@ def _announce(arguments: Sequence[str]) -> None:
 def _command(*arguments: str) -> None:
     """Runs one command of the package with its output shown; its error message ends the quickstart."""
     _announce(arguments)
-    if _start(arguments).wait():
+    process = _start(arguments)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # Ctrl-C reached it, too, and it says what it keeps
+        raise
+    if code:
         raise ValueError(f"The quickstart stopped in: terramind-jax {shlex.join(arguments)}")
 
 

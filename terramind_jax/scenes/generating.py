@@ -106,7 +106,7 @@ def _sample(
     network, c = job.network, work.cut
     values, visible = feeding.encode(network, work, i, js, strip)
     known = {}
-    for key, ids in maps.items() if job.options.get("chained", True) else ():
+    for key, ids in maps.items():
         is_sequence = modalities.output_stream(key).kind == "sequence"
         at = [i * len(c.columns) + j if is_sequence else c.window(i, j) for j in js]
         known[key] = network.put(np.stack([ids[k][part] for part in at]))
