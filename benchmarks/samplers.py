@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -101,21 +102,22 @@ def ours(module: tokenizer.Tokenizer, variables: dict, given: dict[str, np.ndarr
 
 def measure(module: tokenizer.Tokenizer, variables: dict, given: dict[str, np.ndarray]) -> dict[tuple[str, int], dict[str, float]]:
     """Distances and seconds an image of each sampler and number of steps."""
-    return {
-        (sampler, steps): timed(ours(module, variables, given, sampler, steps), given)
-        for sampler, numbers in STEPS.items()
-        for steps in numbers
-    }
+    which = [(sampler, steps) for sampler, numbers in STEPS.items() for steps in numbers]
+    return timed({key: ours(module, variables, given, *key) for key in which}, given)
 
 
-def timed(decode: Callable[[], np.ndarray], given: dict[str, np.ndarray]) -> dict[str, float]:
-    made, times = decode(), []
+def timed(decoders: dict[Any, Callable[[], np.ndarray]], given: dict[str, np.ndarray]) -> dict[Any, dict[str, float]]:
+    """Distances and seconds an image of each decoder; they take turns, as a machine is not always equally fast."""
+    found, times = {}, {key: [] for key in decoders}
+    for key, decode in decoders.items():
+        made = decode()
+        found[key] = {"limit": rms(made - given["limit"]), "image": rms(made - given["images"])}
     for _ in range(REPEATS):
-        begun = time.perf_counter()
-        decode()
-        times.append(time.perf_counter() - begun)
-    distances = {"limit": rms(made - given["limit"]), "image": rms(made - given["images"])}
-    return distances | {"seconds": statistics.median(times) / CROPS}
+        for key, decode in decoders.items():
+            begun = time.perf_counter()
+            decode()
+            times[key].append(time.perf_counter() - begun)
+    return {key: x | {"seconds": statistics.median(times[key]) / CROPS} for key, x in found.items()}
 
 
 def rms(x: np.ndarray) -> float:
@@ -184,7 +186,7 @@ def main() -> None:
         decode = peers(*network, given, arguments.steps)
     else:
         decode = ours(*network, given, arguments.sampler, arguments.steps)
-    print(json.dumps(timed(decode, given)))
+    print(json.dumps(timed({"": decode}, given)[""]))
 
 
 if __name__ == "__main__":

@@ -136,6 +136,15 @@ def test_the_reference_decodes_in_turn_with_ours(scripts, tmp_path, monkeypatch)
     assert asked == [("peer", "ddim", 50), ("ours", "ddim", 50), ("ours", "dpmpp", 10)] * 3
 
 
+def test_decoders_take_turns(scripts):
+    script, calls = scripts("samplers"), []
+    image = np.ones((script.CROPS, 2, 2, 1), np.float32)
+    decoders = {name: lambda name=name, x=x: calls.append(name) or x * image for name, x in (("a", 1), ("b", 3))}
+    found = script.timed(decoders, {"limit": 2 * image, "images": image})
+    assert calls == ["a", "b"] * (1 + script.REPEATS)
+    assert {name: (x["limit"], x["image"]) for name, x in found.items()} == {"a": (1, 0), "b": (1, 2)}
+
+
 # ---- missing bands ----
 
 
