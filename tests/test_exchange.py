@@ -334,16 +334,17 @@ def test_what_terratorch_cannot_hold(path, fields, message):
         exchange.to_torch(task)
 
 
-def test_a_linear_decoder_without_a_head_gets_one_that_changes_nothing(path):
-    """As a configuration of TerraTorch reads it, whose linear decoders all have a head."""
+@pytest.mark.parametrize("head_channels", [(), (16,)])
+def test_a_linear_decoder_without_a_head_gets_one_that_changes_nothing(path, head_channels):
+    """As a configuration of TerraTorch reads it, whose linear decoders all have a head; layers of a head that is not there do not count."""
     config, _ = terratorch.read(path)
-    config.model.update(decoder="linear", channels=(), pyramid=False)
+    config.model.update(decoder="linear", channels=(), head_channels=head_channels, pyramid=False)
     facts = _facts(config)
     extractor = finetune.backbone(config, facts)
     module = finetune.task_model(config, facts, extractor)
     own = exchange.from_torch(random_state(config, facts), config, facts)
     state = exchange.to_torch(finetune.Task(module, own, facts, {}, 32, extractor))
-    config.model.channels = (2,)
+    config.model.update(channels=(2,), head_channels=())
     other, theirs = finetune.task_model(config, facts, extractor), exchange.from_torch(state, config, facts)
     features = [np.random.default_rng(i).normal(size=(2, 4, 64)).astype(np.float32) for i in range(4)]
     made, same = (m.apply(variables, features, method="decode") for m, variables in ((module, own), (other, theirs)))

@@ -38,7 +38,8 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
     """Writes the best parameters of a fine-tuning by the suffix of `target`: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
 
     LoRA's products are added to the kernels, so that TerraTorch loads them without its ``peft_config``. A linear decoder without
-    ``model.channels`` has a head there, too, which changes nothing: ``decoder_num_classes`` is the number of outputs.
+    ``model.channels`` has a head there, too, which changes nothing: ``decoder_num_classes`` is the number of outputs, and there is no
+    ``head_channel_list``.
 
     Raises FileExistsError if `target` exists, ValueError for what TerraTorch cannot hold.
     """
@@ -79,7 +80,7 @@ def _with_head(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[Decode
     """A linear decoder, which makes the outputs here, with the head that TerraTorch puts on each: one that changes nothing."""
     n = config.num_outputs
     same = {"kernel": np.eye(n, dtype=np.float32)[None, None], "bias": np.zeros(n, np.float32)}
-    return dataclasses.replace(config, channels=(n,)), {**params, "head": {"out": same}}
+    return dataclasses.replace(config, channels=(n,), head_channels=()), {**params, "head": {"out": same}}
 
 
 def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
