@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from terramind_jax import geo, tokenizer, weights
 from terramind_jax.convert import rules
+from terramind_jax.scenes.reading import Scene
 from terramind_jax.tasks import beside, exchange, finetune, predict
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import finetuning
@@ -153,6 +154,9 @@ def test_land_cover_of_other_classes_is_refused(root, tmp_path):
     for folder in ("radar", "masks"):
         (tmp_path / folder).symlink_to(root / folder)
     geo.write(tmp_path / "cover/train0.tif", cover[0].astype(np.uint8))
+    paths = {name: tmp_path / folder / "train0.tif" for name, folder in FOLDERS.items()}
+    with pytest.raises(ValueError, match=f"{paths['LULC']} has 11 in its LULC"):
+        predict.read(task, Scene("train0", paths, geo.place(paths["LULC"]), {}))
     for split in ("train", "val"):
         (tmp_path / f"{split}.txt").write_text("train0")
     with pytest.raises(ValueError, match="train0 has 11 in its LULC"):
