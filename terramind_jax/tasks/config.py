@@ -20,7 +20,7 @@ def finetuning() -> ConfigDict:
     config.model.codebooks = ConfigDict()  # its vocabularies, by modality; set likewise
     config.model.image_size = 224  # of its positions; images of another size interpolate them
     config.model.modalities = ()  # inputs, by name; empty: all that the data set has
-    config.model.tokenizers = ""  # of LULC and NDVI among them, as released: hub | random | a folder; empty: where the weights are
+    config.model.tokenizers = ""  # of LULC and NDVI among them, and of thoughts: hub | random | a folder; empty: where the weights are
     config.model.merge_method = "mean"  # of their features: mean | max | concat
     config.model.layers = ()  # whose features are used, from 0; empty: 2,5,8,11, of 24 layers 5,11,17,23
     config.model.pyramid = True  # learned interpolation to four resolutions

@@ -22,8 +22,8 @@ from terramind_jax import config as configuration
 from terramind_jax.convert import files, rules
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.models import ThinkingInModalities
-from terramind_jax.tasks import beside, convert, datasets, finetune
 from terramind_jax.tasks import config as fields
+from terramind_jax.tasks import convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Facts
 from terramind_jax.tasks.decoders import DecoderConfig
@@ -46,7 +46,7 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
     target = Path(target)
     files.check_free(target)
     files.is_safetensors(target)  # raises for unknown suffixes, before anything is read
-    state = to_torch(finetune.load(workdir), configuration.of_workdir(workdir).model.weights)
+    state = to_torch(finetune.load(workdir), finetune.where_tokenizers(configuration.of_workdir(workdir)))
     prefix = TASK if target.suffix == files.LIGHTNING else ""
     files.write(target, {prefix + name: x for name, x in state.items()})
 
@@ -95,7 +95,7 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
     if any(name.startswith(TASK) for name in state):  # a task, which also holds a loss and metrics
         state = {name.removeprefix(TASK): x for name, x in state.items() if name.startswith(TASK)}
     extractor = finetune.backbone(config, facts)
-    module = finetune.task_model(config, facts, extractor)
+    module, aside = finetune.task_model(config, facts, extractor)
     encoder = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
     rest = {name: x for name, x in state.items() if not name.startswith(ENCODER)}
     if any(name.startswith(PEFT) for name in encoder):
@@ -113,9 +113,9 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
 
     if isinstance(extractor, ThinkingInModalities):
         found["generator"] = inner(sources.GENERATOR, extractor.generator[0])
-    if tokens := beside.of(extractor, config.train.seed).tokenizers:
-        keys = {name: extractor.streams[name].key for name, _ in tokens}
-        found["tokenizers"] = {name: inner(f"{sources.TOKENIZER}{keys[name]}.", network) for name, network in tokens}
+    if aside.tokenizers:
+        keys = {name: extractor.streams[name].key for name, _ in aside.tokenizers}
+        found["tokenizers"] = {name: inner(f"{sources.TOKENIZER}{keys[name]}.", network) for name, network in aside.tokenizers}
     return found
 
 

@@ -75,7 +75,7 @@ def run(
     command = dict(
         version=metadata.version("terramind_jax"),
         model=str(weights),
-        weights_sha256=generate_scenes.digest(task.variables, task.generator, task.held.get("tokenizers")),
+        weights_sha256=generate_scenes.digest(task.variables, task.held),
         dtype=task.module.backbone.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
