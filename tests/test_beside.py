@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from terramind_jax import config as configuration
 from terramind_jax import geo, sources, tokenizer, weights
 from terramind_jax.convert import files, rules
+from terramind_jax.evaluation import finetuned
 from terramind_jax.scenes.reading import Scene
 from terramind_jax.tasks import beside, exchange, finetune, predict
 from terramind_jax.tasks import model as networks
@@ -104,6 +105,21 @@ def test_thoughts_follow_from_tokens_and_series_are_of_single_images(root):
     np.testing.assert_array_equal(found["tok_dem@224"][:, 1], single["tok_dem@224"])
     variables = networks.join(parted["params"], held, parted.get("batch_stats"))
     assert jax.eval_shape(module.apply, variables, {**series, **found}).shape == (2, SIZE, SIZE, 2)
+
+
+def test_a_thought_that_is_an_input_is_not_generated(root, tmp_path):
+    """As in TerraTorch; the report says what is."""
+    config = settings(root, name="terramind_v1_tiny_tim", tim_modalities=("LULC", "DEM"))
+    dataset = finetune.open_split(config, "val")
+    extractor = finetune.backbone(config, dataset.facts)
+    module, aside = finetune.task_model(config, dataset.facts, extractor)
+    assert aside.thinker.targets == ("tok_dem@224",) and len(extractor.generator[0].config.decoder) == 2
+    task = finetune.Task(module, {}, dataset.facts, {}, SIZE, extractor, aside)
+    text = finetuned._report(tmp_path / "report.md", "a run", task, dataset, config, {"mIoU": 0.5}, [])
+    assert "| LULC + S1GRD + generated DEM |" in text
+    config.model.tim_modalities = ("LULC",)
+    with pytest.raises(ValueError, match=r"model.tim_modalities names inputs alone \(LULC\); terramind_v1_tiny_tim generates one at least"):
+        finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
 
 
 def test_thoughts_are_exported_with_the_tokenizers_that_are_named(root, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def finetuning() -> ConfigDict:
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
     config.model.linear_after_pool = False  # of labels of images: the head sees the mean over the image, not each token
-    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read
+    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read, inputs left out
     config.model.tim_chained = True  # each conditions those after it; the embeddings, which both networks share, are not trained
     config.model.tim_steps = 1  # in which an image of them is drawn
     config.model.tim_temperature = 1.0  # 0: the most probable token

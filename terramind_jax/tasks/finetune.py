@@ -312,6 +312,9 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
     head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
     names = {name: stream.key for name, stream in extractor.streams.items()}
     if aside.thinker is not None:
+        if not aside.thinker.targets:
+            made = ", ".join(config.model.tim_modalities)
+            raise ValueError(f"model.tim_modalities names inputs alone ({made}); {extractor.name} generates one at least that is none.")
         names |= {stream: stream for stream in aside.thinker.targets}
     if config.model.time == "concat" and not config.model.times:
         raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
