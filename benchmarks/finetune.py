@@ -49,7 +49,7 @@ def ours(tune: str, size: str, side: int, batch: int, dtype: str) -> tuple[Calla
     config = finetuning()
     config.model.update(name=f"terramind_v1_{size}", dtype=dtype)
     facts = sen1floods11.FACTS
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     parted = jax.jit(lambda key: meta.unbox(networks.init(module, key, tune)))(jax.random.key(0))
     tx = optimizer.adamw(config.optimizer)
     loss_fn = partial(finetune.loss, module, losses.dice, 1.0)

@@ -94,7 +94,8 @@ def download(repository: str, file: str, revision: str | None) -> tuple[Path, st
     except Exception as error:  # every HTTP library has exceptions of its own
         advice = (
             f"without a network, download https://huggingface.co/{repository}/resolve/main/{file} elsewhere and name the file, "
-            "with --weights, a tokenizer's folder with --tokenizers, in a configuration as train.init or model.weights"
+            "with --weights, a tokenizer's folder with --tokenizers; pretrain: --config.train.init, --config.data.tokenizers; "
+            "finetune: --config.model.weights, --config.model.tokenizers"
         )
         raise ConnectionError(f"{where} could not be downloaded ({_first_line(error)}); {advice}.") from error
     return path, stated.commit_hash, _verify(path, file, stated.size, stated.etag)

@@ -225,7 +225,8 @@ def find_tokenizer(near: Path, modality: str, version: str) -> Path:
             for path in (folder / stem, *(folder / f"{stem}{suffix}" for suffix in (files.SAFETENSORS, *files.TORCH_SUFFIXES))):
                 if path.exists():
                     return path
-    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; give tokenizers= (--tokenizers), such as 'hub'.")
+    where = "(--tokenizers; finetune: --config.model.tokenizers; pretrain: --config.data.tokenizers)"
+    raise FileNotFoundError(f"There is no tokenizer of {modality} in {near} or beside it; give tokenizers= {where}, such as 'hub'.")
 
 
 def _folders(near: Path) -> tuple[Path, ...]:

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from terramind_jax import geo, tokenizer, weights
-from terramind_jax.convert import rules
+from terramind_jax import config as configuration
+from terramind_jax import geo, sources, tokenizer, weights
+from terramind_jax.convert import files, rules
+from terramind_jax.evaluation import finetuned
+from terramind_jax.scenes.reading import Scene
 from terramind_jax.tasks import beside, exchange, finetune, predict
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.config import finetuning
@@ -88,7 +91,7 @@ def test_thoughts_follow_from_tokens_and_series_are_of_single_images(root):
     config = settings(root, name="terramind_v1_tiny_tim", tim_modalities=("DEM",), tim_temperature=0.0)
     facts = finetune.open_split(config, "train").facts
     extractor = finetune.backbone(config, facts)
-    aside, module = beside.of(extractor, 0), finetune.task_model(config, facts, extractor)
+    module, aside = finetune.task_model(config, facts, extractor)
     parted = finetune.meta.unbox(jax.jit(lambda key: networks.init(module, key, beside=aside))(jax.random.key(0)))
     rng, held = np.random.default_rng(0), parted["buffers"]
     cover = rng.integers(10, size=(2, 3, SIZE, SIZE, 1)).astype(np.float32)
@@ -104,33 +107,90 @@ def test_thoughts_follow_from_tokens_and_series_are_of_single_images(root):
     assert jax.eval_shape(module.apply, variables, {**series, **found}).shape == (2, SIZE, SIZE, 2)
 
 
-def test_tokenizers_lie_elsewhere_or_have_other_sizes(root, tmp_path, monkeypatch):
-    """A pretraining of one's own need not hold tokenizers."""
-    own = weights.load("terramind_v1_tiny", "random", modalities=["S1GRD", "LULC"])
-    module, variables = own.tokenizers["LULC"]
+def test_a_thought_that_is_an_input_is_not_generated(root, tmp_path):
+    """As in TerraTorch; the report says what is."""
+    config = settings(root, name="terramind_v1_tiny_tim", tim_modalities=("LULC", "DEM"))
+    dataset = finetune.open_split(config, "val")
+    extractor = finetune.backbone(config, dataset.facts)
+    module, aside = finetune.task_model(config, dataset.facts, extractor)
+    assert aside.thinker.targets == ("tok_dem@224",) and len(extractor.generator[0].config.decoder) == 2
+    task = finetune.Task(module, {}, dataset.facts, {}, SIZE, extractor, aside)
+    text = finetuned._report(tmp_path / "report.md", "a run", task, dataset, config, {"mIoU": 0.5}, [])
+    assert "| LULC + S1GRD + generated DEM |" in text
+    config.model.tim_modalities = ("LULC",)
+    with pytest.raises(ValueError, match=r"model.tim_modalities names inputs alone \(LULC\); terramind_v1_tiny_tim generates one at least"):
+        finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+
+
+def test_thoughts_are_exported_with_the_tokenizers_that_are_named(root, tmp_path, monkeypatch):
+    """Not those of the weights: only decoding needs them, so that a run does not hold them."""
+    dem = weights.load("terramind_v1_tokenizer_dem", "random", seed=3)
+    weights.save(dem, tmp_path / "tokenizers" / "DEM")
+    config = settings(root, name="terramind_v1_tiny_tim", tim_modalities=("DEM",), tokenizers=str(tmp_path / "tokenizers"))
+    facts = finetune.open_split(config, "train").facts
+    extractor = finetune.backbone(config, facts)
+    module, aside = finetune.task_model(config, facts, extractor)
+    parted = finetune.meta.unbox(jax.jit(lambda key: networks.init(module, key, beside=aside))(jax.random.key(0)))
+    held = {name: parted["buffers"][name] for name in ("tokenizers", "generator")}
+    variables = networks.join(parted["params"], parted["buffers"], parted.get("batch_stats"))
+    monkeypatch.setattr(finetune, "load", lambda workdir: finetune.Task(module, variables, facts, {}, SIZE, extractor, aside, held))
+    monkeypatch.setattr(configuration, "of_workdir", lambda workdir: config)
+    exchange.export(tmp_path / "run", tmp_path / "out.safetensors")
+    made = files.read(tmp_path / "out.safetensors")
+    for name, x in rules.to_torch(jax.device_get(dem.variables), sources.rules_of(dem.module)).items():
+        np.testing.assert_array_equal(made[f"encoder.tokenizer.tok_dem@224.{name}"], x, err_msg=name)
+
+
+def test_tokenizers_lie_elsewhere(root, tmp_path):
+    """A pretraining of one's own need not hold tokenizers, and a network that is drawn reads those that are named."""
+    own = weights.load("terramind_v1_tiny", "random", modalities=["S1GRD", "LULC"], seed=3)
     weights.save(dataclasses.replace(own, tokenizers={}), tmp_path / "own")
     config = settings(root, weights=str(tmp_path / "own"))
     facts = finetune.open_split(config, "train").facts
     extractor = finetune.backbone(config, facts)
-    init = functools.partial(networks.init, finetune.task_model(config, facts, extractor), beside=beside.of(extractor, 0))
+    module, aside = finetune.task_model(config, facts, extractor)
+    init = functools.partial(networks.init, module, beside=aside)
     with pytest.raises(FileNotFoundError, match="There is no tokenizer of LULC in"):
-        finetune.initial(config, init, extractor)
+        finetune.pretrained(config, extractor)
     config.model.tokenizers = "random"
-    assert finetune.initial(config, init, extractor)["buffers"]["tokenizers"].keys() == {"LULC"}
-    other = tokenizer.Tokenizer(dataclasses.replace(module.config, dim=64))
-    load, held = weights.load, {"LULC": (other, variables)}
-    monkeypatch.setattr(weights, "load", lambda *given, **options: dataclasses.replace(load(*given, **options), tokenizers=held))
-    with pytest.raises(ValueError, match="random holds a tokenizer of LULC of other sizes than the released one; set"):
-        finetune.initial(config, init, extractor)
+    assert finetune.initial(config, init, finetune.pretrained(config, extractor), aside)["buffers"]["tokenizers"].keys() == {"LULC"}
+
+    lulc = weights.load("terramind_v1_tokenizer_lulc", "random", seed=4)
+    weights.save(lulc, tmp_path / "tokenizers" / "LULC")
+    config.model.update(weights="random", tokenizers="")
+    assert finetune.pretrained(config, extractor) is None
+    config.model.tokenizers = str(tmp_path / "tokenizers")
+    given = finetune.initial(config, init, finetune.pretrained(config, extractor), aside)["buffers"]["tokenizers"]["LULC"]
+    jax.tree.map(np.testing.assert_array_equal, dict(given), dict(lulc.variables))
 
 
-def test_tokenizers_of_other_codes_or_classes_than_the_inputs_are_refused(root):
-    config = settings(root)
-    facts = finetune.open_split(config, "train").facts
-    config.model.codebooks = ConfigDict({"LULC": 20})
-    with pytest.raises(ValueError, match="The tokenizer of LULC has 4375 codes, but the model was trained with 20"):
-        finetune.task_model(config, facts, finetune.backbone(config, facts))
+def test_tokenizers_of_other_sizes_are_those_of_a_pretraining(root, tmp_path, monkeypatch):
+    """Those that it was trained with are read, and kept for a run that goes on or is loaded; the released ones mean other things by ids."""
+    codes = dict(sizes=nano_models.NANO, codebooks={"LULC": 24})
+    own = weights.load("terramind_v1_tiny", "random", modalities=["S1GRD", "LULC"], **codes)
+    small = tokenizer.Tokenizer(dataclasses.replace(own.tokenizers["LULC"][0].config, dim=64, levels=(4, 3, 2)))
+    held = finetune.meta.unbox(tokenizer.init(small, jax.random.key(5)))
+    weights.save(dataclasses.replace(own, tokenizers={"LULC": (small, held)}), tmp_path / "own")
+    config = settings(root, weights=str(tmp_path / "own"))
+    config.train.steps = 2
+    config.run.update(eval_every=1, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "total_samples", lambda config, samples: 8)
+        finetune.train(config, tmp_path / "run")
+    finetune.train(config, tmp_path / "run")
+    task = finetune.load(tmp_path / "run")
+    assert task.beside.tokenizers == (("LULC", small),)
+    jax.tree.map(np.testing.assert_array_equal, dict(task.held["tokenizers"]["LULC"]), dict(held))
+    assert task({name: x[None] for name, x in finetune.open_split(config, "val")[0]["inputs"].items()}).shape == (1, SIZE, SIZE, 2)
+    config.model.tokenizers = "random"
+    with pytest.raises(ValueError, match=r"The tokenizer of LULC \(random\) has 4375 codes, but the model was trained with 24 codes"):
+        finetune.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_tokenizers_of_other_classes_than_the_inputs_are_refused(root):
     config = settings(root, name="terramind_v01_base")
+    facts = finetune.open_split(config, "train").facts
     with pytest.raises(ValueError, match="terramind_v01_base tells 9 classes of LULC, and fine-tuning reads maps of the 10 of TerraMesh"):
         finetune.task_model(config, facts, finetune.backbone(config, facts))
 
@@ -153,6 +213,9 @@ def test_land_cover_of_other_classes_is_refused(root, tmp_path):
     for folder in ("radar", "masks"):
         (tmp_path / folder).symlink_to(root / folder)
     geo.write(tmp_path / "cover/train0.tif", cover[0].astype(np.uint8))
+    paths = {name: tmp_path / folder / "train0.tif" for name, folder in FOLDERS.items()}
+    with pytest.raises(ValueError, match=f"{paths['LULC']} has 11 in its LULC"):
+        predict.read(task, Scene("train0", paths, geo.place(paths["LULC"]), {}))
     for split in ("train", "val"):
         (tmp_path / f"{split}.txt").write_text("train0")
     with pytest.raises(ValueError, match="train0 has 11 in its LULC"):

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from terramind_jax import cli
-from terramind_jax.cli import arguments
+from terramind_jax.cli import arguments, evaluate
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -49,6 +49,7 @@ def test_errors_of_the_system_and_warnings_are_sentences(monkeypatch, capsys):
     [
         (["pretrain", "--config=c.py", "--workdir=runs/x"], "The last checkpoint, if there is one yet, stays in runs/x"),
         (["tokenize", "--data=d", "--weights=w"], "Shards that are done stay"),
+        (["evaluate", "pangaea", "--weights=w", "--dataset=mados", "--data=d", "--out=o"], "The training so far stays in o"),
         (["info"], ""),
     ],
 )
@@ -58,6 +59,7 @@ def test_a_command_that_goes_on_says_so_when_it_is_stopped(arguments, kept, monk
 
     for name in ("_pretrain", "_tokenize", "_info"):
         monkeypatch.setattr(cli, name, stop)
+    monkeypatch.setattr(evaluate, "_pangaea", stop)
     assert cli.main(arguments) == cli.STOPPED
     assert capsys.readouterr().err == (f"\nStopped. {kept}; the same command goes on from there.\n" if kept else "")
 

@@ -452,3 +452,14 @@ def test_own_data_that_is_not_there_is_told_with_its_source(tmp_path):
     (tmp_path / "train/images").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="fields is not complete in .*: train/masks is not there; get it from the fields' owner."):
         datasets.load("generic", tmp_path, **fields)
+
+
+def test_a_set_that_lacks_a_split_is_not_called_nothing(tmp_path):
+    images, masks = ({"folder": {"train": f"train/{what}", "val": f"hold/{what}"}, "pattern": "*.tif"} for what in ("images", "masks"))
+    fields = dict(images={"S1GRD": images}, labels=masks, num_classes=2, title="fields", source="the fields' owner")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds nothing of fields, not even hold/images; get it from"):
+        datasets.load("generic", tmp_path, "val", **fields)
+    for folder in ("images", "masks"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"fields is not complete in {tmp_path}: hold/images, hold/masks are not there"):
+        datasets.load("generic", tmp_path, "val", **fields)

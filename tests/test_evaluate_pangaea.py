@@ -223,7 +223,7 @@ def test_an_upernet_as_pangaea_has_it(roots):
     """A neck as wide as the features, and dropout of whole channels."""
     config = pangaea.configuration(pangaea.Settings(crop=32), "random", "terramind_v1_tiny", "burnscars", roots / "burnscars")
     facts = datasets.load("pangaea", roots / "burnscars", of="burnscars").facts
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     params = jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0))["params"]
     width = module.backbone.out_channels[0]
     assert {params["neck"][name]["kernel"].shape for name in ("fpn1_up1", "fpn1_up2", "fpn2_up")} == {(width, 2, 2, width)}

@@ -36,7 +36,7 @@ def path(tmp_path):
 def random_state(config, facts):
     """What TerraTorch's model of this configuration would hold, random."""
     extractor = finetune.backbone(config, facts)
-    module, rng = finetune.task_model(config, facts, extractor), np.random.default_rng(0)
+    (module, _), rng = finetune.task_model(config, facts, extractor), np.random.default_rng(0)
     abstract = finetune.meta.unbox(jax.eval_shape(lambda key: module.init(key, method="everything"), jax.random.key(0)))
     shapes = rules.shapes(abstract, convert.model_rules(module))
     counts = [name for name in shapes if name.endswith("num_batches_tracked")]
@@ -329,22 +329,24 @@ def test_what_terratorch_cannot_hold(path, fields, message):
     config.model.update(fields)
     facts = _facts(config)
     extractor = finetune.backbone(config, facts)
-    task = finetune.Task(finetune.task_model(config, facts, extractor), {}, facts, {}, 32, extractor)
+    module, _ = finetune.task_model(config, facts, extractor)
+    task = finetune.Task(module, {}, facts, {}, 32, extractor)
     with pytest.raises(ValueError, match=message):
         exchange.to_torch(task)
 
 
-def test_a_linear_decoder_without_a_head_gets_one_that_changes_nothing(path):
-    """As a configuration of TerraTorch reads it, whose linear decoders all have a head."""
+@pytest.mark.parametrize("head_channels", [(), (16,)])
+def test_a_linear_decoder_without_a_head_gets_one_that_changes_nothing(path, head_channels):
+    """As a configuration of TerraTorch reads it, whose linear decoders all have a head; layers of a head that is not there do not count."""
     config, _ = terratorch.read(path)
-    config.model.update(decoder="linear", channels=(), pyramid=False)
+    config.model.update(decoder="linear", channels=(), head_channels=head_channels, pyramid=False)
     facts = _facts(config)
     extractor = finetune.backbone(config, facts)
-    module = finetune.task_model(config, facts, extractor)
+    module, _ = finetune.task_model(config, facts, extractor)
     own = exchange.from_torch(random_state(config, facts), config, facts)
     state = exchange.to_torch(finetune.Task(module, own, facts, {}, 32, extractor))
-    config.model.channels = (2,)
-    other, theirs = finetune.task_model(config, facts, extractor), exchange.from_torch(state, config, facts)
+    config.model.update(channels=(2,), head_channels=())
+    (other, _), theirs = finetune.task_model(config, facts, extractor), exchange.from_torch(state, config, facts)
     features = [np.random.default_rng(i).normal(size=(2, 4, 64)).astype(np.float32) for i in range(4)]
     made, same = (m.apply(variables, features, method="decode") for m, variables in ((module, own), (other, theirs)))
     assert "head" in theirs["params"] and "head" not in own["params"] and made.shape == (2, 32, 32, 2)
@@ -358,7 +360,7 @@ def test_series_have_a_wrapper_and_adapters_are_refused(path):
     wrapped = {name.replace("encoder.", "encoder.encoder.", 1) if name.startswith("encoder.") else name: x for name, x in state.items()}
     assert exchange.reads_series({f"model.{name}": x for name, x in wrapped.items()}) and not exchange.reads_series(state)
     extractor = finetune.backbone(config, facts)
-    module = finetune.task_model(config, facts, extractor)
+    module, _ = finetune.task_model(config, facts, extractor)
     for has_times, expected in ((False, state), (True, wrapped)):
         found = exchange.from_torch(expected, config, facts)
         task = finetune.Task(module, found, dataclasses.replace(facts, has_times=has_times), {}, 32, extractor)

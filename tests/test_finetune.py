@@ -99,7 +99,7 @@ def test_what_is_trained(root, tmp_path, tune):
     """A frozen backbone stays as it was drawn; LoRA changes its attention alone."""
     config = settings(root, train=dict(tune=tune, steps=2), model=dict(lora_rank=2), run=dict(eval_every=2))
     facts = finetune.open_split(config, "train").facts
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     finetune.train(config, tmp_path)
     drawn = jax.jit(lambda key: networks.init(module, key, tune, 2))(jax.random.key(0))
     before = rules.flatten({"params": jax.device_get(jax.tree.map(lambda x: x, finetune.meta.unbox(drawn)))["buffers"]["frozen"]})
@@ -187,7 +187,7 @@ def test_what_a_step_costs(root, changes, passes):
     """Of the backbone as often as it runs or is gone back through, and three times a transposed convolution to two classes."""
     config = settings(root, model=dict(image_size=32), **changes)
     dataset = finetune.open_split(config, "train")
-    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    module, _ = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     tokens, own = (config.data.crop // 16) ** 2, module.backbone
     patches = 2 * tokens * 16**2 * 2 * own.dim
     encode = patches + own.encoder_depth * flops.encoder_block(tokens, own.dim, own.mlp_ratio, own.gated_mlp)
@@ -201,7 +201,7 @@ def test_what_a_step_costs_is_about_what_its_gradient_does(root, tune, decoder):
     narrow = dict(layers=(0, 0, 1, 1), channels=(16, 8, 8, 8)) if decoder == "unet" else {}
     config = settings(root, model=dict(image_size=32, decoder=decoder, lora_rank=2, **narrow), train=dict(tune=tune))
     dataset = finetune.open_split(config, "train")
-    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    module, _ = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     loss = partial(finetune.loss, module, finetune.criterion(config, "ce"), config.model.lora_alpha)
     parted = jax.eval_shape(lambda key: finetune.meta.unbox(networks.init(module, key, tune, 2)), jax.random.key(0))
     pixels = partial(jax.ShapeDtypeStruct, (8, 32, 32))
@@ -215,7 +215,7 @@ def test_lora_is_less_than_two_per_cent(monkeypatch, root):
     monkeypatch.undo()
     config = settings(root, model=dict(name="terramind_v1_base", layers=(11,)))
     facts = datasets.load("sen1floods11", root).only(["S1GRD"]).facts
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     shapes = jax.eval_shape(lambda key: networks.init(module, key, "lora", config.model.lora_rank), jax.random.key(0))
     trained, held = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes["params"], shapes["buffers"]["frozen"]))
     assert 0 < trained < 0.02 * held
@@ -224,7 +224,7 @@ def test_lora_is_less_than_two_per_cent(monkeypatch, root):
 def test_lora_begins_as_the_backbone_and_adds_products(root):
     config = settings(root)
     facts = finetune.open_split(config, "train").facts
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     parted = finetune.meta.unbox(networks.init(module, jax.random.key(0), "lora", 2))
     encoder = parted["buffers"]["frozen"]["encoder"]
     begun = networks.join(parted["params"], parted["buffers"], {}, 4.0)["params"]["encoder"]
@@ -295,7 +295,7 @@ def test_a_step_in_bfloat16_at_decaying_rates(root, tmp_path, finished):
     assert losses(tmp_path)[0] != losses(finished)[0]
     np.testing.assert_allclose(losses(tmp_path)[0], losses(finished)[0], rtol=0.02)
     facts = finetune.open_split(config, "train").facts
-    module = finetune.task_model(config, facts, finetune.backbone(config, facts))
+    module, _ = finetune.task_model(config, facts, finetune.backbone(config, facts))
     drawn = finetune.meta.unbox(jax.jit(lambda key: networks.init(module, key))(jax.random.key(0)))["params"]
     after = finetune.load(tmp_path).variables["params"]
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)), after, drawn)
@@ -365,7 +365,7 @@ def test_an_ltae_refuses_single_images(root):
     """In training, and of `predict`, which reads series as the generic data set stores them."""
     config = settings(root, model=dict(time="ltae"))
     dataset = finetune.open_split(config, "train")
-    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    module, _ = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     images = {"S1GRD": np.zeros((1, 32, 32, 2), np.float32)}
     with pytest.raises(ValueError, match=r"With time='ltae' a model reads time series, .*; its input has the shape \(1, 32, 32, 2\)."):
         jax.eval_shape(lambda key: module.init(key, images), jax.random.key(0))

@@ -80,7 +80,8 @@ def test_an_interrupted_download_leaves_nothing_to_read(server, monkeypatch):
         with pytest.raises(
             ConnectionError,
             match=r"not be downloaded \(connection lost\); without a network, download https://.*/someone/model/resolve/main/"
-            "weights.safetensors elsewhere and name the file, with --weights, a tokenizer's folder with --tokenizers",
+            "weights.safetensors elsewhere and name the file, with --weights, a tokenizer's folder with --tokenizers; pretrain: .*; "
+            r"finetune: --config.model.weights, --config.model.tokenizers\.",
         ):
             hub.weights(ENTRY)
     assert not server.cache.exists()

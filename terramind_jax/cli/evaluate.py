@@ -78,6 +78,7 @@ def add_commands(commands) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text}; default: {value}, PANGAEA's")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N samples of each split, to try it; default: all")
+    parser.set_defaults(kept="The training so far stays in {out}")
 
     parser = add(protocols, "finetuned", "score a fine-tuned run on a split of its data set, such as test", _finetuned)
     parser.add_argument("--weights", required=True, metavar="WORKDIR", help="work directory of finetune")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from terramind_jax import config as configuration
-from terramind_jax import sharding
+from terramind_jax import modalities, sharding
 from terramind_jax.evaluation import results
 from terramind_jax.tasks import batches, feeding, finetune, losses, validation
 from terramind_jax.tasks import config as fields
@@ -77,7 +77,7 @@ def measured(task: Task, dataset: Dataset, criterion: losses.Loss, batch_size: i
 
 def _report(path: Path, model: str, task: Task, dataset: Dataset, config: ConfigDict, found: dict[str, float], classes: list) -> str:
     facts = task.facts
-    thoughts = [] if task.thinker is None else [f"generated {name}" for name in config.model.tim_modalities]
+    thoughts = [] if task.thinker is None else [f"generated {modalities.STREAMS[key].modality}" for key in task.thinker.targets]
     told = {"model": model, "data set": facts.title, "setting": "fine-tuned", "input": " + ".join([*facts.bands, *thoughts])}
     of_classes = {name.replace("_", " "): 100 * x for name, x in found.items() if name not in ("loss", "rmse", "mae")}
     if facts.task == "segmentation" and facts.num_classes == 2:  # what is mapped is the second

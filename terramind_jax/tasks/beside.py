@@ -16,7 +16,7 @@ from terramind_jax import tim, tokenizer
 from terramind_jax.models import FeatureExtractor, ThinkingInModalities
 from terramind_jax.tasks import thinking
 from terramind_jax.tasks.thinking import Thinker
-from terramind_jax.tokenizer import Tokenizer
+from terramind_jax.tokenizer import Tokenizer, TokenizerConfig
 
 Variables = Mapping[str, Any]
 
@@ -35,6 +35,12 @@ class Beside:
     def keeps_embeddings(self) -> bool:
         """Whether a network here has the backbone's embeddings, so that they are not trained."""
         return self.thinker is not None and self.thinker.chained
+
+    def with_tokenizers(self, own: Mapping[str, TokenizerConfig]) -> Beside:
+        """With tokenizers of these sizes, by input, in the place of the released ones, of which they have the dtype."""
+        known = {name: module.config for name, module in self.tokenizers}
+        sized = {name: dataclasses.replace(own.get(name, c), dtype=c.dtype, unroll=c.unroll) for name, c in known.items()}
+        return dataclasses.replace(self, tokenizers=tuple((name, Tokenizer(c)) for name, c in sized.items()))
 
     def init(self, key: jax.Array, encoder: Variables) -> dict[str, Any]:
         """Fresh variables, boxed; `encoder` are the backbone's ``{"params", "buffers"}``, whose embeddings a chained thinker has, too."""

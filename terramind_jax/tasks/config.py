@@ -20,7 +20,7 @@ def finetuning() -> ConfigDict:
     config.model.codebooks = ConfigDict()  # its vocabularies, by modality; set likewise
     config.model.image_size = 224  # of its positions; images of another size interpolate them
     config.model.modalities = ()  # inputs, by name; empty: all that the data set has
-    config.model.tokenizers = ""  # of LULC and NDVI among them, as released: hub | random | a folder; empty: where the weights are
+    config.model.tokenizers = ""  # of LULC and NDVI among them, and of thoughts: hub | random | a folder; empty: where the weights are
     config.model.merge_method = "mean"  # of their features: mean | max | concat
     config.model.layers = ()  # whose features are used, from 0; empty: 2,5,8,11, of 24 layers 5,11,17,23
     config.model.pyramid = True  # learned interpolation to four resolutions
@@ -32,7 +32,7 @@ def finetuning() -> ConfigDict:
     config.model.head_channels = ()  # of the layers of the head before its last
     config.model.head_dropout = 0.1
     config.model.linear_after_pool = False  # of labels of images: the head sees the mean over the image, not each token
-    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read
+    config.model.tim_modalities = ("LULC",)  # of NAME_tim: what a frozen generator makes for the backbone to read, inputs left out
     config.model.tim_chained = True  # each conditions those after it; the embeddings, which both networks share, are not trained
     config.model.tim_steps = 1  # in which an image of them is drawn
     config.model.tim_temperature = 1.0  # 0: the most probable token

@@ -22,8 +22,8 @@ from terramind_jax import config as configuration
 from terramind_jax.convert import files, rules
 from terramind_jax.modalities import IMAGE_SIZE
 from terramind_jax.models import ThinkingInModalities
-from terramind_jax.tasks import beside, convert, datasets, finetune
 from terramind_jax.tasks import config as fields
+from terramind_jax.tasks import convert, datasets, finetune
 from terramind_jax.tasks import model as networks
 from terramind_jax.tasks.datasets import Facts
 from terramind_jax.tasks.decoders import DecoderConfig
@@ -38,14 +38,15 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike) -> None:
     """Writes the best parameters of a fine-tuning by the suffix of `target`: ``.pt``, ``.safetensors``, or Lightning's ``.ckpt``.
 
     LoRA's products are added to the kernels, so that TerraTorch loads them without its ``peft_config``. A linear decoder without
-    ``model.channels`` has a head there, too, which changes nothing: ``decoder_num_classes`` is the number of outputs.
+    ``model.channels`` has a head there, too, which changes nothing: ``decoder_num_classes`` is the number of outputs, and there is no
+    ``head_channel_list``.
 
     Raises FileExistsError if `target` exists, ValueError for what TerraTorch cannot hold.
     """
     target = Path(target)
     files.check_free(target)
     files.is_safetensors(target)  # raises for unknown suffixes, before anything is read
-    state = to_torch(finetune.load(workdir), configuration.of_workdir(workdir).model.weights)
+    state = to_torch(finetune.load(workdir), finetune.where_tokenizers(configuration.of_workdir(workdir)))
     prefix = TASK if target.suffix == files.LIGHTNING else ""
     files.write(target, {prefix + name: x for name, x in state.items()})
 
@@ -79,7 +80,7 @@ def _with_head(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[Decode
     """A linear decoder, which makes the outputs here, with the head that TerraTorch puts on each: one that changes nothing."""
     n = config.num_outputs
     same = {"kernel": np.eye(n, dtype=np.float32)[None, None], "bias": np.zeros(n, np.float32)}
-    return dataclasses.replace(config, channels=(n,)), {**params, "head": {"out": same}}
+    return dataclasses.replace(config, channels=(n,), head_channels=()), {**params, "head": {"out": same}}
 
 
 def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
     if any(name.startswith(TASK) for name in state):  # a task, which also holds a loss and metrics
         state = {name.removeprefix(TASK): x for name, x in state.items() if name.startswith(TASK)}
     extractor = finetune.backbone(config, facts)
-    module = finetune.task_model(config, facts, extractor)
+    module, aside = finetune.task_model(config, facts, extractor)
     encoder = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
     rest = {name: x for name, x in state.items() if not name.startswith(ENCODER)}
     if any(name.startswith(PEFT) for name in encoder):
@@ -112,9 +113,9 @@ def from_torch(state: Mapping[str, np.ndarray], config: ConfigDict, facts: Facts
 
     if isinstance(extractor, ThinkingInModalities):
         found["generator"] = inner(sources.GENERATOR, extractor.generator[0])
-    if tokens := beside.of(extractor, config.train.seed).tokenizers:
-        keys = {name: extractor.streams[name].key for name, _ in tokens}
-        found["tokenizers"] = {name: inner(f"{sources.TOKENIZER}{keys[name]}.", network) for name, network in tokens}
+    if aside.tokenizers:
+        keys = {name: extractor.streams[name].key for name, _ in aside.tokenizers}
+        found["tokenizers"] = {name: inner(f"{sources.TOKENIZER}{keys[name]}.", network) for name, network in aside.tokenizers}
     return found
 
 

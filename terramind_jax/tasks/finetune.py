@@ -33,6 +33,7 @@ from terramind_jax.tasks.datasets import Dataset, Facts
 from terramind_jax.tasks.datasets.files import Bands
 from terramind_jax.tasks.model import TaskModel
 from terramind_jax.tasks.thinking import Thinker
+from terramind_jax.tokenizer import TokenizerConfig
 from terramind_jax.train import loop, optimizer, state
 
 TASK, BEST = "task.json", "best"
@@ -61,15 +62,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"train.batch_size={batch_size} must be a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices.")
     extractor = backbone(config, dataset.facts)
-    module, aside = task_model(config, dataset.facts, extractor), beside.of(extractor, config.train.seed)
+    module, aside = task_model(config, dataset.facts, extractor)
+    is_begun = checkpoint.is_begun(workdir)
+    found = None if is_begun else pretrained(config, extractor)
+    aside = aside.with_tokenizers(tokenizers_in(workdir) if is_begun else tokenizers_of(found))
+    check_tokenizers(config, extractor, aside)
     tx = optimizer.adamw(config.optimizer, partial(networks.rates, depth=module.backbone.encoder_depth, decay=config.optimizer.layer_decay))
     init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, beside=aside)
-    given = None if checkpoint.is_begun(workdir) else initial(config, init, extractor)
+    given = None if found is None else initial(config, init, found, aside)
     configuration.bind_workdir(config, workdir, write=jax.process_index() == 0)
-    write_task(workdir, dataset.facts, scale)
+    write_task(workdir, dataset.facts, scale, aside)
     checkpoints = checkpoint.Checkpoints(workdir, config.run.keep)
     train_state, held, layout, kept = state.start(init, tx, mesh, config.train.seed, checkpoints, initial=given)
-    del given
+    del found, given
 
     # ---- The compiled steps ----
     loss_fn = partial(loss, module, criterion(config, loss_name), config.model.lora_alpha)
@@ -291,15 +296,14 @@ def thinking_options(config: ConfigDict, bands: Mapping[str, Sequence[str]]) -> 
     return dict(tim_modalities=list(m.tim_modalities), tim_chained_generations=m.tim_chained, **sampling)
 
 
-def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) -> TaskModel:
-    """The whole network; a ValueError for inputs that are no images."""
+def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) -> tuple[TaskModel, Beside]:
+    """The whole network, and those beside it, with the released tokenizers; a ValueError for inputs that are no images."""
     sequences = [name for name, stream in extractor.streams.items() if stream.kind == "sequence"]
     if sequences:
         raise ValueError(f"{sequences[0]} is no image, and fine-tuning reads images alone; choose others with model.modalities.")
     own = extractor.module.config
     aside = beside.of(extractor, config.train.seed)
     for name, module in aside.tokenizers:
-        module.config.check_stream(extractor.streams[name], f"The tokenizer of {name}")
         if module.config.is_class_map and module.config.channels != modalities.get(name).channels:
             raise ValueError(
                 f"{extractor.name} tells {module.config.channels} classes of {name}, and fine-tuning reads maps of the "
@@ -308,43 +312,70 @@ def task_model(config: ConfigDict, facts: Facts, extractor: FeatureExtractor) ->
     head = fields.decoder_config(config, facts, own.encoder_depth, own.dtype)
     names = {name: stream.key for name, stream in extractor.streams.items()}
     if aside.thinker is not None:
+        if not aside.thinker.targets:
+            made = ", ".join(config.model.tim_modalities)
+            raise ValueError(f"model.tim_modalities names inputs alone ({made}); {extractor.name} generates one at least that is none.")
         names |= {stream: stream for stream in aside.thinker.targets}
     if config.model.time == "concat" and not config.model.times:
         raise ValueError("model.time='concat' needs model.times, the number of images of a series.")
-    return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times)
+    return TaskModel(own, head, tuple(names.items()), config.model.time, config.model.times), aside
 
 
-def initial(config: ConfigDict, init: Callable[[jax.Array], Any], extractor: FeatureExtractor) -> dict[str, Any] | None:
-    """Variables of a fresh run: the backbone from ``model.weights``, all else drawn; None if all is drawn."""
-    if config.model.weights == "random":
+def pretrained(config: ConfigDict, extractor: FeatureExtractor) -> FeatureExtractor | None:
+    """The model that a fresh run begins with, from ``model.weights`` and ``model.tokenizers``; None if all of it is drawn."""
+    if config.model.weights == "random" and not config.model.tokenizers:
         return None
     where = dict(seed=config.train.seed, tokenizers=config.model.tokenizers or None)
     found = weights.load(extractor.name, config.model.weights, **where, **extractor.options)
-    tokenized = {name: found.tokenizers[extractor.streams[name].modality] for name, _ in beside.of(found, 0).tokenizers}
     if found.module != extractor.module:
         raise ValueError(f"{config.model.weights} holds a network of other sizes than {extractor.name}.")
-    for name, (module, _) in tokenized.items():
-        if module != extractor.tokenizers[module.config.modality][0]:
-            words = config.model.tokenizers or config.model.weights
-            raise ValueError(f"{words} holds a tokenizer of {name} of other sizes than the released one; set model.tokenizers='hub'.")
+    return found
+
+
+def where_tokenizers(config: ConfigDict) -> str:
+    """Where tokenizers are that the weights do not hold: where ``model.tokenizers`` says, or with the weights."""
+    return config.model.tokenizers or config.model.weights
+
+
+def check_tokenizers(config: ConfigDict, extractor: FeatureExtractor, aside: Beside) -> None:
+    """Raises a ValueError if the tokens of an input are not those that the backbone reads."""
+    for name, module in aside.tokenizers:
+        module.config.check_stream(extractor.streams[name], f"The tokenizer of {name} ({where_tokenizers(config)})")
+
+
+def tokenizers_of(found: FeatureExtractor | None) -> dict[str, TokenizerConfig]:
+    """Sizes of the tokenizers that were found, by input."""
+    streams = {} if found is None else found.streams
+    return {name: found.tokenizers[stream.modality][0].config for name, stream in streams.items() if stream.kind == "tokens"}
+
+
+def initial(config: ConfigDict, init: Callable[[jax.Array], Any], found: FeatureExtractor, aside: Beside) -> dict[str, Any]:
+    """Variables of a fresh run: the backbone and those beside it as `found`, all else drawn."""
     drawn = state.jit_once(lambda key: meta.unbox(init(key)))(jax.random.key(config.train.seed))
     drawn["buffers"]["buffers"] = {"encoder": found.variables["buffers"]}
     if isinstance(found, ThinkingInModalities):
         drawn["buffers"]["generator"] = found.generator[1]
-    if tokenized:
-        drawn["buffers"]["tokenizers"] = {name: variables for name, (_, variables) in tokenized.items()}
+    if aside.tokenizers:
+        drawn["buffers"]["tokenizers"] = {name: found.tokenizers[found.streams[name].modality][1] for name, _ in aside.tokenizers}
     return jax.device_get(networks.with_encoder(drawn, found.variables["params"]))
 
 
 # ---- what is kept of a run ----
 
 
-def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale) -> None:
-    """What inference must know of the data set."""
+def write_task(workdir: str | os.PathLike, facts: Facts, scale: Scale, aside: Beside = NOTHING) -> None:
+    """What inference must know of the data set, and of tokenizers."""
     known = {"facts": dataclasses.asdict(facts), "scale": {m: [x.tolist() for x in both] for m, both in scale.items()}}
     known["modalities"] = declarations.of(facts.bands)
+    known["tokenizers"] = {name: dataclasses.asdict(module.config) for name, module in aside.tokenizers}
     if jax.process_index() == 0:
         files.write_text(files.folder(workdir) / TASK, json.dumps(known, indent=1))
+
+
+def tokenizers_in(workdir: str | os.PathLike) -> dict[str, TokenizerConfig]:
+    """Sizes of the tokenizers of a run, by input; of one that tells none they are the released ones."""
+    known = json.loads((files.folder(workdir) / TASK).read_text())
+    return {name: TokenizerConfig(**told) for name, told in known.get("tokenizers", {}).items()}
 
 
 def save_best(workdir: str | os.PathLike, step: int, params: Any, held: Any, batch_stats: Any) -> None:
@@ -403,7 +434,8 @@ def load(workdir: str | os.PathLike) -> Task:
     declarations.declare(known["modalities"], TASK)
     facts = facts_of(known)
     extractor = backbone(config, facts)
-    module, aside = task_model(config, facts, extractor), beside.of(extractor, config.train.seed)
+    module, aside = task_model(config, facts, extractor)
+    aside = aside.with_tokenizers(tokenizers_in(workdir))
     init = partial(networks.init, module, tune=config.train.tune, rank=config.model.lora_rank, beside=aside)
     abstract = meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     best = files.folder(workdir) / BEST

@@ -25,7 +25,7 @@ from terramind_jax.scenes.generating import NO_CLASS
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
-from terramind_jax.tasks import batches, finetune
+from terramind_jax.tasks import batches, datasets, finetune
 from terramind_jax.tasks.datasets.files import Bands, read_rows_of
 from terramind_jax.tasks.finetune import Task
 from terramind_jax.tasks.model import SERIES
@@ -55,7 +55,8 @@ def run(
 
     Raises:
       FileExistsError: an output exists already. FileNotFoundError: no work directory or raster. OSError: the disk is full.
-      ValueError: an input that is missing or too many, rasters of wrong bands, another grid, or too small, or images for a model of series.
+      ValueError: an input that is missing or too many, rasters of wrong bands, classes or grid, or too small, or images for a model
+        of series.
     """
     task, out = finetune.load(weights), Path(out)
     unknown = [name for name in inputs if name not in task.facts.bands]
@@ -74,7 +75,7 @@ def run(
     command = dict(
         version=metadata.version("terramind_jax"),
         model=str(weights),
-        weights_sha256=generate_scenes.digest(task.variables, task.generator, task.held.get("tokenizers")),
+        weights_sha256=generate_scenes.digest(task.variables, task.held),
         dtype=task.module.backbone.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
@@ -111,9 +112,12 @@ def read(task: Task, scene: Scene, row: int = 0, height: int | None = None) -> t
     """Rows of pixels ``[height, w, C]`` float32 by modality, of series ``[T, height, w, C]``, and where no input has data, ``[height, w]``.
 
     Filled as in training. With `height` both reach to the end of the grid of patches, where the image is mirrored; without, it is whole.
+    A ValueError for a map of other classes than the model reads.
     """
     inside = scene.place.height if height is None else min(height, scene.place.height - row)
     found = {m: read_rows_of(str(path), _how(task, m), (row, row + inside)) for m, path in scene.paths.items()}
+    for m, (image, _) in found.items():
+        datasets.check_class_map(str(scene.paths[m]), m, image)
     over = [(0, 0), (0, 0)] if height is None else [(0, height - inside), (0, scene.grid[1] * PATCH - scene.place.width)]
     pad = functools.partial(np.pad, mode="reflect")
     arrays = {m: pad(image, [(0, 0)] * (image.ndim - 3) + [*over, (0, 0)]) for m, (image, _) in found.items()}

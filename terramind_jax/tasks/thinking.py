@@ -30,9 +30,10 @@ class Thinker:
 
 
 def of(extractor: ThinkingInModalities, seed: int) -> Thinker:
-    """The thinker of a model."""
-    targets = tuple(modalities.output_stream(name).key for name in extractor.options["tim_modalities"])
+    """The thinker of a model, which makes what is no input, as in TerraTorch."""
     streams = tuple((name, stream.key) for name, stream in extractor.streams.items())
+    named = (modalities.output_stream(name).key for name in extractor.options["tim_modalities"])
+    targets = tuple(key for key in named if key not in dict(streams).values())
     settings = {ours: extractor.options[f"tim_{theirs}"] for theirs, ours in SAMPLING.items()}
     chained = extractor.options["tim_chained_generations"]
     return Thinker(extractor.generator[0], streams, targets, chained, tuple({"seed": seed, **settings}.items()))

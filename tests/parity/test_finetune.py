@@ -68,7 +68,7 @@ def test_thirty_steps(tmp_path):
     ours = [line["loss"] for line in logging.read(tmp_path / "run") if "loss" in line]
 
     dataset = finetune.open_split(config, "train")
-    module = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
+    module, _ = finetune.task_model(config, dataset.facts, finetune.backbone(config, dataset.facts))
     drawn = jax.jit(lambda key: meta.unbox(networks.init(module, key)), compiler_options={"xla_backend_optimization_level": 1})
     parted = drawn(jax.random.key(0))
     own = partial(rules.to_torch, rules=convert.model_rules(module))

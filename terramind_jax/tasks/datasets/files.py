@@ -176,10 +176,13 @@ def check_present(paths: Iterable[tuple[str, str]], where: str) -> None:
         raise FileNotFoundError(f"{where} names {what} {path} is not there.")
 
 
-def require(title: str, root: str, parts: Sequence[str], source: str) -> None:
-    """Raises a FileNotFoundError that tells what of a published data set is not in `root`, and where to get it."""
+def require(title: str, root: str, parts: Sequence[str], source: str, others: Iterable[str] = ()) -> None:
+    """Raises a FileNotFoundError that tells what of a published data set is not in `root`, and where to get it.
+
+    `others`, such as parts of other splits, are not needed, but where there is one of them, `root` is no folder of something else.
+    """
     absent = [part for part in parts if not os.path.exists(os.path.join(root, part))]
-    if absent[1:] and len(absent) == len(parts):
+    if absent[1:] and not any(os.path.exists(os.path.join(root, part)) for part in (*parts, *others)):
         raise FileNotFoundError(f"{root} holds nothing of {title}, not even {absent[0]}; get it from {source}.")
     if absent:
         what = f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there"

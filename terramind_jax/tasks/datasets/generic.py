@@ -66,7 +66,7 @@ def dataset(
     own = dict(images=images, labels=labels, task=task, class_names=class_names, num_classes=num_classes)
     known = facts(**own, ignore_index=ignore_index, title=title)
     if source:
-        files.require(title, root, _parts(split, images, labels, splits), source)
+        files.require(title, root, _parts(images, labels, splits, split), source, _parts(images, labels, splits))
     found, where = _names(root, split, images, splits)
     paths = {name: {m: files.path_of(_of_split(root, f["folder"], split), f["pattern"], name) for m, f in images.items()} for name in found}
     if "table" in labels:
@@ -166,10 +166,11 @@ def _check_codes(labels: Mapping, class_names: Sequence[str], task: str) -> None
         raise ValueError(f"labels.codes are {', '.join(map(str, codes))}; expected one for each of {len(class_names)} classes.")
 
 
-def _parts(split: str, images: Mapping[str, Mapping], labels: Mapping, splits: Mapping[str, str] | None) -> list[str]:
-    """The folders, table and split file of a split, relative to the root."""
-    parts = [*(fields["folder"] for fields in images.values()), labels.get("table") or labels["folder"], *([splits] if splits else [])]
-    return list(dict.fromkeys(part if isinstance(part, str) else _given(part, split) for part in parts))
+def _parts(images: Mapping[str, Mapping], labels: Mapping, splits: Mapping[str, str] | None, split: str | None = None) -> list[str]:
+    """The folders, table and split file of a split, relative to the root; without one, of all splits."""
+    told = [*(fields["folder"] for fields in images.values()), labels.get("table") or labels["folder"], *([splits] if splits else [])]
+    found = [[part] if isinstance(part, str) else part.values() if split is None else [_given(part, split)] for part in told]
+    return list(dict.fromkeys(part for parts in found for part in parts))
 
 
 def _class_names(names: Sequence[str], count: int | None, task: str) -> tuple[str, ...]:
