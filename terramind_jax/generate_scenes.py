@@ -14,7 +14,7 @@ import numpy as np
 
 from terramind_jax import generate, geo, modalities, plot, sources, zoo
 from terramind_jax.model import TerraMind
-from terramind_jax.scenes import journal, reading, windows
+from terramind_jax.scenes import feeding, journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
@@ -119,15 +119,15 @@ def run(
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
-        for scene, cut in zip(scenes, cuts, strict=True):
-            if not done.get(scene.name):
-                if not scene.place.crs:
-                    print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
-                generate_scene(job, scene, cut)
-                if quicklook:
-                    _draw(out, scene, to)
-                done.finish_scene(scene.name)
-                print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
+        for work in feeding.unfinished(scenes, cuts, done):
+            scene = work.scene
+            if not scene.place.crs:
+                print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
+            generate_scene(job, work)
+            if quicklook:
+                _draw(out, scene, to)
+            done.finish_scene(scene.name)
+            print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
     return written
 
 

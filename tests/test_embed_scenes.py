@@ -13,6 +13,7 @@ import pytest
 from terramind_jax import cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
+from terramind_jax.scenes import reading
 
 TILE, DIM = 48, 16
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -85,6 +86,28 @@ def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_s
     assert found.place == geo.Place(PLACE.crs, (160.0, 0, 500_000.0, 0, -160.0, 5_300_000.0), 7, 4)
     header = geo.read_header(path)
     assert header.descriptions[3] == "embedding 3" and np.isnan(header.nodata) and header.tags["terramind_jax_layer"] == "1"
+
+
+@pytest.mark.parametrize(
+    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
+)
+def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, means, monkeypatch, tmp_path, how, message):
+    (tmp_path / "scenes").mkdir()
+    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
+    elevation(a)
+    elevation(b, hole=np.s_[:] if how == "empty" else None)
+    if how == "cut":
+        b.write_bytes(b.read_bytes()[:-100])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
+    with monkeypatch.context() as without, pytest.raises(ValueError, match=message):
+        without.setattr(backbone, "features", None)
+        embed_scenes.run(**call)
+    assert not list((tmp_path / "out").iterdir())
+    b.unlink()  # which is another command
+    elevation(tmp_path / "scenes" / "c.tif")
+    measured, original = [], reading.measured
+    monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))
+    assert [path.stem for path in embed_scenes.run(**call)] == ["a", "c"] == measured
 
 
 def test_patches_without_data_have_no_embedding(weights, means, tmp_path):

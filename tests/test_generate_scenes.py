@@ -14,7 +14,7 @@ import tqdm
 
 from terramind_jax import generate, generate_scenes, geo, modalities
 from terramind_jax.modalities import STREAMS
-from terramind_jax.scenes import feeding, generating
+from terramind_jax.scenes import feeding, generating, reading
 
 TILE = 48
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -171,6 +171,27 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
     monkeypatch.setattr(feeding.Network, "dtype", "bfloat16")  # as on another device
     with pytest.raises(FileExistsError, match='its dtype was "float32", now it is "bfloat16"'):
         generate_scenes.run(**call)
+
+
+@pytest.mark.parametrize(
+    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
+)
+def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, copies, monkeypatch, tmp_path, how, message):
+    (tmp_path / "scenes").mkdir()
+    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
+    elevation(a)
+    elevation(b, hole=np.s_[:] if how == "empty" else None)
+    if how == "cut":
+        b.write_bytes(b.read_bytes()[:-100])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI"], out=tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        generate_scenes.run(**call)
+    assert not copies and not list((tmp_path / "out").iterdir())
+    b.unlink()  # which is another command
+    elevation(tmp_path / "scenes" / "c.tif")
+    measured, original = [], reading.measured
+    monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))
+    assert [path.stem for path in generate_scenes.run(**call)] == ["a", "c"] == measured
 
 
 def test_no_data_stays_no_data(weights, copies, tmp_path):

@@ -20,8 +20,7 @@ from terramind_jax.model import backbone
 from terramind_jax.scenes import feeding, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Work
 from terramind_jax.scenes.journal import Journal
-from terramind_jax.scenes.reading import PATCH, Scene
-from terramind_jax.scenes.windows import Cut
+from terramind_jax.scenes.reading import PATCH
 
 Pooling = Literal["none", "mean", "max"]
 POOLINGS = ("none", "mean", "max")
@@ -46,10 +45,10 @@ def output_path(out: Path, scene: str, format: str) -> Path:
     return out / f"{scene}{FORMATS[format]}"
 
 
-def embed_scene(job: Job, scene: Scene, cut: Cut) -> None:
+def embed_scene(job: Job, work: Work) -> None:
     """Writes the embedding of one scene; goes on where the journal says."""
-    work, path = Work(scene, cut, reading.measured(scene, cut)), output_path(job.out, scene.name, job.format)
-    with tqdm(desc=scene.name, total=int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
+    path = output_path(job.out, work.scene.name, job.format)
+    with tqdm(desc=work.scene.name, total=int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
         vectors = _patches(job, work, bar) if job.pooling == "none" else _pooled(job, work, bar)
     if not path.exists():  # else it is finished since the last time
         (_write_raster if job.format == "geotiff" else _write_table)(job, work, vectors, path)

@@ -25,7 +25,6 @@ from terramind_jax.scenes import feeding, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Strip, Work
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
-from terramind_jax.scenes.windows import Cut
 
 NO_CLASS = 255  # no data, in class maps
 DECODING = ("timesteps", "sampler", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
@@ -45,14 +44,14 @@ class Job:
     journal: Journal
 
 
-def generate_scene(job: Job, scene: Scene, cut: Cut) -> None:
+def generate_scene(job: Job, work: Work) -> None:
     """Writes all targets of one scene; goes on where the journal says."""
     streams = {name: modalities.output_stream(name) for name in job.to}
     made = {s.modality for s in streams.values()}
-    painted = {name for name in scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
-    work = Work(scene, cut, reading.measured(scene, cut), painted)
+    painted = {name for name in work.scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
+    work = dataclasses.replace(work, painted=painted)
     passes = len({s.key for s in streams.values()}) + sum(s.kind != "sequence" for s in streams.values())
-    with tqdm(desc=scene.name, total=passes * job.samples * int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
+    with tqdm(desc=work.scene.name, total=passes * job.samples * int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
         maps: dict[str, np.ndarray] = {}
         for name, stream in streams.items():
             if stream.key not in maps:
