@@ -85,6 +85,7 @@ def run(
     Raises:
       FileExistsError: an output exists already, or another command's unfinished work.
       FileNotFoundError: no model, tokenizer or raster where one is expected.
+      NotADirectoryError: `out` is a file.
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or without any data.
       OSError: the disk is full (ENOSPC).
     """

@@ -203,6 +203,13 @@ def test_errors_say_what_is_wrong(weights, tmp_path, inputs, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="out is a file; expected a folder."):
+        embed_scenes.run(weights=tmp_path / "nowhere", inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+
+
 def test_nothing_is_replaced(weights, means, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")

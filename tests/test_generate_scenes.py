@@ -318,6 +318,13 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="out is a file; expected a folder."):
+        generate_scenes.run(weights=tmp_path / "nowhere", inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+
+
 def test_nothing_is_replaced(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif")
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")

@@ -39,6 +39,14 @@ def test_an_error_before_anything_is_done_leaves_nothing(tmp_path):
     assert journal.start(tmp_path, COMMAND).get("a") == 1
 
 
+@pytest.mark.parametrize("inner", [".", "inner"])
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path, inner):
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="^.*/out is a file; expected a folder.$"):
+        journal.check_outputs(tmp_path / "out" / inner, [tmp_path / "out" / inner / "a.tif"])
+    journal.check_outputs(tmp_path / "new" / inner, [tmp_path / "new" / inner / "a.tif"])
+
+
 def test_outputs_may_be_there_only_if_a_stopped_command_made_them(tmp_path):
     (tmp_path / "a.tif").touch()
     with pytest.raises(FileExistsError, match=r"a\.tif exists already"):

@@ -59,7 +59,13 @@ class Journal:
 
 
 def check_outputs(out: Path, outputs: Iterable[Path]) -> None:
-    """Raises FileExistsError if outputs are there already, unless a stopped command may have written them."""
+    """Raises FileExistsError if outputs are there already, unless a stopped command may have written them.
+
+    And NotADirectoryError if `out`, or a folder that it is to lie in, is a file.
+    """
+    deepest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not deepest.is_dir():
+        raise NotADirectoryError(f"{deepest} is a file; expected a folder.")
     there = [path for path in outputs if path.exists()]
     if not there or (out / FOLDER / "journal.json").is_file():
         return
