@@ -9,11 +9,12 @@ import flax
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 from terramind_jax import cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
-from terramind_jax.scenes import reading
+from terramind_jax.scenes import embedding, reading
 
 TILE, DIM = 48, 16
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -132,6 +133,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
         left.pop()
         return original(*arguments)
 
+    class Bar(tqdm.tqdm):
+        def __exit__(self, *error):
+            bars.append((self.initial, self.n, self.total))
+            super().__exit__(*error)
+
+    bars = []
+    monkeypatch.setattr(embedding, "tqdm", Bar)
     monkeypatch.setattr(backbone, "features", stop)
     stops, parts = 0, None
     while parts is None:
@@ -141,6 +149,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
         except KeyboardInterrupt:
             stops += 1
     assert stops > 1 and parts[0].read_bytes() == whole.read_bytes()
+    assert bars[0][0] == 0 < bars[-1][0] and bars[-1][1:] == (10, 10) and all(n - first <= 7 for first, n, _ in bars)
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
 
 

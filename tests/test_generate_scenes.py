@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import tracemalloc
@@ -112,7 +113,34 @@ def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, 
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def bars(monkeypatch):
+    """(first, last and total count) of the bars of scenes."""
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def __exit__(self, *error):
+            shown.append((self.initial, self.n, self.total))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(generating, "tqdm", Bar)
+    return shown
+
+
+def test_bars_count_passes_of_the_networks(weights, networks, copies, bars, tmp_path):
+    """So that the time left is right although a window's diffusion takes as long as that of many windows of tokens."""
+    elevation(tmp_path / "a.tif")
+    (module, variables), tokenizers = networks
+    ndvi, _ = tokenizers["NDVI"]
+    diffusing = ndvi.clone(config=dataclasses.replace(ndvi.config, decoder="unet"))
+    network = feeding.Network(module, variables, tokenizers | {"NDVI": (diffusing, {})})
+    call = dict(weights=weights, network=network, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", samples=2)
+    generate_scenes.run(**call, to=["NDVI", "LULC", "coords"], steps=4, timesteps=7, sampler="ddim")
+    total = 6 * 2 * (4 + 4 + 3 + 8 + 1)  # windows, samples; tokens of two images and a sequence; 7 timesteps of DDIM are 8; a ViT
+    assert bars == [(0, total, total)]
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bars, monkeypatch, tmp_path, capsys):
     def pixels(stream, ids, tokenizers, *, seed, at, **options):  # windows do not agree, so that blending shows which there were
         bands = 1 if stream.modality == "NDVI" else 10
         return np.stack([np.random.default_rng([seed, bands, *corner]).normal(size=(TILE, TILE, bands)) for corner in at])
@@ -121,6 +149,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
     elevation(tmp_path / "a.tif", hole=np.s_[70:, :20])
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], overlap=32, samples=2)
     whole = generate_scenes.run(**call, out=tmp_path / "whole")
+    bars.clear()
     left = []
 
     def stop(*args, original=None, **options):
@@ -129,13 +158,6 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
         left.pop()
         return original(*args, **options)
 
-    class Bar(tqdm.tqdm):
-        def __exit__(self, *error):
-            shown.append((self.n, self.total))
-            super().__exit__(*error)
-
-    shown = []
-    monkeypatch.setattr(generating, "tqdm", Bar)
     for where, name in ((generating, "generate_tokens"), (generate, "decode_output")):
         original = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, original=original, **options: stop(*args, original=original, **options))
@@ -148,7 +170,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
             stops += 1
             assert "the same command goes on from there" in capsys.readouterr().out
     assert stops > 4
-    assert shown[-1] == (80, 80) and all(n < total for n, total in shown[:-1])  # windows with data, times passes, times samples
+    assert bars[-1][1:] == (80, 80) and all(n < total for _, n, total in bars[:-1])  # windows with data, times passes, times samples
+    assert all(n - first <= 7 * 2 for first, n, _ in bars) and bars[-1][0] > 60  # what a run did itself: 7 calls for 2 windows each
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from terramind_jax import geo
 from terramind_jax.model import backbone
-from terramind_jax.scenes import feeding, reading, windows, writing
+from terramind_jax.scenes import feeding, progress, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Work
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH
@@ -62,7 +62,7 @@ def _patches(job: Job, work: Work, bar: tqdm) -> np.ndarray:
     c, piece, dim = work.cut, (work.scene.name, "vectors"), job.network.module.config.dim
     done = job.journal.get(*piece)
     vectors = _on_disk(job, work, (*c.grid, dim))
-    bar.update(int(work.live[:done].sum()))
+    progress.resume(bar, int(work.live[:done].sum()))
     tiles = functools.partial(_tiles, job, work)
     for i, top, made in windows.joined(c, 1, lambda i: tiles(i, bar if i >= done else None), (1, c.grid[1], dim), done):
         made[0][~_there(work, top, made.shape[1])] = np.nan
@@ -84,7 +84,7 @@ def _pooled(job: Job, work: Work, bar: tqdm) -> np.ndarray:
     c, piece, dim = work.cut, (work.scene.name, "vectors"), job.network.module.config.dim
     done = job.journal.get(*piece)
     vectors = _on_disk(job, work, (*work.live.shape, dim))
-    bar.update(int(work.live[:done].sum()))
+    progress.resume(bar, int(work.live[:done].sum()))
     pool = {"mean": np.mean, "max": np.max}[job.pooling]
     for i in range(done, len(c.rows)):
         vectors[i], there = np.nan, _there(work, c.rows[i], c.size)
