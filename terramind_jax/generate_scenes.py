@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from terramind_jax import generate, geo, modalities, plot, sources, zoo
+from terramind_jax.decoding import PerTarget
 from terramind_jax.model import TerraMind
 from terramind_jax.scenes import feeding, journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
@@ -40,6 +41,7 @@ def run(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
+    steps: PerTarget[int] = 1,
     timesteps: int = 10,
     sampler: Sampler = "ddim",
     clip: Clip = "published",
@@ -73,11 +75,12 @@ def run(
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
+      steps: in which an image's tokens are drawn, see `decoding.generate_tokens`.
       timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
       tags: what the files say of some arguments instead, such as names without the folders of this machine.
-      **options: those of `decoding.generate_tokens`, such as steps and temperature.
+      **options: those of `decoding.generate_tokens`, such as temperature.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.
@@ -95,7 +98,7 @@ def run(
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
     diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
-    options |= dict(timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
+    options |= dict(steps=steps, timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)
     found = {name: paths for name, paths in found.items() if only is None or name in only}
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]

@@ -87,6 +87,7 @@ def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_s
     assert found.place == geo.Place(PLACE.crs, (160.0, 0, 500_000.0, 0, -160.0, 5_300_000.0), 7, 4)
     header = geo.read_header(path)
     assert header.descriptions[3] == "embedding 3" and np.isnan(header.nodata) and header.tags["terramind_jax_layer"] == "1"
+    assert header.tags["terramind_jax_scene"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
     assert table.crs.to_epsg() == 32633 and set(table.scene) == {"a"}
     assert table.geometry[0].bounds == (500_000, 5_300_000 - 480, 500_480, 5_300_000)
     assert table.geometry[5].bounds == (500_160, 5_300_000 - 1000, 500_590, 5_300_000 - 640)  # not over the edge
-    assert table.attrs["terramind_jax_pooling"] == pooling
+    assert table.attrs["terramind_jax_pooling"] == pooling and table.attrs["terramind_jax_scene"] == "a"
 
 
 def test_a_table_of_patches_is_the_raster(weights, tmp_path):

@@ -189,7 +189,9 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
         generate_scenes.run(**call)
     with pytest.raises(FileExistsError, match="holds the work of another command: its seed was 0, now it is 1"):
         generate_scenes.run(**call, seed=1)
-    with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
+    with pytest.raises(KeyboardInterrupt):
+        generate_scenes.run(**call, steps=1)  # the same one
+    with pytest.raises(FileExistsError, match="its steps was 1, now it is 2"):
         generate_scenes.run(**call, steps=2)
     monkeypatch.setattr(feeding.Network, "dtype", "bfloat16")  # as on another device
     with pytest.raises(FileExistsError, match='its dtype was "float32", now it is "bfloat16"'):
@@ -313,16 +315,21 @@ def test_the_spread_of_samples(weights, tmp_path):
 
 
 def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
-    elevation(tmp_path / "a.tif", TILE, TILE)
-    ndvi, lulc = generate_scenes.run(
-        weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
-    )
+    for name in ("scenes/a", "scenes/b"):
+        elevation(tmp_path / f"{name}.tif", TILE, TILE)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], seed=3, timesteps=4)
+    ndvi, lulc, other, _ = generate_scenes.run(**call, out=tmp_path / "out")
     tags = geo.read_header(ndvi).tags
-    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "dtype", "inputs", "version")}
+    found = {
+        name: tags[f"terramind_jax_{name}"]
+        for name in ("model", "seed", "steps", "timesteps", "weights_sha256", "dtype", "inputs", "version")
+    }
     assert found["dtype"] == "float32"
-    assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
-    assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
+    assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4" and found["steps"] == "1"
+    assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "scenes")} and len(found["weights_sha256"]) == 64
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
+    assert tags["terramind_jax_scene"] == "a" and geo.read_header(other).tags["terramind_jax_scene"] == "b"
+    assert "terramind_jax_scenes" not in tags  # which may be thousands
 
 
 def test_weights_are_known_by_their_bytes():

@@ -29,6 +29,11 @@ def test_another_command_names_what_differs(tmp_path, change, message):
         journal.start(tmp_path, COMMAND | change)
 
 
+def test_files_name_their_own_scene_of_a_command(tmp_path):
+    with journal.start(tmp_path, COMMAND | {"scenes": ["a", "b"]}) as done:
+        assert done.tags("b") == {f"terramind_jax_{name}": x for name, x in dict(seed="3", to='["NDVI"]', overlap="16", scene="b").items()}
+
+
 def test_an_error_before_anything_is_done_leaves_nothing(tmp_path):
     with pytest.raises(ValueError), journal.start(tmp_path, COMMAND):
         raise ValueError

@@ -131,7 +131,7 @@ def _write_raster(job: Job, work: Work, vectors: np.ndarray, path: Path) -> None
     transform = (a * PATCH, b * PATCH, c, d * PATCH, e * PATCH, f)
     place = geo.Place(work.scene.place.crs, transform, *vectors.shape[:2])
     bands = tuple(f"embedding {i}" for i in range(vectors.shape[2]))
-    layer = writing.Layer(place, bands, "float32", "", np.nan, job.journal.tags())
+    layer = writing.Layer(place, bands, "float32", "", np.nan, job.journal.tags(work.scene.name))
     part = job.journal.of_scene(work.scene.name) / "part.tif"
     writing.create(part, layer)
     for row in range(0, len(vectors), ROWS):
@@ -153,7 +153,7 @@ def _write_table(job: Job, work: Work, vectors: np.ndarray, path: Path) -> None:
         geometry=shapely.polygons(np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)),
         crs=place.crs or None,
     )
-    frame.attrs = job.journal.tags()
+    frame.attrs = job.journal.tags(work.scene.name)
     whole = job.journal.of_scene(work.scene.name) / path.name
     with writing.space(path):
         frame.to_parquet(whole)

@@ -189,10 +189,10 @@ def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
 
 
 def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
-    m = modalities.get(modalities.output_stream(name).modality, job.network.version)
+    m, tags = modalities.get(modalities.output_stream(name).modality, job.network.version), job.journal.tags(scene.name)
     if m.kind == "classes":
-        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, {**job.journal.tags(), "classes": ", ".join(m.classes)})
-    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, job.journal.tags())
+        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, tags | {"classes": ", ".join(m.classes)})
+    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, tags)
 
 
 def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:

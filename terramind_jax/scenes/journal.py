@@ -39,9 +39,10 @@ class Journal:
         self.done["/".join(piece)] = count
         self.save()
 
-    def tags(self) -> dict[str, str]:
-        """What a file is made from, for the file to say: the whole command."""
-        return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in self.command.items()}
+    def tags(self, scene: str) -> dict[str, str]:
+        """What a file of a scene is made from, for the file to say: the whole command, but of its scenes this one."""
+        told = {name: x for name, x in self.command.items() if name != "scenes"} | {"scene": scene}
+        return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in told.items()}
 
     def save(self) -> None:
         text = json.dumps({"command": self.command, "done": self.done}, indent=2)
