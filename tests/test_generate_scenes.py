@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import tracemalloc
@@ -15,7 +16,7 @@ import tqdm
 
 from terramind_jax import generate, generate_scenes, geo, modalities
 from terramind_jax.modalities import STREAMS
-from terramind_jax.scenes import feeding, generating, reading
+from terramind_jax.scenes import feeding, generating, reading, writing
 
 TILE = 48
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -175,6 +176,28 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bar
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]
+
+
+def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], samples=2)
+    whole = generate_scenes.run(**call, out=tmp_path / "whole")
+    written, write_rows = [], writing.write_rows
+
+    def fill(path, *rows):
+        written.append(path.name)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_rows(path, *rows)
+
+    monkeypatch.setattr(writing, "write_rows", fill)
+    with pytest.raises(OSError, match="No space left") as error:
+        generate_scenes.run(**call, out=tmp_path / "parts")
+    assert error.value.errno == errno.ENOSPC and written == ["NDVI.tif", "NDVI_std.tif"]
+    parts, tokens = generate_scenes.run(**call, out=tmp_path / "parts"), sum("only" in one for one in copies)
+    assert tokens == 2 * 2 * 2 * 3  # commands, targets, samples, rows of windows: those of the second were not drawn anew
+    for a, b in zip(whole, parts, strict=True):
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):

@@ -68,6 +68,25 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch, capsys, how)
     assert capsys.readouterr().err.startswith("error: The disk of ")
 
 
+@pytest.mark.parametrize("lost", [1000, 200_000])
+def test_a_copy_without_its_end_is_told_and_made_again(tmp_path, monkeypatch, lost):
+    """GDAL says nothing if what it writes when it closes a file finds no room."""
+    array, copy = np.random.default_rng(0).normal(size=(700, 600, 2)).astype(np.float32), rasterio.shutil.copy
+
+    def cut(source, path, **options):
+        copy(source, path, **options)
+        os.truncate(path, path.stat().st_size - lost)
+
+    with monkeypatch.context() as full:
+        full.setattr(rasterio.shutil, "copy", cut)
+        with pytest.raises(OSError, match="The disk of .* is full; make room, and the same command goes on") as error:
+            write(tmp_path, LAYER, array)
+    assert error.value.errno == errno.ENOSPC and not (tmp_path / "out" / "a.tif").exists()
+    writing.finish(tmp_path / "part.tif", tmp_path / "out" / "a.tif", LAYER)
+    assert (tmp_path / "out" / "a.tif").read_bytes() == write(tmp_path, LAYER, array).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("has_fallocate", [True, False])
 def test_an_array_on_disk_has_all_of_its_blocks(tmp_path, monkeypatch, has_fallocate):
     """Else a disk that fills up later would end the process with SIGBUS."""
