@@ -56,7 +56,8 @@ def run(
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
     window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
     of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
-    which is painted there, and in patches of which it has some, see `generate.generate`. Nothing that exists is replaced;
+    which is painted there, and in patches of which it has some, see `generate.generate`. All rasters of a folder are read before the first
+    scene is begun, so that one that cannot be is told at once. Nothing that exists is replaced;
     a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
     computes in another dtype.
 
