@@ -6,15 +6,20 @@ import dataclasses
 import errno
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
 
 import jax
+import launching
 import numpy as np
 import pytest
 import random_networks
 import tqdm
 
-from terramind_jax import generate, generate_scenes, geo, modalities
+from terramind_jax import cli, generate, generate_scenes, geo, modalities
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating, reading, writing
 
@@ -198,6 +203,48 @@ def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monk
     assert tokens == 2 * 2 * 2 * 3  # commands, targets, samples, rows of windows: those of the second were not drawn anew
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_kill_of_the_command_lose_nothing(tmp_path):
+    """In processes of its own, in the midst of a scene; what a user sees of both, and the same bytes in the end."""
+    random_networks.write_workdir(tmp_path / "model_of_mine", ("DEM",), ("NDVI", "LULC"), TILE)
+    elevation(tmp_path / "a.tif", 320, 320)
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    log = tmp_path / "log.txt"  # what a pipe would not hold
+
+    def start(out):
+        words = [f"--weights={tmp_path / 'model_of_mine'}", f"--input=DEM={tmp_path / 'a.tif'}", "--to=NDVI,LULC", f"--out={out}"]
+        command = [sys.executable, "-m", "terramind_jax", "generate", *words]
+        with open(log, "w") as said:
+            return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+
+    def finish(out):
+        assert start(out).wait(timeout=300) == 0, log.read_text()
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def is_begun(process, piece):
+        assert process.poll() is None, log.read_text()
+        journal = tmp_path / "parts" / "unfinished" / "journal.json"
+        return journal.exists() and json.loads(journal.read_text())["done"].get(piece)
+
+    ends = {}
+    for number, piece in ((signal.SIGINT, "a/NDVI/tokens"), (signal.SIGKILL, "a/NDVI/pixels")):
+        process = start(tmp_path / "parts")
+        try:
+            launching.wait_for(functools.partial(is_begun, process, piece), seconds=300)
+            process.send_signal(number)
+            ends[number] = process.wait(timeout=300)
+        finally:
+            process.kill()
+        said = log.read_text()
+        assert "Traceback" not in said and ("Stopped. What is done stays in" in said) == (number == signal.SIGINT)
+        assert not (tmp_path / "parts" / "a.png").exists()
+    assert ends == {signal.SIGINT: cli.STOPPED, signal.SIGKILL: -signal.SIGKILL}
+    whole, parts = finish(tmp_path / "whole"), finish(tmp_path / "parts")
+    assert sorted(whole) == ["LULC/a.tif", "NDVI/a.tif", "a.png"] and whole == parts
 
 
 def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
