@@ -54,10 +54,9 @@ def create(path: Path, layer: Layer) -> None:
             for i, name in enumerate(layer.bands, 1):
                 out.set_band_description(i, name)
                 out.set_band_unit(i, layer.unit)
+        # GDAL fills the file when it closes it, and says nothing if that fails.
         if path.stat().st_size < tiles * BLOCK**2 * len(layer.bands) * np.dtype(layer.dtype).itemsize:
-            raise OSError(
-                errno.ENOSPC, "The file is too short", str(path)
-            )  # GDAL fills it when it closes it, and says nothing of a failure
+            raise OSError(errno.ENOSPC, "The file is too short", str(path))
 
 
 def write_rows(path: Path, row: int, pixels: np.ndarray) -> None:
