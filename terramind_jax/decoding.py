@@ -124,6 +124,15 @@ def generate_tokens(
     return outputs
 
 
+def target_passes(
+    module: TerraMind, stream: Stream, *, steps: PerTarget[int] = 1, token_schedule: PerTarget[sampling.TokenSchedule] = "linear", **others
+) -> int:
+    """How often `generate_tokens` asks the network for one target at the model's own size, given the same options."""
+    if stream.kind == "sequence":
+        return stream.max_tokens - 1  # the first is the start token
+    return len(sampling.token_schedule(_option(token_schedule, stream.key), _option(steps, stream.key), module.config.grid**2))
+
+
 # ---- what is done when ----
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from terramind_jax import generate_scenes, modalities, sources, zoo
 from terramind_jax.model import Backbone, BackboneConfig
-from terramind_jax.scenes import embedding, journal, reading, windows
+from terramind_jax.scenes import embedding, feeding, journal, reading, windows
 from terramind_jax.scenes.embedding import Job, Pooling, embed_scene, output_path
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.reading import PATCH
@@ -78,11 +78,10 @@ def run(
     )
     with journal.start(out, command) as done:
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)
-        for scene, cut in zip(scenes, cuts, strict=True):
-            if not done.get(scene.name):
-                embed_scene(job, scene, cut)
-                done.finish_scene(scene.name)
-                print(f"{scene.name} -> {output_path(out, scene.name, format)}", flush=True)
+        for work in feeding.unfinished(scenes, cuts, done):
+            embed_scene(job, work)
+            done.finish_scene(work.scene.name)
+            print(f"{work.scene.name} -> {output_path(out, work.scene.name, format)}", flush=True)
     return written
 
 

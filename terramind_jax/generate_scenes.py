@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from terramind_jax import generate, geo, modalities, plot, sources, zoo
+from terramind_jax.decoding import PerTarget
 from terramind_jax.model import TerraMind
-from terramind_jax.scenes import journal, reading, windows
+from terramind_jax.scenes import feeding, journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
@@ -40,6 +41,7 @@ def run(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
+    steps: PerTarget[int] = 1,
     timesteps: int = 10,
     sampler: Sampler = "ddim",
     clip: Clip = "published",
@@ -54,7 +56,8 @@ def run(
     class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
     window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
     of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
-    which is painted in such patches where another input has data, see `generate.generate`. Nothing that exists is replaced;
+    which is painted in such patches where another input has data, see `generate.generate`. All rasters of a folder are read before the
+    first scene is begun, so that one that cannot be is told at once. Nothing that exists is replaced;
     a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
     computes in another dtype.
 
@@ -73,11 +76,12 @@ def run(
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
+      steps: in which an image's tokens are drawn, see `decoding.generate_tokens`.
       timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
       tags: what the files say of some arguments instead, such as names without the folders of this machine.
-      **options: those of `decoding.generate_tokens`, such as steps and temperature.
+      **options: those of `decoding.generate_tokens`, such as temperature.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.
@@ -85,6 +89,7 @@ def run(
     Raises:
       FileExistsError: an output exists already, or another command's unfinished work.
       FileNotFoundError: no model, tokenizer or raster where one is expected.
+      NotADirectoryError: `out` is a file.
       ValueError: unknown modalities, rasters of the wrong bands or grid, too small, or without any data.
       OSError: the disk is full (ENOSPC).
     """
@@ -94,7 +99,7 @@ def run(
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
     diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
-    options |= dict(timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
+    options |= dict(steps=steps, timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)
     found = {name: paths for name, paths in found.items() if only is None or name in only}
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
@@ -119,15 +124,15 @@ def run(
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
-        for scene, cut in zip(scenes, cuts, strict=True):
-            if not done.get(scene.name):
-                if not scene.place.crs:
-                    print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
-                generate_scene(job, scene, cut)
-                if quicklook:
-                    _draw(out, scene, to)
-                done.finish_scene(scene.name)
-                print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
+        for work in feeding.unfinished(scenes, cuts, done):
+            scene = work.scene
+            if not scene.place.crs:
+                print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
+            generate_scene(job, work)
+            if quicklook:
+                _draw(out, scene, to)
+            done.finish_scene(scene.name)
+            print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
     return written
 
 

@@ -9,10 +9,12 @@ import flax
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 from terramind_jax import cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
+from terramind_jax.scenes import embedding, reading
 
 TILE, DIM = 48, 16
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -85,6 +87,29 @@ def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_s
     assert found.place == geo.Place(PLACE.crs, (160.0, 0, 500_000.0, 0, -160.0, 5_300_000.0), 7, 4)
     header = geo.read_header(path)
     assert header.descriptions[3] == "embedding 3" and np.isnan(header.nodata) and header.tags["terramind_jax_layer"] == "1"
+    assert header.tags["terramind_jax_scene"] == "a"
+
+
+@pytest.mark.parametrize(
+    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
+)
+def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, means, monkeypatch, tmp_path, how, message):
+    (tmp_path / "scenes").mkdir()
+    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
+    elevation(a)
+    elevation(b, hole=np.s_[:] if how == "empty" else None)
+    if how == "cut":
+        b.write_bytes(b.read_bytes()[:-100])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
+    with monkeypatch.context() as without, pytest.raises(ValueError, match=message):
+        without.setattr(backbone, "features", None)
+        embed_scenes.run(**call)
+    assert not list((tmp_path / "out").iterdir())
+    b.unlink()  # which is another command
+    elevation(tmp_path / "scenes" / "c.tif")
+    measured, original = [], reading.measured
+    monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))
+    assert [path.stem for path in embed_scenes.run(**call)] == ["a", "c"] == measured
 
 
 def test_patches_without_data_have_no_embedding(weights, means, tmp_path):
@@ -109,6 +134,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
         left.pop()
         return original(*arguments)
 
+    class Bar(tqdm.tqdm):
+        def __exit__(self, *error):
+            bars.append((self.initial, self.n, self.total))
+            super().__exit__(*error)
+
+    bars = []
+    monkeypatch.setattr(embedding, "tqdm", Bar)
     monkeypatch.setattr(backbone, "features", stop)
     stops, parts = 0, None
     while parts is None:
@@ -118,6 +150,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
         except KeyboardInterrupt:
             stops += 1
     assert stops > 1 and parts[0].read_bytes() == whole.read_bytes()
+    assert bars[0][0] == 0 < bars[-1][0] and bars[-1][1:] == (10, 10) and all(n - first <= 7 for first, n, _ in bars)
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
 
 
@@ -138,7 +171,7 @@ def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
     assert table.crs.to_epsg() == 32633 and set(table.scene) == {"a"}
     assert table.geometry[0].bounds == (500_000, 5_300_000 - 480, 500_480, 5_300_000)
     assert table.geometry[5].bounds == (500_160, 5_300_000 - 1000, 500_590, 5_300_000 - 640)  # not over the edge
-    assert table.attrs["terramind_jax_pooling"] == pooling
+    assert table.attrs["terramind_jax_pooling"] == pooling and table.attrs["terramind_jax_scene"] == "a"
 
 
 def test_a_table_of_patches_is_the_raster(weights, tmp_path):
@@ -178,6 +211,13 @@ def test_errors_say_what_is_wrong(weights, tmp_path, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         embed_scenes.run(weights=weights, inputs={name: tmp_path / path for name, path in inputs.items()}, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="out is a file; expected a folder."):
+        embed_scenes.run(weights=tmp_path / "nowhere", inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
 
 
 def test_nothing_is_replaced(weights, means, tmp_path):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
 
 import jax
+import launching
 import numpy as np
 import pytest
 import random_networks
 import tqdm
 
-from terramind_jax import generate, generate_scenes, geo, modalities
+from terramind_jax import cli, generate, generate_scenes, geo, modalities
 from terramind_jax.modalities import STREAMS
-from terramind_jax.scenes import feeding, generating
+from terramind_jax.scenes import feeding, generating, reading, writing
 
 TILE = 48
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -112,7 +119,34 @@ def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, 
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def bars(monkeypatch):
+    """(first, last and total count) of the bars of scenes."""
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def __exit__(self, *error):
+            shown.append((self.initial, self.n, self.total))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(generating, "tqdm", Bar)
+    return shown
+
+
+def test_bars_count_passes_of_the_networks(weights, networks, copies, bars, tmp_path):
+    """So that the time left is right although a window's diffusion takes as long as that of many windows of tokens."""
+    elevation(tmp_path / "a.tif")
+    (module, variables), tokenizers = networks
+    ndvi, _ = tokenizers["NDVI"]
+    diffusing = ndvi.clone(config=dataclasses.replace(ndvi.config, decoder="unet"))
+    network = feeding.Network(module, variables, tokenizers | {"NDVI": (diffusing, {})})
+    call = dict(weights=weights, network=network, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", samples=2)
+    generate_scenes.run(**call, to=["NDVI", "LULC", "coords"], steps=4, timesteps=7, sampler="ddim")
+    total = 6 * 2 * (4 + 4 + 3 + 8 + 1)  # windows, samples; tokens of two images and a sequence; 7 timesteps of DDIM are 8; a ViT
+    assert bars == [(0, total, total)]
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bars, monkeypatch, tmp_path, capsys):
     def pixels(stream, ids, tokenizers, *, seed, at, **options):  # windows do not agree, so that blending shows which there were
         bands = 1 if stream.modality == "NDVI" else 10
         return np.stack([np.random.default_rng([seed, bands, *corner]).normal(size=(TILE, TILE, bands)) for corner in at])
@@ -121,6 +155,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
     elevation(tmp_path / "a.tif", hole=np.s_[70:, :20])
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], overlap=32, samples=2)
     whole = generate_scenes.run(**call, out=tmp_path / "whole")
+    bars.clear()
     left = []
 
     def stop(*args, original=None, **options):
@@ -129,13 +164,6 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
         left.pop()
         return original(*args, **options)
 
-    class Bar(tqdm.tqdm):
-        def __exit__(self, *error):
-            shown.append((self.n, self.total))
-            super().__exit__(*error)
-
-    shown = []
-    monkeypatch.setattr(generating, "tqdm", Bar)
     for where, name in ((generating, "generate_tokens"), (generate, "decode_output")):
         original = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, original=original, **options: stop(*args, original=original, **options))
@@ -148,10 +176,75 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, mon
             stops += 1
             assert "the same command goes on from there" in capsys.readouterr().out
     assert stops > 4
-    assert shown[-1] == (80, 80) and all(n < total for n, total in shown[:-1])  # windows with data, times passes, times samples
+    assert bars[-1][1:] == (80, 80) and all(n < total for _, n, total in bars[:-1])  # windows with data, times passes, times samples
+    assert all(n - first <= 7 * 2 for first, n, _ in bars) and bars[-1][0] > 60  # what a run did itself: 7 calls for 2 windows each
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]
+
+
+def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monkeypatch, tmp_path):
+    elevation(tmp_path / "a.tif")
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], samples=2)
+    whole = generate_scenes.run(**call, out=tmp_path / "whole")
+    written, write_rows = [], writing.write_rows
+
+    def fill(path, *rows):
+        written.append(path.name)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_rows(path, *rows)
+
+    monkeypatch.setattr(writing, "write_rows", fill)
+    with pytest.raises(OSError, match="No space left") as error:
+        generate_scenes.run(**call, out=tmp_path / "parts")
+    assert error.value.errno == errno.ENOSPC and written == ["NDVI.tif", "NDVI_std.tif"]
+    parts, tokens = generate_scenes.run(**call, out=tmp_path / "parts"), sum("only" in one for one in copies)
+    assert tokens == 2 * 2 * 2 * 3  # commands, targets, samples, rows of windows: those of the second were not drawn anew
+    for a, b in zip(whole, parts, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_kill_of_the_command_lose_nothing(tmp_path):
+    """In processes of its own, in the midst of a scene; what a user sees of both, and the same bytes in the end."""
+    random_networks.write_workdir(tmp_path / "model_of_mine", ("DEM",), ("NDVI", "LULC"), TILE)
+    elevation(tmp_path / "a.tif", 320, 320)
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    log = tmp_path / "log.txt"  # what a pipe would not hold
+
+    def start(out):
+        words = [f"--weights={tmp_path / 'model_of_mine'}", f"--input=DEM={tmp_path / 'a.tif'}", "--to=NDVI,LULC", f"--out={out}"]
+        command = [sys.executable, "-m", "terramind_jax", "generate", *words]
+        with open(log, "w") as said:
+            return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+
+    def finish(out):
+        assert start(out).wait(timeout=300) == 0, log.read_text()
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def is_begun(process, piece):
+        assert process.poll() is None, log.read_text()
+        journal = tmp_path / "parts" / "unfinished" / "journal.json"
+        return journal.exists() and json.loads(journal.read_text())["done"].get(piece)
+
+    ends = {}
+    for number, piece in ((signal.SIGINT, "a/NDVI/tokens"), (signal.SIGKILL, "a/NDVI/pixels")):
+        process = start(tmp_path / "parts")
+        try:
+            launching.wait_for(functools.partial(is_begun, process, piece), seconds=300)
+            process.send_signal(number)
+            ends[number] = process.wait(timeout=300)
+        finally:
+            process.kill()
+        said = log.read_text()
+        assert "Traceback" not in said and ("Stopped. What is done stays in" in said) == (number == signal.SIGINT)
+        assert not (tmp_path / "parts" / "a.png").exists()
+    assert ends == {signal.SIGINT: cli.STOPPED, signal.SIGKILL: -signal.SIGKILL}
+    whole, parts = finish(tmp_path / "whole"), finish(tmp_path / "parts")
+    assert sorted(whole) == ["LULC/a.tif", "NDVI/a.tif", "a.png"] and whole == parts
 
 
 def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
@@ -166,11 +259,34 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
         generate_scenes.run(**call)
     with pytest.raises(FileExistsError, match="holds the work of another command: its seed was 0, now it is 1"):
         generate_scenes.run(**call, seed=1)
-    with pytest.raises(FileExistsError, match="its steps was null, now it is 2"):
+    with pytest.raises(KeyboardInterrupt):
+        generate_scenes.run(**call, steps=1)  # the same one
+    with pytest.raises(FileExistsError, match="its steps was 1, now it is 2"):
         generate_scenes.run(**call, steps=2)
     monkeypatch.setattr(feeding.Network, "dtype", "bfloat16")  # as on another device
     with pytest.raises(FileExistsError, match='its dtype was "float32", now it is "bfloat16"'):
         generate_scenes.run(**call)
+
+
+@pytest.mark.parametrize(
+    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
+)
+def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, copies, monkeypatch, tmp_path, how, message):
+    (tmp_path / "scenes").mkdir()
+    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
+    elevation(a)
+    elevation(b, hole=np.s_[:] if how == "empty" else None)
+    if how == "cut":
+        b.write_bytes(b.read_bytes()[:-100])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI"], out=tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        generate_scenes.run(**call)
+    assert not copies and not list((tmp_path / "out").iterdir())
+    b.unlink()  # which is another command
+    elevation(tmp_path / "scenes" / "c.tif")
+    measured, original = [], reading.measured
+    monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))
+    assert [path.stem for path in generate_scenes.run(**call)] == ["a", "c"] == measured
 
 
 def test_no_data_stays_no_data(weights, copies, tmp_path):
@@ -269,16 +385,21 @@ def test_the_spread_of_samples(weights, tmp_path):
 
 
 def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
-    elevation(tmp_path / "a.tif", TILE, TILE)
-    ndvi, lulc = generate_scenes.run(
-        weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], out=tmp_path / "out", seed=3, timesteps=4
-    )
+    for name in ("scenes/a", "scenes/b"):
+        elevation(tmp_path / f"{name}.tif", TILE, TILE)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], seed=3, timesteps=4)
+    ndvi, lulc, other, _ = generate_scenes.run(**call, out=tmp_path / "out")
     tags = geo.read_header(ndvi).tags
-    found = {name: tags[f"terramind_jax_{name}"] for name in ("model", "seed", "timesteps", "weights_sha256", "dtype", "inputs", "version")}
+    found = {
+        name: tags[f"terramind_jax_{name}"]
+        for name in ("model", "seed", "steps", "timesteps", "weights_sha256", "dtype", "inputs", "version")
+    }
     assert found["dtype"] == "float32"
-    assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
-    assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
+    assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4" and found["steps"] == "1"
+    assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "scenes")} and len(found["weights_sha256"]) == 64
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
+    assert tags["terramind_jax_scene"] == "a" and geo.read_header(other).tags["terramind_jax_scene"] == "b"
+    assert "terramind_jax_scenes" not in tags  # which may be thousands
 
 
 def test_weights_are_known_by_their_bytes():
@@ -295,6 +416,13 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     several = generate_scenes.run(**call, out=tmp_path / "several")
     np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="out is a file; expected a folder."):
+        generate_scenes.run(weights=tmp_path / "nowhere", inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
 
 
 def test_nothing_is_replaced(weights, copies, tmp_path):

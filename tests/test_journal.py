@@ -29,6 +29,11 @@ def test_another_command_names_what_differs(tmp_path, change, message):
         journal.start(tmp_path, COMMAND | change)
 
 
+def test_files_name_their_own_scene_of_a_command(tmp_path):
+    with journal.start(tmp_path, COMMAND | {"scenes": ["a", "b"]}) as done:
+        assert done.tags("b") == {f"terramind_jax_{name}": x for name, x in dict(seed="3", to='["NDVI"]', overlap="16", scene="b").items()}
+
+
 def test_an_error_before_anything_is_done_leaves_nothing(tmp_path):
     with pytest.raises(ValueError), journal.start(tmp_path, COMMAND):
         raise ValueError
@@ -37,6 +42,14 @@ def test_an_error_before_anything_is_done_leaves_nothing(tmp_path):
         done.finish_scene("a")
         raise ValueError
     assert journal.start(tmp_path, COMMAND).get("a") == 1
+
+
+@pytest.mark.parametrize("inner", [".", "inner"])
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path, inner):
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="^.*/out is a file; expected a folder.$"):
+        journal.check_outputs(tmp_path / "out" / inner, [tmp_path / "out" / inner / "a.tif"])
+    journal.check_outputs(tmp_path / "new" / inner, [tmp_path / "new" / inner / "a.tif"])
 
 
 def test_outputs_may_be_there_only_if_a_stopped_command_made_them(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -66,6 +67,53 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch, capsys, how)
         writing.create(tmp_path / "a.tif", LAYER)
     assert error.value.errno == errno.ENOSPC and cli._told(error.value)
     assert capsys.readouterr().err.startswith("error: The disk of ")
+
+
+@contextlib.contextmanager
+def at_most(size):
+    """Files of `size` bytes at most: what is written beyond fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_without_its_blocks_is_told_at_once(tmp_path):
+    """Else its rows would be lost later, as GDAL fills it when it closes it and says nothing if that fails."""
+    with at_most(2_000_000), pytest.raises(OSError, match="The disk of .* is full") as error:
+        writing.create(tmp_path / "a.tif", LAYER)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_errors_of_a_copy_that_only_gdal_knows(tmp_path, monkeypatch):
+    writing.create(tmp_path / "part.tif", LAYER)
+    writing.write_rows(tmp_path / "part.tif", 0, np.random.default_rng(0).normal(size=(700, 600, 2)).astype(np.float32))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    with at_most(500_000), pytest.raises(OSError, match="The disk of .* is full"):
+        writing.finish(tmp_path / "part.tif", tmp_path / "a.tif", LAYER)
+    assert [p.name for p in tmp_path.iterdir() if ".cog" not in p.name] == ["part.tif"]
+
+
+@pytest.mark.parametrize("lost", [1000, 200_000])
+def test_a_copy_without_its_end_is_told_and_made_again(tmp_path, monkeypatch, lost):
+    """GDAL says nothing if what it writes when it closes a file finds no room."""
+    array, copy = np.random.default_rng(0).normal(size=(700, 600, 2)).astype(np.float32), rasterio.shutil.copy
+
+    def cut(source, path, **options):
+        copy(source, path, **options)
+        os.truncate(path, path.stat().st_size - lost)
+
+    with monkeypatch.context() as full:
+        full.setattr(rasterio.shutil, "copy", cut)
+        with pytest.raises(OSError, match="The disk of .* is full; make room, and the same command goes on") as error:
+            write(tmp_path, LAYER, array)
+    assert error.value.errno == errno.ENOSPC and not (tmp_path / "out" / "a.tif").exists()
+    writing.finish(tmp_path / "part.tif", tmp_path / "out" / "a.tif", LAYER)
+    assert (tmp_path / "out" / "a.tif").read_bytes() == write(tmp_path, LAYER, array).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("has_fallocate", [True, False])

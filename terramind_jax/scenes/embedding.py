@@ -17,11 +17,10 @@ from tqdm.auto import tqdm
 
 from terramind_jax import geo
 from terramind_jax.model import backbone
-from terramind_jax.scenes import feeding, reading, windows, writing
+from terramind_jax.scenes import feeding, progress, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Work
 from terramind_jax.scenes.journal import Journal
-from terramind_jax.scenes.reading import PATCH, Scene
-from terramind_jax.scenes.windows import Cut
+from terramind_jax.scenes.reading import PATCH
 
 Pooling = Literal["none", "mean", "max"]
 POOLINGS = ("none", "mean", "max")
@@ -46,10 +45,10 @@ def output_path(out: Path, scene: str, format: str) -> Path:
     return out / f"{scene}{FORMATS[format]}"
 
 
-def embed_scene(job: Job, scene: Scene, cut: Cut) -> None:
+def embed_scene(job: Job, work: Work) -> None:
     """Writes the embedding of one scene; goes on where the journal says."""
-    work, path = Work(scene, cut, reading.measured(scene, cut)), output_path(job.out, scene.name, job.format)
-    with tqdm(desc=scene.name, total=int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
+    path = output_path(job.out, work.scene.name, job.format)
+    with tqdm(desc=work.scene.name, total=int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
         vectors = _patches(job, work, bar) if job.pooling == "none" else _pooled(job, work, bar)
     if not path.exists():  # else it is finished since the last time
         (_write_raster if job.format == "geotiff" else _write_table)(job, work, vectors, path)
@@ -63,7 +62,7 @@ def _patches(job: Job, work: Work, bar: tqdm) -> np.ndarray:
     c, piece, dim = work.cut, (work.scene.name, "vectors"), job.network.module.config.dim
     done = job.journal.get(*piece)
     vectors = _on_disk(job, work, (*c.grid, dim))
-    bar.update(int(work.live[:done].sum()))
+    progress.resume(bar, int(work.live[:done].sum()))
     tiles = functools.partial(_tiles, job, work)
     for i, top, made in windows.joined(c, 1, lambda i: tiles(i, bar if i >= done else None), (1, c.grid[1], dim), done):
         made[0][~_there(work, top, made.shape[1])] = np.nan
@@ -85,7 +84,7 @@ def _pooled(job: Job, work: Work, bar: tqdm) -> np.ndarray:
     c, piece, dim = work.cut, (work.scene.name, "vectors"), job.network.module.config.dim
     done = job.journal.get(*piece)
     vectors = _on_disk(job, work, (*work.live.shape, dim))
-    bar.update(int(work.live[:done].sum()))
+    progress.resume(bar, int(work.live[:done].sum()))
     pool = {"mean": np.mean, "max": np.max}[job.pooling]
     for i in range(done, len(c.rows)):
         vectors[i], there = np.nan, _there(work, c.rows[i], c.size)
@@ -132,7 +131,7 @@ def _write_raster(job: Job, work: Work, vectors: np.ndarray, path: Path) -> None
     transform = (a * PATCH, b * PATCH, c, d * PATCH, e * PATCH, f)
     place = geo.Place(work.scene.place.crs, transform, *vectors.shape[:2])
     bands = tuple(f"embedding {i}" for i in range(vectors.shape[2]))
-    layer = writing.Layer(place, bands, "float32", "", np.nan, job.journal.tags())
+    layer = writing.Layer(place, bands, "float32", "", np.nan, job.journal.tags(work.scene.name))
     part = job.journal.of_scene(work.scene.name) / "part.tif"
     writing.create(part, layer)
     for row in range(0, len(vectors), ROWS):
@@ -154,7 +153,7 @@ def _write_table(job: Job, work: Work, vectors: np.ndarray, path: Path) -> None:
         geometry=shapely.polygons(np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)),
         crs=place.crs or None,
     )
-    frame.attrs = job.journal.tags()
+    frame.attrs = job.journal.tags(work.scene.name)
     whole = job.journal.of_scene(work.scene.name) / path.name
     with writing.space(path):
         frame.to_parquet(whole)

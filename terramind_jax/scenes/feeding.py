@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
 
 from terramind_jax import generate, geo
 from terramind_jax.model import Backbone, TerraMind
 from terramind_jax.scenes import reading
+from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
 
@@ -50,6 +52,13 @@ class Work:
     cut: Cut
     live: np.ndarray
     painted: Collection[str] = ()
+
+
+def unfinished(scenes: Sequence[Scene], cuts: Sequence[Cut], done: Journal) -> list[Work]:
+    """What is left to do of a command. All of it is read once, so that a raster that cannot be is told now and not after hours of work."""
+    todo = [(scene, cut) for scene, cut in zip(scenes, cuts, strict=True) if not done.get(scene.name)]
+    bar = tqdm(todo, desc="Reading", unit="scene", dynamic_ncols=True, disable=len(todo) < 2)
+    return [Work(scene, cut, reading.measured(scene, cut)) for scene, cut in bar]
 
 
 def spread(network: Network) -> Network:

@@ -18,14 +18,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from terramind_jax import coordinates, files, generate, modalities, sampling
-from terramind_jax.decoding import generate_tokens
+from terramind_jax.decoding import generate_tokens, target_passes
 from terramind_jax.draws import entropy, probabilities
 from terramind_jax.modalities import Stream
-from terramind_jax.scenes import feeding, reading, windows, writing
+from terramind_jax.scenes import feeding, progress, reading, windows, writing
 from terramind_jax.scenes.feeding import Network, Strip, Work
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
-from terramind_jax.scenes.windows import Cut
+from terramind_jax.tokenizer import diffusion
 
 NO_CLASS = 255  # no data, in class maps
 DECODING = ("timesteps", "sampler", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
@@ -45,14 +45,15 @@ class Job:
     journal: Journal
 
 
-def generate_scene(job: Job, scene: Scene, cut: Cut) -> None:
+def generate_scene(job: Job, work: Work) -> None:
     """Writes all targets of one scene; goes on where the journal says."""
     streams = {name: modalities.output_stream(name) for name in job.to}
     made = {s.modality for s in streams.values()}
-    painted = {name for name in scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
-    work = Work(scene, cut, reading.measured(scene, cut), painted)
-    passes = len({s.key for s in streams.values()}) + sum(s.kind != "sequence" for s in streams.values())
-    with tqdm(desc=scene.name, total=passes * job.samples * int(work.live.sum()), unit="window", dynamic_ncols=True) as bar:
+    painted = {name for name in work.scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
+    work = dataclasses.replace(work, painted=painted)
+    passes = sum(_token_passes(job, key) for key in {s.key for s in streams.values()})
+    passes += sum(_pixel_passes(job, name) for name, s in streams.items() if s.kind != "sequence")
+    with tqdm(desc=work.scene.name, total=passes * job.samples * int(work.live.sum()), unit="pass", dynamic_ncols=True) as bar:
         maps: dict[str, np.ndarray] = {}
         for name, stream in streams.items():
             if stream.key not in maps:
@@ -68,19 +69,35 @@ def output_paths(out: Path, scene: str, name: str, samples: int) -> list[Path]:
     return [out / folder / f"{scene}.tif" for folder in (name, f"{name}_std")[: 1 if samples == 1 else 2]]
 
 
+def _decoder_stream(job: Job, key: str) -> Stream:
+    return next(s for s in job.network.module.config.decoder if s.key == key)
+
+
+# ---- what a window costs: passes of a network ----
+
+
+def _token_passes(job: Job, key: str) -> int:
+    return target_passes(job.network.module, _decoder_stream(job, key), **job.options)
+
+
+def _pixel_passes(job: Job, name: str) -> int:
+    tokenizer, _ = job.network.tokenizers[modalities.output_stream(name).modality]
+    return diffusion.passes(tokenizer, job.options["timesteps"], job.options["sampler"])
+
+
 # ---- tokens ----
 
 
 def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray], bar: tqdm) -> np.ndarray:
     """The ids of one target, on disk, by sample: ``[h, w]`` int32 of an image, or ``[h, w, codebooks]``, ``[windows, L]`` of a sequence."""
     key, c = modalities.output_stream(name).key, work.cut
-    stream = next(s for s in job.network.module.config.decoder if s.key == key)
+    stream, passes = _decoder_stream(job, key), _token_passes(job, key)
     is_sequence = stream.kind == "sequence"
     shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else (*c.grid, *stream.codes)
     path, done = job.journal.of_scene(work.scene.name) / f"{name}.npy", job.journal.get(work.scene.name, name, "tokens")
     ids = writing.mapped(path, np.int32, (job.samples, *shape), goes_on=bool(done))
     owner = windows.owners(c, work.live)
-    bar.update(job.samples * int(work.live[:done].sum()))
+    progress.resume(bar, passes * job.samples * int(work.live[:done].sum()))
     for i in range(done, len(c.rows)):
         strip = feeding.read(work, i)
         for k, js in _batches(job, work, i):
@@ -92,7 +109,7 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
                 else:
                     mine = owner[c.window(i, j)] == number
                     ids[k][c.window(i, j)][mine] = new[mine]
-                bar.update()
+                bar.update(passes)
         with writing.space(path):
             ids.flush()
         job.journal.set(work.scene.name, name, "tokens", count=i + 1)
@@ -129,7 +146,7 @@ def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) ->
     if not done:
         for part, layer in zip(parts, layers, strict=True):
             writing.create(part, layer)
-    bar.update(job.samples * int(work.live[:done].sum()))
+    progress.resume(bar, _pixel_passes(job, name) * job.samples * int(work.live[:done].sum()))
     tokenizer = job.network.tokenizers[modalities.output_stream(name).modality][0]
     shape = job.samples, c.grid[1] * PATCH, tokenizer.config.channels
     decode = functools.partial(_decode, job, work, name, ids)
@@ -149,7 +166,7 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
     """The windows of a row, in physical units, of class maps probabilities."""
     network, stream = job.network, modalities.output_stream(name)
     options = {name: value for name, value in job.options.items() if name in DECODING}
-    is_class_map = network.tokenizers[stream.modality][0].config.is_class_map
+    is_class_map, passes = network.tokenizers[stream.modality][0].config.is_class_map, _pixel_passes(job, name)
     for k, js in _batches(job, work, i):
         tokens = network.put(np.stack([ids[k][work.cut.window(i, j)] for j in js]))
         how = dict(version=network.version, seed=_seeds(job.seed, job.samples)[k], at=work.cut.at(i, js), **options)
@@ -157,7 +174,7 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
         for j, image in zip(dict.fromkeys(js), images, strict=False):
             yield k, work.cut.columns[j] * PATCH, probabilities(image) if is_class_map else image
             if bar is not None:
-                bar.update()
+                bar.update(passes)
 
 
 def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
@@ -172,10 +189,10 @@ def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
 
 
 def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
-    m = modalities.get(modalities.output_stream(name).modality, job.network.version)
+    m, tags = modalities.get(modalities.output_stream(name).modality, job.network.version), job.journal.tags(scene.name)
     if m.kind == "classes":
-        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, {**job.journal.tags(), "classes": ", ".join(m.classes)})
-    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, job.journal.tags())
+        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, tags | {"classes": ", ".join(m.classes)})
+    return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, tags)
 
 
 def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:

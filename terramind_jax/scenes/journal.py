@@ -39,9 +39,10 @@ class Journal:
         self.done["/".join(piece)] = count
         self.save()
 
-    def tags(self) -> dict[str, str]:
-        """What a file is made from, for the file to say: the whole command."""
-        return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in self.command.items()}
+    def tags(self, scene: str) -> dict[str, str]:
+        """What a file of a scene is made from, for the file to say: the whole command, but of its scenes this one."""
+        told = {name: x for name, x in self.command.items() if name != "scenes"} | {"scene": scene}
+        return {f"terramind_jax_{name}": x if isinstance(x, str) else json.dumps(x) for name, x in told.items()}
 
     def save(self) -> None:
         text = json.dumps({"command": self.command, "done": self.done}, indent=2)
@@ -59,7 +60,13 @@ class Journal:
 
 
 def check_outputs(out: Path, outputs: Iterable[Path]) -> None:
-    """Raises FileExistsError if outputs are there already, unless a stopped command may have written them."""
+    """Raises FileExistsError if outputs are there already, unless a stopped command may have written them.
+
+    And NotADirectoryError if `out`, or a folder that it is to lie in, is a file.
+    """
+    deepest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not deepest.is_dir():
+        raise NotADirectoryError(f"{deepest} is a file; expected a folder.")
     there = [path for path in outputs if path.exists()]
     if not there or (out / FOLDER / "journal.json").is_file():
         return

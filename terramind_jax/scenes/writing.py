@@ -20,6 +20,7 @@ from rasterio.windows import Window
 
 from terramind_jax import geo
 
+BLOCK = 256  # pixels along the side of a tile of a file of `create`
 SPARE = 2**24  # bytes: a disk with fewer left is full
 CHUNK = 2**20  # bytes
 
@@ -44,13 +45,18 @@ def create(path: Path, layer: Layer) -> None:
     """An empty BigTIFF of the full size, so that what is written into it later survives a kill, and a full disk is told at once."""
     place = layer.place
     profile = dict(driver="GTiff", height=place.height, width=place.width, count=len(layer.bands), dtype=layer.dtype, nodata=layer.nodata)
-    profile |= dict(tiled=True, blockxsize=256, blockysize=256, bigtiff="yes")
+    profile |= dict(tiled=True, blockxsize=BLOCK, blockysize=BLOCK, bigtiff="yes")
     profile |= dict(crs=CRS.from_user_input(place.crs) if place.crs else None, transform=Affine(*place.transform))
-    with space(path), rasterio.open(path, "w", **profile) as out:
-        out.update_tags(**layer.tags)
-        for i, name in enumerate(layer.bands, 1):
-            out.set_band_description(i, name)
-            out.set_band_unit(i, layer.unit)
+    tiles = -(-place.height // BLOCK) * -(-place.width // BLOCK)
+    with space(path):
+        with rasterio.open(path, "w", **profile) as out:
+            out.update_tags(**layer.tags)
+            for i, name in enumerate(layer.bands, 1):
+                out.set_band_description(i, name)
+                out.set_band_unit(i, layer.unit)
+        # GDAL fills the file when it closes it, and says nothing if that fails.
+        if path.stat().st_size < tiles * BLOCK**2 * len(layer.bands) * np.dtype(layer.dtype).itemsize:
+            raise OSError(errno.ENOSPC, "The file is too short", str(path))
 
 
 def write_rows(path: Path, row: int, pixels: np.ndarray) -> None:
@@ -67,9 +73,25 @@ def finish(source: Path, path: Path, layer: Layer) -> None:
         # One thread: the order in which several write is not the same every time.
         options = dict(driver="COG", compress="DEFLATE", predictor="YES", overview_resampling=how, bigtiff="IF_SAFER", num_threads="1")
         rasterio.shutil.copy(source, whole, **options)
+        _check_whole(whole)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(whole, path)
     source.unlink()
+
+
+def _check_whole(path: Path) -> None:
+    """Reads the last pixel of all bands, and of all overviews: an OSError with ENOSPC if it is not there.
+
+    GDAL holds back what it writes until a file is closed, and nobody is told if the disk has no room for it then.
+    """
+    try:
+        with rasterio.open(path) as found:
+            overviews = range(len(found.overviews(1)))
+        for level in ({}, *({"overview_level": i} for i in overviews)):
+            with rasterio.open(path, **level) as found:
+                found.read(window=Window(found.width - 1, found.height - 1, 1, 1))
+    except rasterio.errors.RasterioError as error:
+        raise OSError(errno.ENOSPC, "The end of the file is missing", str(path)) from error
 
 
 def mapped(path: Path, dtype: type, shape: tuple[int, ...], *, goes_on: bool) -> np.memmap:
@@ -103,7 +125,7 @@ def space(path: Path) -> Iterator[None]:
     """Tells of a full disk, which GDAL reports as this or that, as an OSError with ENOSPC and one sentence."""
     try:
         yield
-    except (OSError, rasterio.errors.RasterioError) as error:
+    except Exception as error:  # some of GDAL's have no name in `rasterio.errors`
         left = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.exists())).free
         if getattr(error, "errno", None) == errno.ENOSPC or left < SPARE:
             full = OSError(f"The disk of {path.parent} is full; make room, and the same command goes on where it stopped.")

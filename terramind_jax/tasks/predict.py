@@ -135,7 +135,7 @@ def _how(task: Task, modality: str) -> Bands:
 def _write_map(task: Task, scene: Scene, cut: Cut, batch_size: int, done: Journal, path: Path) -> None:
     """One scene; goes on where the journal says."""
     is_classes = task.facts.task == "segmentation"
-    tags = {**done.tags(), **({"classes": ", ".join(task.facts.class_names)} if is_classes else {})}
+    tags = {**done.tags(scene.name), **({"classes": ", ".join(task.facts.class_names)} if is_classes else {})}
     how = ("class",), "uint8", "", NO_CLASS
     layer = writing.Layer(scene.place, *(how if is_classes else (("value",), "float32", "", np.nan)), tags)
     part, begun = done.of_scene(scene.name) / "part.tif", done.get(scene.name, "pixels")

@@ -71,6 +71,11 @@ def decode(
     return _denoise(variables, tokens, words, at, noise, steps, module=module, clip=check_clip(clip), noisy=sampler == "ddpm")
 
 
+def passes(module: Tokenizer, timesteps: int, sampler: Sampler) -> int:
+    """How often `decode` asks the network for an image, given the same options."""
+    return 1 if module.config.decoder == "vit" else len(plan(timesteps, sampler)[0])
+
+
 def image_shape(module: Tokenizer, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Shape of the image that tokens ``[B, h, w]`` decode to; a ValueError if the U-Net cannot halve its sides."""
     c = module.config
