@@ -40,8 +40,8 @@ def run(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
-    timesteps: int = 10,
-    sampler: Sampler = "ddim",
+    timesteps: int | None = None,
+    sampler: Sampler = "dpmpp",
     clip: Clip = "published",
     only: Collection[str] | None = None,
     network: Network | None = None,
@@ -73,7 +73,7 @@ def run(
         of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
-      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
+      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; the published sampler is ``sampler="ddim"``.
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
       tags: what the files say of some arguments instead, such as names without the folders of this machine.
@@ -93,6 +93,7 @@ def run(
     to = list(dict.fromkeys(modalities.output_stream(name).modality for name in to))  # S1 is S1GRD, and so are its files
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
+    timesteps = diffusion.steps_of(sampler, timesteps)  # files tell the number
     diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
     options |= dict(timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)

@@ -109,7 +109,7 @@ def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
     assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
     assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
     monkeypatch.setattr(reference, "check", lambda *given: None)
-    monkeypatch.setattr(reference, "load", lambda *given: types.SimpleNamespace(name="TerraTorch"))
+    monkeypatch.setattr(reference, "load", lambda *given, **options: types.SimpleNamespace(name="TerraTorch"))
     with pytest.raises(ValueError, match="a has 80 x 48 pixels; the reference is compared on scenes of one window, 32 x 32"):
         generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "b", reference=True)
 
@@ -120,7 +120,9 @@ def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
         (dict(name=None), "say with --model"),
         (dict(inputs=["DEM", "coords"]), "compare the reference without coords"),
         (dict(options={"steps": 4}), "--steps=1"),
-        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch's generation has no sampler"),
+        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch has the sampler 'ddim' alone, not 'dpmpp'"),
+        (dict(options={"clip": "none"}), "TerraTorch has the clip 'published' alone, not 'none'"),
+        (dict(options={"chained": False, "sampler": "ddim"}), "TerraTorch's generation has no chained"),
         ({}, r"needs TerraTorch \(pip install 'terramind_jax\[parity\]'\)"),
     ],
 )

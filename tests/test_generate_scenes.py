@@ -73,12 +73,13 @@ def elevation(path, height=100, width=59, seed=0, hole=None):
     return array
 
 
-def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0, "top_p": 0.5}])
+def test_one_window_is_what_generate_makes(weights, networks, tmp_path, options):
     array = elevation(tmp_path / "a.tif", TILE, TILE)
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
-    written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
+    written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5, **options)
     assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "coords/a.json", "LULC/a.tif"]
-    made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5)
+    made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5, **options)
     ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[2], "LULC")
     assert ndvi.dtype == np.float32 and lulc.dtype == np.uint8
     np.testing.assert_allclose(ndvi, made["NDVI"][0], atol=1e-4)
@@ -102,13 +103,13 @@ def test_files_bear_the_modality_s_own_name(weights, copies, tmp_path, capsys):
 def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
     elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
-    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5, sampler="dpmpp", clip="none")
+    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5, sampler="ddim", clip="none")
     np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
     np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
     assert geo.read(paths[0]).place == PLACE
     assert all(call["seed"] == 7 and len(call["at"]) == min(batch_size, 2) for call in copies)
     settings = {tuple(call.get(name) for name in ("steps", "timesteps", "sampler", "clip")) for call in copies}
-    assert settings == {(3, None, None, None), (None, 5, "dpmpp", "none")}
+    assert settings == {(3, None, None, None), (None, 5, "ddim", "none")}
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
@@ -279,6 +280,15 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
     assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4"
     assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "a.tif")} and len(found["weights_sha256"]) == 64
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, ("dpmpp", "12")), ({"sampler": "ddim"}, ("ddim", "50"))])
+def test_steps_that_nobody_asked_for_are_told(weights, copies, tmp_path, options, expected):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (path,) = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", **options)
+    tags = geo.read_header(path).tags
+    assert (tags["terramind_jax_sampler"], tags["terramind_jax_timesteps"]) == expected
+    assert {(call["sampler"], str(call["timesteps"])) for call in copies if "sampler" in call} == {expected}
 
 
 def test_weights_are_known_by_their_bytes():

@@ -15,12 +15,21 @@ from functools import partial
 from pathlib import Path
 
 from terramind_jax.cli import data, evaluate
-from terramind_jax.cli.arguments import LULC_CODES, accept_grain_workers, add, add_model, add_tokenizers, names, read_inputs, task_config
+from terramind_jax.cli.arguments import (
+    LULC_CODES,
+    accept_grain_workers,
+    add,
+    add_diffusion,
+    add_model,
+    add_tokenizers,
+    names,
+    read_diffusion,
+    read_inputs,
+    task_config,
+)
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # JAX's own: where compiled programs are kept
-SAMPLERS = ("ddim", "dpmpp", "ddpm")
-CLIPS = ("published", "none", "dynamic")
 STOPPED = 130  # what the shell reports for Ctrl-C
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
@@ -236,11 +245,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, in this order; each conditions the next")
     parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures; none that exists is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
-    text = "of a diffusion decoder: dpmpp needs a fraction of the steps of ddim, ddpm draws noise in every one; default: ddim"
-    parser.add_argument("--sampler", default="ddim", choices=SAMPLERS, help=text)
-    text = "limit of a diffusion decoder: published keeps outputs within one standard deviation of the mean; default: published"
-    parser.add_argument("--clip", default="published", choices=CLIPS, help=text)
+    add_diffusion(parser)
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
@@ -292,11 +297,9 @@ def _generate(parsed: argparse.Namespace) -> None:
         samples=parsed.samples,
         batch_size=parsed.batch_size,
         quicklook=parsed.quicklook,
-        timesteps=parsed.timesteps,
-        sampler=parsed.sampler,
-        clip=parsed.clip,
         steps=parsed.steps,
         temperature=parsed.temperature,
+        **read_diffusion(parsed),
     )
 
 

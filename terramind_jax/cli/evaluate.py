@@ -30,7 +30,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--clear", action="store_true", help="of shards: only pixels that the cloud mask calls clear count")
     text = "TerraTorch generates the same with the same weights (extra parity); needs --model"
     parser.add_argument("--reference", action="store_true", help=text)
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
+    parser.add_argument("--timesteps", type=int, help="steps of a diffusion decoder; default: 10, with --reference 50")
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
     parser = _add_protocol(protocols, "knn", "classify the images of a data set by their nearest neighbours' labels", _knn)
