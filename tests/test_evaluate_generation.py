@@ -11,7 +11,7 @@ import pytest
 import random_networks
 import tiny_run
 
-from terramind_jax import cli, generate_scenes, geo, metrics
+from terramind_jax import cli, generate, generate_scenes, geo, metrics
 from terramind_jax.data import clouds
 from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.evaluation import generation, geolocate, reference, scores
@@ -66,6 +66,24 @@ def test_shards(weights, trained, tmp_path, capsys):
     assert f"| LULC | {metrics.mean_iou(total):.3f} |" in (out / "report.md").read_text()
     assert cli.main(command) == 2
     assert f"{out} exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"timesteps": 12, "sampler": "dpmpp", "clip": "published"}),
+        (["--sampler=ddim"], {"timesteps": 50, "sampler": "ddim", "clip": "published"}),
+        (["--sampler=ddpm", "--timesteps=3", "--clip=none"], {"timesteps": 3, "sampler": "ddpm", "clip": "none"}),
+    ],
+)
+def test_how_images_are_decoded_is_passed_on_and_told(weights, monkeypatch, tmp_path, arguments, expected):
+    seen, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *given, **options: seen.append(options) or decode(*given, **options))
+    root, out = tiny_run.write_shards(tmp_path / "shards", tokens=False), tmp_path / "out"
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", f"--out={out}", "--limit=1"]
+    assert cli.main([*command, *arguments]) == 0
+    assert seen and all(options[name] == value for options in seen for name, value in expected.items())
+    assert ", ".join(f"{name} {value}" for name, value in expected.items()) in (out / "report.md").read_text()
 
 
 def test_clear_pixels_of_shards(weights, tmp_path, capsys):
