@@ -13,6 +13,7 @@ import pytest
 from terramind_jax import cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
+from terramind_jax.scenes import feeding
 
 TILE, DIM = 48, 16
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -119,6 +120,24 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
             stops += 1
     assert stops > 1 and parts[0].read_bytes() == whole.read_bytes()
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
+
+
+def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
+    """A row of windows is no multiple of the devices."""
+    elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, overlap=32)
+    (one,) = embed_scenes.run(**call, out=tmp_path / "one")
+    parts, original = [], backbone.features
+
+    def features(module, variables, values):
+        parts.append({len(x.sharding.device_set) for x in values.values()})
+        return original(module, variables, values)
+
+    monkeypatch.setattr(backbone, "features", features)
+    monkeypatch.setattr(embed_scenes, "spread", feeding.spread)
+    (several,) = embed_scenes.run(**call, out=tmp_path / "several")
+    assert jax.local_device_count() > 1 and parts and all(of == {jax.local_device_count()} for of in parts)
+    np.testing.assert_allclose(geo.read(several), geo.read(one), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling, pool", [("mean", np.mean), ("max", np.max)])
