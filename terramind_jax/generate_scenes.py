@@ -77,7 +77,7 @@ def run(
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
       tags: what the files say of some arguments instead, such as names without the folders of this machine.
-      **options: those of `decoding.generate_tokens`, such as steps and temperature.
+      **options: those of `decoding.generate_tokens`, such as steps, temperature, top_p and guidance_scale.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.

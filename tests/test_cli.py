@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 import tiny_run
 
-from terramind_jax import cli, generate_scenes
+from terramind_jax import cli, decoding, generate_scenes
 from terramind_jax.cli import arguments
 from terramind_jax.tokenizer import diffusion
 
@@ -131,14 +131,15 @@ LINE = "generate --model=terramind_v1_base_generate --weights=W --input S2L2A=sc
     [
         ("", {}),
         (
-            "--samples=3 --overlap=32 --clip=none --sampler=ddim --temperature=0",
-            dict(samples=3, overlap=32, clip="none", sampler="ddim", temperature=0.0),
+            "--samples=3 --overlap=32 --clip=none --sampler=ddim --temperature=0 --top_p=0.5 --guidance_scale=2",
+            dict(samples=3, overlap=32, clip="none", sampler="ddim", temperature=0.0, top_p=0.5, guidance_scale=2.0),
         ),
     ],
 )
 def test_generate_passes_its_arguments_on(more, changes, monkeypatch, tmp_path):
     """The line as users type it; what it does not name is left to the function, or has the function's own default."""
-    seen, defaults = {}, {name: p.default for name, p in inspect.signature(generate_scenes.run).parameters.items()}
+    parameters = {**inspect.signature(decoding.generate_tokens).parameters, **inspect.signature(generate_scenes.run).parameters}
+    seen, defaults = {}, {name: parameter.default for name, parameter in parameters.items()}
     monkeypatch.setattr(generate_scenes, "run", lambda **arguments: seen.update(arguments))
     monkeypatch.chdir(tmp_path)
     Path("scene.tif").touch()
@@ -146,8 +147,7 @@ def test_generate_passes_its_arguments_on(more, changes, monkeypatch, tmp_path):
     asked = dict(model="terramind_v1_base_generate", weights="W", inputs={"S2L2A": "scene.tif"}, to=["S1GRD", "LULC"], out="DIR")
     asked |= dict(seed=0, timesteps=10, **changes)
     assert {name: seen[name] for name in asked} == asked
-    own = {"steps": 1, "temperature": 1.0}  # of `decoding.generate_tokens`
-    assert {name: value for name, value in seen.items() if name not in asked and value != {**defaults, **own}[name]} == {}
+    assert {name: value for name, value in seen.items() if name not in asked and value != defaults[name]} == {}
     with pytest.raises(ValueError, match="twice"):
         arguments.read_inputs(["DEM=scene.tif", "DEM=scene.tif"])
 

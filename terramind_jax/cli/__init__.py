@@ -248,6 +248,10 @@ def _add_generate(commands) -> None:
     add_diffusion(parser)
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+    text = "tokens are drawn among the most likely ones that have this probability together, 0: among all; default: 0.8"
+    parser.add_argument("--top_p", type=float, default=0.8, help=text)
+    text = "beyond 1 what the inputs tell counts more than the model says, which takes a second pass without them; default: 1"
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help=text)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
     _add_windows(parser)
     parser.add_argument("--no-quicklook", dest="quicklook", action="store_false", help="draw no picture")
@@ -299,6 +303,8 @@ def _generate(parsed: argparse.Namespace) -> None:
         quicklook=parsed.quicklook,
         steps=parsed.steps,
         temperature=parsed.temperature,
+        top_p=parsed.top_p,
+        guidance_scale=parsed.guidance_scale,
         **read_diffusion(parsed),
     )
 
