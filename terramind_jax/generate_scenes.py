@@ -35,6 +35,7 @@ def run(
     tokenizers: str | os.PathLike | None = None,
     model: str | None = None,
     lulc_codes: str | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     overlap: int | None = None,
     samples: int = 1,
@@ -66,6 +67,8 @@ def run(
       tokenizers: folder with one tokenizer a modality; by default ``tokenizers`` in or beside `weights`.
       model: name of a released model, such as ``terramind_v1_base``; a work directory knows what it is.
       lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
+      bands: which bands a file has, by input, in its order, where it lacks some of the modality's; Sentinel-2's may be named B01 ... B12.
+        The others are filled from their neighbours in wavelength, see `bands.fill_missing`.
       seed: of all that is drawn. A pixel's draws depend on it and on the place in the scene. What is made of them rounds differently with
         the number of windows at once and of devices, see `decoding.generate_tokens`.
       overlap: pixels that neighbouring windows share, a multiple of 16; None: half a window.
@@ -90,6 +93,7 @@ def run(
     """
     sources.declare(workdir(weights))
     check_names(inputs, to, lulc_codes)
+    bands = reading.known_bands(inputs, bands)
     to = list(dict.fromkeys(modalities.output_stream(name).modality for name in to))  # S1 is S1GRD, and so are its files
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
@@ -101,7 +105,7 @@ def run(
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []
     journal.check_outputs(out, [*written, *pictures])
-    scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
+    scenes = [reading.open_scene(name, paths, lulc_codes, bands) for name, paths in found.items()]
     network = network or load_network(weights, model, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers, visible=inputs)  # where they have data
     side = network.module.config.image_size
@@ -116,7 +120,8 @@ def run(
         dtype=network.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
-        **dict(to=list(to), lulc_codes=lulc_codes, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size, **options),
+        **dict(to=list(to), lulc_codes=lulc_codes, bands=bands, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size),
+        **options,
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)

@@ -131,8 +131,17 @@ LINE = "generate --model=terramind_v1_base_generate --weights=W --input S2L2A=sc
     [
         ("", {}),
         (
-            "--samples=3 --overlap=32 --clip=none --sampler=ddim --temperature=0 --top_p=0.5 --guidance_scale=2",
-            dict(samples=3, overlap=32, clip="none", sampler="ddim", temperature=0.0, top_p=0.5, guidance_scale=2.0),
+            "--samples=3 --overlap=32 --clip=none --sampler=ddim --temperature=0 --top_p=0.5 --guidance_scale=2 --bands S2L2A=B02,B03",
+            dict(
+                bands={"S2L2A": ["B02", "B03"]},
+                samples=3,
+                overlap=32,
+                clip="none",
+                sampler="ddim",
+                temperature=0.0,
+                top_p=0.5,
+                guidance_scale=2.0,
+            ),
         ),
     ],
 )
@@ -145,11 +154,14 @@ def test_generate_passes_its_arguments_on(more, changes, monkeypatch, tmp_path):
     Path("scene.tif").touch()
     assert cli.main(f"{LINE} {more}".split()) == 0
     asked = dict(model="terramind_v1_base_generate", weights="W", inputs={"S2L2A": "scene.tif"}, to=["S1GRD", "LULC"], out="DIR")
-    asked |= dict(seed=0, timesteps=10, **changes)
+    asked |= dict(seed=0, timesteps=10, bands={}) | changes
     assert {name: seen[name] for name in asked} == asked
     assert {name: value for name, value in seen.items() if name not in asked and value != defaults[name]} == {}
     with pytest.raises(ValueError, match="twice"):
         arguments.read_inputs(["DEM=scene.tif", "DEM=scene.tif"])
+    for pairs, message in ((["S2L2A"], "--bands takes MODALITY=A,B"), (["S2L2A=,"], "--bands takes"), (["S2L2A=B02"] * 2, "twice")):
+        with pytest.raises(ValueError, match=message):
+            arguments.read_bands(pairs)
 
 
 def test_what_the_command_line_says_of_samplers_is_so():

@@ -88,6 +88,22 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path, options)
     assert (tmp_path / "out" / "a.png").is_file() and not (tmp_path / "out" / "unfinished").exists()
 
 
+def test_a_file_of_some_bands_is_filled_as_in_python(monkeypatch, tmp_path):
+    given = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+    names = [band for band in modalities.S2L2A_BANDS if band not in ("COASTAL_AEROSOL", "WATER_VAPOR")]
+    trained = random_networks.build((STREAMS["untok_sen2l2a@224"],), (STREAMS["tok_ndvi@224"],), TILE)
+    tokenizers = random_networks.build_tokenizers("NDVI", image_size=TILE)
+    weights = random_networks.as_workdir(monkeypatch, tmp_path / "weights", trained, tokenizers)
+    array = np.random.default_rng(0).integers(1, 6000, (TILE, TILE, 10)).astype(np.uint16)
+    geo.write(tmp_path / "a.tif", array, like=geo.Place(PLACE.crs, PLACE.transform, TILE, TILE))
+    call = dict(weights=weights, inputs={"S2L2A": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+    (path,) = generate_scenes.run(**call, bands={"S2L2A": given})
+    made = generate.generate(*trained, tokenizers, {"S2L2A": array[None]}, ["NDVI"], seed=0, bands={"S2L2A": names})
+    np.testing.assert_allclose(geo.read(path), made["NDVI"][0], atol=1e-4)
+    assert json.loads(geo.read_header(path).tags["terramind_jax_bands"]) == {"S2L2A": names}
+    assert (tmp_path / "out" / "a.png").is_file()
+
+
 def test_files_bear_the_modality_s_own_name(weights, copies, tmp_path, capsys):
     """Whatever the reference's rules take for it; named twice it is made once."""
     elevation(tmp_path / "a.tif")

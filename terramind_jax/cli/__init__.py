@@ -23,6 +23,7 @@ from terramind_jax.cli.arguments import (
     add_model,
     add_tokenizers,
     names,
+    read_bands,
     read_diffusion,
     read_inputs,
     task_config,
@@ -273,6 +274,8 @@ def _add_scenes(parser: argparse.ArgumentParser) -> None:
 def _add_windows(parser: argparse.ArgumentParser) -> None:
     _add_overlap(parser)
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
+    text = "bands of an input's file, in its order, if it lacks some, which are filled from their neighbours; repeat for more"
+    parser.add_argument("--bands", action="append", default=[], metavar="MODALITY=A,B", help=text)
 
 
 def _add_overlap(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +299,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         tokenizers=parsed.tokenizers,
         model=parsed.model,
         lulc_codes=parsed.lulc_codes,
+        bands=read_bands(parsed.bands),
         seed=parsed.seed,
         overlap=parsed.overlap,
         samples=parsed.samples,
@@ -327,7 +331,7 @@ def _embed(parsed: argparse.Namespace) -> None:
     from terramind_jax import embed_scenes
 
     same = ("weights", "out", "tokenizers", "model", "layer", "pooling", "format", "lulc_codes", "overlap", "batch_size")
-    embed_scenes.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
+    embed_scenes.run(inputs=inputs, bands=read_bands(parsed.bands), **{name: getattr(parsed, name) for name in same})
 
 
 def _add_predict(commands) -> None:

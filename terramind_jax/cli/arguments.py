@@ -76,6 +76,19 @@ def read_inputs(pairs: Sequence[str]) -> dict[str, str]:
     return inputs
 
 
+def read_bands(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """``["S2L2A=B02,B03"]`` -> ``{"S2L2A": ["B02", "B03"]}``."""
+    bands = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name or not names(text):
+            raise ValueError(f"--bands takes MODALITY=A,B, such as S2L2A=B02,B03,B04, not {pair!r}.")
+        if name in bands:
+            raise ValueError(f"--bands names {name} twice.")
+        bands[name] = names(text)
+    return bands
+
+
 def task_config(parsed: argparse.Namespace):
     """The configuration of a fine-tuning, ours or TerraTorch's; what has no equivalent is told."""
     from terramind_jax import config
