@@ -5,7 +5,8 @@
 
 Takes the folder of a quickstart, or a work directory with its tokenizers beside it. The tile is of the run's own held-out shards, or of
 GeoTIFFs TILES/MODALITY/NAME.tif, of which the upper left window is taken: real tiles show what a model of the embedded world makes of them.
-Tokens are drawn at temperature 0. Elevations are drawn with the range of the true tile, each about its own level, which its scale tells.
+Tokens are drawn at temperature 0 and decoded by 10 steps of DDIM. Elevations are drawn with the range of the true tile, each about its own
+level, which its scale tells.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def of_folder(data: Path, name: str | None, names: Sequence[str], side: int, lul
 def from_one(network: Network, source: str, image: np.ndarray, outputs: Sequence[str]) -> Images:
     """Each output from one input alone."""
     what = network.module, network.variables, network.tokenizers, {source: image[None]}, outputs
-    return {m: x[0] for m, x in generate.generate(*what, seed=0, temperature=0.0, chained=False).items()}
+    how = dict(seed=0, temperature=0.0, chained=False, timesteps=10, sampler="ddim")
+    return {m: x[0] for m, x in generate.generate(*what, **how).items()}
 
 
 def cells(tile: Images, made: Mapping[str, Images], outputs: Sequence[str]) -> dict[str, np.ndarray | None]:

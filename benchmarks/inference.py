@@ -32,6 +32,7 @@ PARITY = Path(__file__).parent.parent / "tests" / "parity"
 TARGETS = ["S1GRD", "LULC", "DEM", "NDVI"]
 THOUGHTS = ["LULC", "NDVI"]
 STEPS = 10  # of a diffusion decoder
+DIFFUSION = dict(timesteps=STEPS, sampler="ddim")  # TerraTorch has no other sampler
 DTYPES = ("auto", "float32", "bfloat16")
 
 CASES = {
@@ -67,13 +68,13 @@ def called(work: str, batch: int, size: int, dtype: str) -> Callable[[], object]
         return lambda: model(x)
     if work == "generate":
         model = tm.load("terramind_v1_base_generate", "random", dtype=dtype, modalities=["S2L2A"], output_modalities=TARGETS)
-        return lambda: model.generate({"S2L2A": x["S2L2A"]}, timesteps=STEPS)
+        return lambda: model.generate({"S2L2A": x["S2L2A"]}, **DIFFUSION)
     if work == "think":
         model = tm.load("terramind_v1_base_tim", "random", dtype=dtype, modalities=["S2L2A"], tim_modalities=THOUGHTS)
         return lambda: model({"S2L2A": x["S2L2A"]})
     model = tm.load("terramind_v1_tokenizer_s2l2a", "random", dtype=dtype)
     tokens = np.random.default_rng(1).integers(0, model.module.config.codebook_size, (batch, size // 16, size // 16))
-    return (lambda: model.encode(x["S2L2A"])) if work == "encode" else (lambda: model.decode(tokens, timesteps=STEPS))
+    return (lambda: model.encode(x["S2L2A"])) if work == "encode" else (lambda: model.decode(tokens, **DIFFUSION))
 
 
 def peers(work: str, batch: int, size: int, dtype: str) -> Callable[[], object]:

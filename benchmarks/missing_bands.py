@@ -91,7 +91,7 @@ def distances(weights: Path, modality: str, images: Sequence[np.ndarray], missin
     some, given = without(modality, whole, missing)
 
     def make(x: np.ndarray, seed: int = 0, **filling) -> dict[str, np.ndarray]:
-        how = dict(seed=seed, standardize=False, chained=False, **filling)
+        how = dict(seed=seed, standardize=False, chained=False, timesteps=10, sampler="ddim", **filling)
         return generate.generate(module, variables, tokenizers, {modality: x}, outputs, **how)
 
     expected = make(whole)

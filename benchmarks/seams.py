@@ -35,7 +35,8 @@ DECODERS = {"S1GRD": "unet", "DEM": "unet", "LULC": "vit"}  # classes have no di
 LEVELS = {"S1GRD": 12}  # as the quickstart has it
 PRETRAINING = 800  # steps
 WINDOW, STRIDE, DELTA = 224, 192, 8  # TerraTorch's; the first is the models'
-PATCH, TIMESTEPS, BATCH = reading.PATCH, 10, 8
+PATCH, BATCH = reading.PATCH, 8
+DIFFUSION = dict(timesteps=10, sampler="ddim")  # TerraTorch's sampler
 OURS = "overlapping, shared noise and tokens"
 PLACE = (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_300_000.0)
 HEAD = "| modality | windows | jump at borders of windows | at others of tokens | ratio | seconds |\n|---|---|---|---|---|---|"
@@ -57,7 +58,7 @@ def main() -> None:
     to = arguments.to.split(",")
     train(arguments.out, to, arguments.steps, arguments.batch_size)
     trained = f"tokenizers trained for {arguments.steps} steps of {arguments.batch_size} tiles"
-    text = [f"Scene of {arguments.side} x {arguments.side} pixels, {TIMESTEPS} steps, {trained}; {where()}.", "", HEAD]
+    text = [f"Scene of {arguments.side} x {arguments.side} pixels, {DIFFUSION['timesteps']} steps of DDIM, {trained}; {where()}.", "", HEAD]
     for line in seams(arguments.out, arguments.side, to):
         print(line, flush=True)
         text.append(line)
@@ -174,7 +175,7 @@ def starts(side: int, stride: int) -> list[int]:
 
 
 def ours(out: Path, path: Path, to: Sequence[str]) -> dict[str, np.ndarray]:
-    call = dict(weights=out / "model", tokenizers=out / "tokenizers", inputs={"S2L2A": path}, to=to, timesteps=TIMESTEPS)
+    call = dict(weights=out / "model", tokenizers=out / "tokenizers", inputs={"S2L2A": path}, to=to, **DIFFUSION)
     folder = out / f"ours_{time.time_ns()}"
     written = generate_scenes.run(**call, out=folder)
     return {name: np.asarray(geo.read(p)) for name, p in zip(to, written, strict=True)}
@@ -205,7 +206,7 @@ def joined(network: Network, stored: np.ndarray, to: Sequence[str], stride: int,
         images = np.stack([stored[r : r + WINDOW, c : c + WINDOW] for r, c in batch + batch[-1:] * (BATCH - len(batch))])
         seeds = np.arange(begin, begin + BATCH)
         what = (network.module, network.variables, network.tokenizers, {"S2L2A": images}, to)
-        made = generate.generate(*what, seed=seeds, timesteps=TIMESTEPS)
+        made = generate.generate(*what, seed=seeds, **DIFFUSION)
         for i, (r, c) in enumerate(batch):
             part = np.s_[r : r + WINDOW, c : c + WINDOW]
             weights[part] = 1 if weight is None else weights[part] + weight[..., None]

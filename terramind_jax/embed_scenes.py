@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def run(
     pooling: Pooling = "none",
     format: str = "geotiff",
     lulc_codes: str | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
     overlap: int | None = None,
     batch_size: int = generate_scenes.BATCH_SIZE,
 ) -> list[Path]:
@@ -40,7 +41,7 @@ def run(
     stopped goes on with the same arguments, as in `generate_scenes.run`.
 
     Args:
-      weights, inputs, tokenizers, model, lulc_codes, batch_size: as of `generate_scenes.run`. At least one input is an image.
+      weights, inputs, tokenizers, model, lulc_codes, bands, batch_size: as of `generate_scenes.run`. At least one input is an image.
       layer: which of the encoder's layers, 0 the first, -1 the last, which alone is normalised.
       pooling: ``none`` gives a vector a patch, in the weighted mean of the windows that see it; ``mean`` and ``max`` one a window, over
         its patches with data, and only as a table.
@@ -54,11 +55,12 @@ def run(
     """
     sources.declare(generate_scenes.workdir(weights))
     reading.check_names(inputs, lulc_codes)
+    bands = reading.known_bands(inputs, bands)
     _check(inputs, pooling, format, batch_size)
     found, out = reading.find(inputs), Path(out)
     written = [output_path(out, scene, format) for scene in found]
     journal.check_outputs(out, written)
-    scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
+    scenes = [reading.open_scene(name, paths, lulc_codes, bands) for name, paths in found.items()]
     network = load_network(weights, model, inputs, tokenizers)
     depth, side = network.module.config.encoder_depth, network.module.config.image_size
     if not -depth <= layer < depth:
@@ -74,7 +76,8 @@ def run(
         dtype=network.dtype,
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
-        **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, overlap=overlap, batch_size=batch_size),
+        **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, bands=bands),
+        **dict(overlap=overlap, batch_size=batch_size),
     )
     with journal.start(out, command) as done:
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)

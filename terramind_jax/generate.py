@@ -74,9 +74,9 @@ def generate(
     bands: Mapping[str, Sequence[str]] | None = None,
     fill_bands: FillBands = "neighbours",
     visible: Mapping[str, np.ndarray] | None = None,
-    timesteps: int = 10,
+    timesteps: int | None = None,
     noise: Mapping[str, np.ndarray] | None = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = "dpmpp",
     clip: Clip = "published",
     at: np.ndarray | None = None,
     **options: Any,
@@ -97,6 +97,7 @@ def generate(
         the mean, or class 0. Such an input may be an output, too, which repaints it: one that enters as pixels (S2L2A, S1GRD, DEM) as a
         whole, of one that enters as tokens (LULC, NDVI) the patches that are not seen, and the tokens of the others stay.
       timesteps, noise, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; `noise` ``[B, S, S, C]`` by output.
+        The published sampler is ``sampler="ddim"``.
       at: ``[B, 2]``, row and column of an image's first patch of 16 pixels on its scene's grid. Windows of a scene with one seed then share
         all random material where they overlap.
       **options: those of `decoding.generate_tokens`; mappings are keyed by the names in `outputs`.

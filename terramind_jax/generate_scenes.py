@@ -36,14 +36,15 @@ def run(
     tokenizers: str | os.PathLike | None = None,
     model: str | None = None,
     lulc_codes: str | None = None,
+    bands: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     overlap: int | None = None,
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     quicklook: bool = True,
     steps: PerTarget[int] = 1,
-    timesteps: int = 10,
-    sampler: Sampler = "ddim",
+    timesteps: int | None = None,
+    sampler: Sampler = "dpmpp",
     clip: Clip = "published",
     only: Collection[str] | None = None,
     network: Network | None = None,
@@ -69,6 +70,8 @@ def run(
       tokenizers: folder with one tokenizer a modality; by default ``tokenizers`` in or beside `weights`.
       model: name of a released model, such as ``terramind_v1_base``; a work directory knows what it is.
       lulc_codes: what the codes of land-cover rasters mean, see `data.pack.LULC_CODES`; needed if LULC is an input.
+      bands: which bands a file has, by input, in its order, where it lacks some of the modality's; Sentinel-2's may be named B01 ... B12.
+        The others are filled from their neighbours in wavelength, see `bands.fill_missing`.
       seed: of all that is drawn. A pixel's draws depend on it and on the place in the scene. What is made of them rounds differently with
         the number of windows at once and of devices, see `decoding.generate_tokens`.
       overlap: pixels that neighbouring windows share, a multiple of 16; None: half a window.
@@ -77,11 +80,11 @@ def run(
       batch_size: windows at once, of all devices of this machine.
       quicklook: whether to draw the picture.
       steps: in which an image's tokens are drawn, see `decoding.generate_tokens`.
-      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`.
+      timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; the published sampler is ``sampler="ddim"``.
       only: names of the scenes to do of a folder; None: all.
       network: what `load_network` has loaded of these weights already.
       tags: what the files say of some arguments instead, such as names without the folders of this machine.
-      **options: those of `decoding.generate_tokens`, such as temperature.
+      **options: those of `decoding.generate_tokens`, such as temperature, top_p and guidance_scale.
 
     Returns:
       The paths of the GeoTIFFs and JSON files.
@@ -95,9 +98,11 @@ def run(
     """
     sources.declare(workdir(weights))
     check_names(inputs, to, lulc_codes)
+    bands = reading.known_bands(inputs, bands)
     to = list(dict.fromkeys(modalities.output_stream(name).modality for name in to))  # S1 is S1GRD, and so are its files
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}; both must be at least 1.")
+    timesteps = diffusion.steps_of(sampler, timesteps)  # files tell the number
     diffusion.plan(timesteps, sampler)  # so that no error of theirs comes after hours
     options |= dict(steps=steps, timesteps=timesteps, sampler=sampler, clip=diffusion.check_clip(clip))
     found, out = reading.find(inputs), Path(out)
@@ -105,7 +110,7 @@ def run(
     written = [path for scene in found for name in to for path in output_paths(out, scene, name, samples)]
     pictures = [out / f"{scene}.png" for scene in found] if quicklook else []
     journal.check_outputs(out, [*written, *pictures])
-    scenes = [reading.open_scene(name, paths, lulc_codes) for name, paths in found.items()]
+    scenes = [reading.open_scene(name, paths, lulc_codes, bands) for name, paths in found.items()]
     network = network or load_network(weights, model, inputs, to, tokenizers)
     generate.check_names(network.module, inputs, to, network.tokenizers, visible=inputs)  # where they have data
     side = network.module.config.image_size
@@ -120,7 +125,8 @@ def run(
         dtype=network.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
         scenes=list(found),
-        **dict(to=list(to), lulc_codes=lulc_codes, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size, **options),
+        **dict(to=list(to), lulc_codes=lulc_codes, bands=bands, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size),
+        **options,
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)

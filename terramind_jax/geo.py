@@ -233,12 +233,13 @@ def check_names(path: str | os.PathLike, header: Header, names: Sequence[str], w
     if header.bands != len(names):
         raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {what} ({', '.join(names)}).")
     for position, (text, expected) in enumerate(zip(header.descriptions, names, strict=True), 1):
-        found = _band_name(text)
+        found = band_name(text)
         if found in names and found != expected:
             raise ValueError(f"Band {position} of {os.fspath(path)} is named {text!r}, expected {expected}; {what} is {', '.join(names)}.")
 
 
-def _band_name(text: str | None) -> str:
+def band_name(text: str | None) -> str:
+    """A band's name as `modalities` has it: B02, B2 and blue are BLUE; any other text in upper case."""
     name = (text or "").strip().upper().replace(" ", "_").replace("-", "_")
     return _ALIASES.get(name, name)
 

@@ -225,7 +225,7 @@ class Generator(Model):
         timesteps: int | None = None,
         standardize: bool | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
-        sampler: tokenizer.Sampler = "ddim",
+        sampler: tokenizer.Sampler = "dpmpp",
         clip: tokenizer.Clip = "published",
         num_samples: int | None = None,
         **options: Any,
@@ -242,9 +242,10 @@ class Generator(Model):
             ``[B, L]``. Images are of one size, any multiple of 16 pixels; diffusion decoders need multiples of 32.
           seed: one integer, or ``[B]``, one a sample; a sample's draws do not depend on the batch around it, how they are rounded does a
             little, see `decoding.generate_tokens`.
-          timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with.
+          timesteps: of diffusion decoders. standardize: whether arrays are in physical units. Default: what the model was built with; one
+            that was built with neither takes as many timesteps as the sampler needs, see `tokenizer.decode`, and standardised arrays.
           noise: what diffusion decoders start from, ``[B, S, S, C]`` by output, instead of drawing it.
-          sampler: of diffusion decoders: "ddim" as published, "dpmpp", which needs a fraction of its steps, or "ddpm".
+          sampler: of diffusion decoders: "dpmpp", "ddim" as published, which needs several times its steps, or "ddpm".
           clip: the limit of their predictions: "published", one standard deviation around the mean, "none" or "dynamic".
           num_samples: how often each output is drawn; None: once.
           **options: `at`, for windows of a scene, and `visible`, for images of which some patches are hidden, as in `generate.generate`;
@@ -305,7 +306,7 @@ class Generator(Model):
         image_size: int | None,
         timesteps: int | None = None,
         standardize: bool | None = None,
-        sampler: tokenizer.Sampler = "ddim",
+        sampler: tokenizer.Sampler = "dpmpp",
         clip: tokenizer.Clip = "published",
         **options: Any,
     ) -> tuple:
@@ -389,11 +390,18 @@ class ImageTokenizer(Model):
         self._check_classes(x)
         return tokenizer.apply(self.module, self.variables, x, "encode")
 
-    def decode(self, tokens: np.ndarray, seed: int | np.ndarray = 0, timesteps: int = 50, noise: np.ndarray | None = None, **options: Any):
+    def decode(
+        self,
+        tokens: np.ndarray,
+        seed: int | np.ndarray = 0,
+        timesteps: int | None = None,
+        noise: np.ndarray | None = None,
+        **options: Any,
+    ) -> jax.Array:
         """Tokens ``[B, h, w]`` -> standardised ``[B, H, W, C]``, of LULC logits; `noise` fixes what the diffusion starts from.
 
-        `options` are those of `tokenizer.decode`, such as ``sampler="dpmpp"``, which needs fewer steps, or ``clip="none"``: the published
-        clip keeps outputs within one standard deviation.
+        `options` are those of `tokenizer.decode`, such as ``sampler="ddim"``, the published one, or ``clip="none"``: the published clip
+        keeps outputs within one standard deviation.
         """
         generate.check_integers("tokens", tokens, self.module.config.codebook_size, "tokens")
         return tokenizer.decode(self.module, self.variables, tokens, seed=seed, timesteps=timesteps, noise=noise, **options)

@@ -28,8 +28,8 @@ def build(
     standardize: bool = True,
     version: str = "v1",
     offset: Mapping[str, float] | None = None,
-    timesteps: int = 10,
-    sampler: Sampler = "ddim",
+    timesteps: int | None = None,
+    sampler: Sampler = "dpmpp",
     clip: Clip = "published",
     **options: Any,
 ) -> Callable[[Arrays, Arrays, jax.Array], dict[str, jax.Array]]:

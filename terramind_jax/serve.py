@@ -25,6 +25,7 @@ import numpy as np
 from terramind_jax import config, generate_scenes, geo, modalities, plot, sources, zoo
 from terramind_jax.data.errors import DataError
 from terramind_jax.scenes import reading
+from terramind_jax.tokenizer import diffusion
 from terramind_jax.train import pretrain
 
 MAX_AGE = 3600.0  # seconds after which files are deleted
@@ -116,7 +117,7 @@ def make(
     to: Sequence[str],
     *,
     seed: int = 0,
-    timesteps: int = 10,
+    timesteps: int | None = None,
 ) -> Made:
     """Generates `to` from a tile, or from uploads where none is chosen, in a new folder of `desk.folder`.
 
@@ -128,8 +129,9 @@ def make(
     Raises:
       ValueError: everything that a visitor can do wrong, in one sentence without paths of this machine. Nothing is left of it.
     """
+    steps = None if timesteps is None else int(timesteps)
     with _session(desk) as session:
-        return _make(desk, session, tile, uploads, inputs, to, seed=int(seed), timesteps=int(timesteps))
+        return _make(desk, session, tile, uploads, inputs, to, seed=int(seed), timesteps=steps)
 
 
 def quicklook(desk: Desk, tile: str | None, uploads: Mapping[str, str | os.PathLike | None], inputs: Sequence[str]) -> Path | None:
@@ -356,7 +358,7 @@ def page(desk: Desk):
                 to = gr.CheckboxGroup(makeable, value=[name for name in makeable if name not in inputs[:1]][:1], label="Outputs")
                 seed = gr.Number(0, label="Seed", info="The same seed makes the same files.", precision=0, minimum=0)
                 info = "Of outputs that are decoded by diffusion: with the released models all but LULC. More take longer."
-                timesteps = gr.Slider(1, 50, value=10, step=1, label="Steps", info=info)
+                timesteps = gr.Slider(1, 50, value=diffusion.steps_of("dpmpp"), step=1, label="Steps", info=info)
                 button = gr.Button("Generate", variant="primary")
                 seen = gr.Image(label="Quick-look", show_label=False, interactive=False, visible=False, buttons=[], format="png")
             with gr.Column(scale=2):

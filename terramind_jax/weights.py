@@ -53,10 +53,10 @@ def load(name: str, weights: str | os.PathLike = "hub", *, revision: str | None 
           ``modality_drop_rate`` in training.
         - ``_tim``: ``tim_modalities`` that are generated first (LULC), ``tim_chained_generations``, ``tim_decoding_steps``, ``tim_temps``,
           ``tim_top_p``, ``tim_top_k``.
-        - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (50), ``standardize``,
-          whether arrays are in physical units (False), ``offset``, ``{name: value}`` added to a modality's mean, ``decoding_steps``,
-          ``temps``, ``top_p``, ``top_k``; and of this package ``bands``, as above, and ``fill_bands``, what stands for the others, see
-          `bands.fill_missing`.
+        - ``_generate``: ``modalities`` and ``output_modalities`` (needed), ``timesteps`` of diffusion decoders (None: as many as
+          their sampler needs, see `tokenizer.decode`), ``standardize``, whether arrays are in physical units (False), ``offset``,
+          ``{name: value}`` added to a modality's mean, ``decoding_steps``, ``temps``, ``top_p``, ``top_k``; and of this package ``bands``,
+          as above, and ``fill_bands``, what stands for the others, see `bands.fill_missing`.
         - these three: ``sizes`` and ``codebooks`` of a network that is not the released one, which the work directory of a pretraining
           tells.
         - all: ``dtype`` of the computation, of the tokenizers too (auto: bfloat16 on accelerators, float32 on a CPU), ``remat``, ``unroll``

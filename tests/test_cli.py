@@ -1,17 +1,20 @@
 """The command line: help without imports, one-sentence errors, arguments that reach their functions."""
 
+import argparse
+import inspect
 import os
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny_run
 
-from terramind_jax import cli
+from terramind_jax import cli, decoding, generate_scenes
 from terramind_jax.cli import arguments, evaluate
+from terramind_jax.tokenizer import diffusion
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -137,22 +140,54 @@ def test_stray_arguments_are_refused(capsys):
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_generate_passes_its_arguments_on(monkeypatch, tmp_path):
-    seen = {}
-    fake = types.ModuleType("terramind_jax.generate_scenes")
-    fake.run = lambda **arguments: seen.update(arguments)
-    monkeypatch.setitem(sys.modules, "terramind_jax.generate_scenes", fake)
-    monkeypatch.setattr("terramind_jax.generate_scenes", fake, raising=False)
-    tile = tmp_path / "tile.tif"
-    tile.touch()
-    pair = f"--input=S2L2A={tile}"
-    assert cli.main(["generate", "--weights=w", pair, "--to=S1GRD,LULC", "--out=o", "--seed=3", "--temperature=0", "--sampler=dpmpp"]) == 0
-    assert seen["inputs"] == {"S2L2A": str(tile)}
-    assert seen["to"] == ["S1GRD", "LULC"]
-    assert (seen["seed"], seen["temperature"], seen["out"], seen["weights"]) == (3, 0.0, "o", "w")
-    assert (seen["timesteps"], seen["sampler"], seen["clip"]) == (10, "dpmpp", "published")
+LINE = "generate --model=terramind_v1_base_generate --weights=W --input S2L2A=scene.tif --to S1GRD,LULC --seed=0 --timesteps=10 --out=DIR"
+
+
+@pytest.mark.parametrize(
+    ("more", "changes"),
+    [
+        ("", {}),
+        (
+            "--samples=3 --overlap=32 --clip=none --sampler=ddim --temperature=0 --top_p=0.5 --guidance_scale=2 --bands S2L2A=B02,B03",
+            dict(
+                bands={"S2L2A": ["B02", "B03"]},
+                samples=3,
+                overlap=32,
+                clip="none",
+                sampler="ddim",
+                temperature=0.0,
+                top_p=0.5,
+                guidance_scale=2.0,
+            ),
+        ),
+    ],
+)
+def test_generate_passes_its_arguments_on(more, changes, monkeypatch, tmp_path):
+    """The line as users type it; what it does not name is left to the function, or has the function's own default."""
+    parameters = {**inspect.signature(decoding.generate_tokens).parameters, **inspect.signature(generate_scenes.run).parameters}
+    seen, defaults = {}, {name: parameter.default for name, parameter in parameters.items()}
+    monkeypatch.setattr(generate_scenes, "run", lambda **arguments: seen.update(arguments))
+    monkeypatch.chdir(tmp_path)
+    Path("scene.tif").touch()
+    assert cli.main(f"{LINE} {more}".split()) == 0
+    asked = dict(model="terramind_v1_base_generate", weights="W", inputs={"S2L2A": "scene.tif"}, to=["S1GRD", "LULC"], out="DIR")
+    asked |= dict(seed=0, timesteps=10, bands={}) | changes
+    assert {name: seen[name] for name in asked} == asked
+    assert {name: value for name, value in seen.items() if name not in asked and value != defaults[name]} == {}
     with pytest.raises(ValueError, match="twice"):
-        arguments.read_inputs([f"DEM={tile}", f"DEM={tile}"])
+        arguments.read_inputs(["DEM=scene.tif", "DEM=scene.tif"])
+    for pairs, message in ((["S2L2A"], "--bands takes MODALITY=A,B"), (["S2L2A=,"], "--bands takes"), (["S2L2A=B02"] * 2, "twice")):
+        with pytest.raises(ValueError, match=message):
+            arguments.read_bands(pairs)
+
+
+def test_what_the_command_line_says_of_samplers_is_so():
+    assert set(arguments.SAMPLERS) == set(get_args(diffusion.Sampler)) and set(arguments.CLIPS) == set(get_args(diffusion.Clip))
+    parser = argparse.ArgumentParser()
+    arguments.add_diffusion(parser)
+    steps = next(action.help for action in parser._actions if action.dest == "timesteps")
+    assert f"{diffusion.STEPS['dpmpp']} of dpmpp" in steps and f"{diffusion.STEPS['ddim']} of ddim" in steps
+    assert f"{diffusion.STEPS['ddpm']} of ddpm" in steps
 
 
 def test_info_names_devices_and_models(capsys):

@@ -9,12 +9,13 @@ import flax
 import jax
 import numpy as np
 import pytest
+import random_networks
 import tqdm
 
-from terramind_jax import cli, embed_scenes, geo, modalities, model
+from terramind_jax import bands, cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
 from terramind_jax.model import Backbone, BackboneConfig, backbone
-from terramind_jax.scenes import embedding, reading
+from terramind_jax.scenes import embedding, feeding, reading
 
 TILE, DIM = 48, 16
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
@@ -154,6 +155,43 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, monkeypatch
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["a.tif"]
 
 
+def test_a_file_of_some_bands_is_one_whose_others_were_filled(monkeypatch, tmp_path):
+    given = [band for band in modalities.S2L2A_BANDS if band not in ("COASTAL_AEROSOL", "WATER_VAPOR")]
+    module, variables = random_networks.build((STREAMS["untok_sen2l2a@224"],), (STREAMS["tok_ndvi@224"],), TILE)
+    monkeypatch.setattr(embed_scenes.pretrain, "load", lambda workdir: (module, variables, None))
+    monkeypatch.setattr(embed_scenes, "spread", lambda network: network)
+    (tmp_path / "weights").mkdir()
+    some = np.random.default_rng(0).integers(1500, 6000, (TILE, TILE, 10)).astype(np.uint16)
+    whole = np.rint(bands.fill_missing("S2L2A", some, given)).astype(np.uint16)
+    place = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
+    geo.write(tmp_path / "some.tif", some, like=place)
+    geo.write(tmp_path / "whole.tif", whole, like=place, modality="S2L2A")
+    call = dict(weights=tmp_path / "weights", out=tmp_path / "out")
+    (expected,) = embed_scenes.run(**call, inputs={"S2L2A": tmp_path / "whole.tif"})
+    (path,) = embed_scenes.run(**call, inputs={"S2L2A": tmp_path / "some.tif"}, bands={"S2L2A": given})
+    np.testing.assert_allclose(geo.read(path), geo.read(expected), atol=5e-3)  # the others were rounded to be written
+    (path,) = embed_scenes.run(**call | {"out": tmp_path / "other"}, inputs={"S2L2A": tmp_path / "some.tif"}, bands={"S2L2A": given[::-1]})
+    assert np.abs(geo.read(path) - geo.read(expected)).max() > 0.1
+
+
+def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
+    """A row of windows is no multiple of the devices."""
+    elevation(tmp_path / "a.tif", hole=np.s_[48:64, 16:32])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, overlap=32)
+    (one,) = embed_scenes.run(**call, out=tmp_path / "one")
+    parts, original = [], backbone.features
+
+    def features(module, variables, values):
+        parts.append({len(x.sharding.device_set) for x in values.values()})
+        return original(module, variables, values)
+
+    monkeypatch.setattr(backbone, "features", features)
+    monkeypatch.setattr(embed_scenes, "spread", feeding.spread)
+    (several,) = embed_scenes.run(**call, out=tmp_path / "several")
+    assert jax.local_device_count() > 1 and parts and all(of == {jax.local_device_count()} for of in parts)
+    np.testing.assert_allclose(geo.read(several), geo.read(one), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling, pool", [("mean", np.mean), ("max", np.max)])
 def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
     geopandas = pytest.importorskip("geopandas")
@@ -241,8 +279,8 @@ def test_the_command_passes_its_arguments_on(monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     given = {}
     monkeypatch.setattr(embed_scenes, "run", lambda **arguments: given.update(arguments))
-    options = ["--layer=3", "--pooling=mean", "--format=geoparquet", "--overlap=16", "--batch_size=4"]
+    options = ["--layer=3", "--pooling=mean", "--format=geoparquet", "--overlap=16", "--batch_size=4", "--bands=DEM=DEM"]
     assert cli.main(["embed", "--weights=w", f"--input=DEM={tmp_path}/a.tif", "--out=o", *options]) == 0
     assert given == dict(weights="w", inputs={"DEM": f"{tmp_path}/a.tif"}, out="o", tokenizers=None, model=None, lulc_codes=None) | dict(
-        layer=3, pooling="mean", format="geoparquet", overlap=16, batch_size=4
+        layer=3, pooling="mean", format="geoparquet", overlap=16, batch_size=4, bands={"DEM": ["DEM"]}
     )

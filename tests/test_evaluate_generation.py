@@ -11,7 +11,7 @@ import pytest
 import random_networks
 import tiny_run
 
-from terramind_jax import cli, generate_scenes, geo, metrics
+from terramind_jax import cli, generate, generate_scenes, geo, metrics
 from terramind_jax.data import clouds
 from terramind_jax.data.shards import ShardWriter, write_sample
 from terramind_jax.evaluation import generation, geolocate, reference, scores
@@ -68,6 +68,24 @@ def test_shards(weights, trained, tmp_path, capsys):
     assert f"{out} exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"timesteps": 12, "sampler": "dpmpp", "clip": "published"}),
+        (["--sampler=ddim"], {"timesteps": 50, "sampler": "ddim", "clip": "published"}),
+        (["--sampler=ddpm", "--timesteps=3", "--clip=none"], {"timesteps": 3, "sampler": "ddpm", "clip": "none"}),
+    ],
+)
+def test_how_images_are_decoded_is_passed_on_and_told(weights, monkeypatch, tmp_path, arguments, expected):
+    seen, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *given, **options: seen.append(options) or decode(*given, **options))
+    root, out = tiny_run.write_shards(tmp_path / "shards", tokens=False), tmp_path / "out"
+    command = ["evaluate", "generation", f"--weights={weights}", f"--data={root}", "--from=DEM", "--to=LULC", f"--out={out}", "--limit=1"]
+    assert cli.main([*command, *arguments]) == 0
+    assert seen and all(options[name] == value for options in seen for name, value in expected.items())
+    assert ", ".join(f"{name} {value}" for name, value in expected.items()) in (out / "report.md").read_text()
+
+
 def test_clear_pixels_of_shards(weights, tmp_path, capsys):
     """Others do not count, all of a sample may be under clouds, and one without a mask is left out."""
     root, rng = tiny_run.write_shards(tmp_path / "shards", tokens=False), np.random.default_rng(0)
@@ -109,7 +127,7 @@ def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
     assert found.jumps[0][0] == pytest.approx(metrics.jump(made, [16, 32, 48, 64], [16, 32]), rel=1e-5)
     assert np.isnan(found.seam)  # windows of two patches that overlap by half leave no line to compare with
     monkeypatch.setattr(reference, "check", lambda *given: None)
-    monkeypatch.setattr(reference, "load", lambda *given: types.SimpleNamespace(name="TerraTorch"))
+    monkeypatch.setattr(reference, "load", lambda *given, **options: types.SimpleNamespace(name="TerraTorch"))
     with pytest.raises(ValueError, match="a has 80 x 48 pixels; the reference is compared on scenes of one window, 32 x 32"):
         generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "b", reference=True)
 
@@ -120,7 +138,9 @@ def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
         (dict(name=None), "say with --model"),
         (dict(inputs=["DEM", "coords"]), "compare the reference without coords"),
         (dict(options={"steps": 4}), "--steps=1"),
-        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch's generation has no sampler"),
+        (dict(options={"sampler": "dpmpp", "timesteps": 5}), "TerraTorch has the sampler 'ddim' alone, not 'dpmpp'"),
+        (dict(options={"clip": "none"}), "TerraTorch has the clip 'published' alone, not 'none'"),
+        (dict(options={"chained": False, "sampler": "ddim"}), "TerraTorch's generation has no chained"),
         ({}, r"needs TerraTorch \(pip install 'terramind_jax\[parity\]'\)"),
     ],
 )

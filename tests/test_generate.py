@@ -136,9 +136,10 @@ def test_diffusion_decoders_take_seeds_and_timesteps(system, monkeypatch):
     calls = []
     monkeypatch.setattr(generate, "decode", lambda module, variables, tokens, **options: calls.append(options) or np.zeros((2, 48, 48, 1)))
     generate.generate(*system, scene(), ["NDVI"], seed=np.array([4, 5]), temperature=0)
-    generate.generate(*system, scene(), ["NDVI"], seed=6, timesteps=3, sampler="dpmpp", clip="none", temperature=0)
-    assert calls[0]["seed"].tolist() == [4, 5] and calls[0]["timesteps"] == 10 and calls[0]["clip"] == "published"
-    assert calls[1] == {"seed": 6, "timesteps": 3, "sampler": "dpmpp", "clip": "none", "noise": None, "at": None}
+    generate.generate(*system, scene(), ["NDVI"], seed=6, timesteps=3, sampler="ddim", clip="none", temperature=0)
+    assert calls[0]["seed"].tolist() == [4, 5] and calls[0]["timesteps"] is None
+    assert (calls[0]["sampler"], calls[0]["clip"]) == ("dpmpp", "published")
+    assert calls[1] == {"seed": 6, "timesteps": 3, "sampler": "ddim", "clip": "none", "noise": None, "at": None}
 
 
 def test_a_sample_follows_its_own_seed_alone(system):

@@ -80,18 +80,35 @@ def elevation(path, height=100, width=59, seed=0, hole=None):
     return array
 
 
-def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0, "top_p": 0.5}])
+def test_one_window_is_what_generate_makes(weights, networks, tmp_path, options):
     array = elevation(tmp_path / "a.tif", TILE, TILE)
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
-    written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
+    written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5, **options)
     assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "coords/a.json", "LULC/a.tif"]
-    made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5)
+    made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5, **options)
     ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[2], "LULC")
     assert ndvi.dtype == np.float32 and lulc.dtype == np.uint8
     np.testing.assert_allclose(ndvi, made["NDVI"][0], atol=1e-4)
     np.testing.assert_array_equal(lulc[..., 0], made["LULC"][0].argmax(-1))
     assert set(json.loads(written[1].read_text())[0]) == {"lon", "lat"}
     assert (tmp_path / "out" / "a.png").is_file() and not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_a_file_of_some_bands_is_filled_as_in_python(monkeypatch, tmp_path):
+    given = ["B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"]
+    names = [band for band in modalities.S2L2A_BANDS if band not in ("COASTAL_AEROSOL", "WATER_VAPOR")]
+    trained = random_networks.build((STREAMS["untok_sen2l2a@224"],), (STREAMS["tok_ndvi@224"],), TILE)
+    tokenizers = random_networks.build_tokenizers("NDVI", image_size=TILE)
+    weights = random_networks.as_workdir(monkeypatch, tmp_path / "weights", trained, tokenizers)
+    array = np.random.default_rng(0).integers(1, 6000, (TILE, TILE, 10)).astype(np.uint16)
+    geo.write(tmp_path / "a.tif", array, like=geo.Place(PLACE.crs, PLACE.transform, TILE, TILE))
+    call = dict(weights=weights, inputs={"S2L2A": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out")
+    (path,) = generate_scenes.run(**call, bands={"S2L2A": given})
+    made = generate.generate(*trained, tokenizers, {"S2L2A": array[None]}, ["NDVI"], seed=0, bands={"S2L2A": names})
+    np.testing.assert_allclose(geo.read(path), made["NDVI"][0], atol=1e-4)
+    assert json.loads(geo.read_header(path).tags["terramind_jax_bands"]) == {"S2L2A": names}
+    assert (tmp_path / "out" / "a.png").is_file()
 
 
 def test_files_bear_the_modality_s_own_name(weights, copies, tmp_path, capsys):
@@ -109,13 +126,13 @@ def test_files_bear_the_modality_s_own_name(weights, copies, tmp_path, capsys):
 def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, batch_size):
     elevation(tmp_path / "a.tif")  # 100 x 59 pixels: 7 x 4 patches, the last ones over the edge
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", overlap=overlap, batch_size=batch_size)
-    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5, sampler="dpmpp", clip="none")
+    paths = generate_scenes.run(**call, to=["NDVI", "LULC"], seed=7, steps=3, timesteps=5, sampler="ddim", clip="none")
     np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
     np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
     assert geo.read(paths[0]).place == PLACE
     assert all(call["seed"] == 7 and len(call["at"]) == min(batch_size, 2) for call in copies)
     settings = {tuple(call.get(name) for name in ("steps", "timesteps", "sampler", "clip")) for call in copies}
-    assert settings == {(3, None, None, None), (None, 5, "dpmpp", "none")}
+    assert settings == {(3, None, None, None), (None, 5, "ddim", "none")}
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
@@ -400,6 +417,15 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
     assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
     assert tags["terramind_jax_scene"] == "a" and geo.read_header(other).tags["terramind_jax_scene"] == "b"
     assert "terramind_jax_scenes" not in tags  # which may be thousands
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, ("dpmpp", "12")), ({"sampler": "ddim"}, ("ddim", "50"))])
+def test_steps_that_nobody_asked_for_are_told(weights, copies, tmp_path, options, expected):
+    elevation(tmp_path / "a.tif", TILE, TILE)
+    (path,) = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI"], out=tmp_path / "out", **options)
+    tags = geo.read_header(path).tags
+    assert (tags["terramind_jax_sampler"], tags["terramind_jax_timesteps"]) == expected
+    assert {(call["sampler"], str(call["timesteps"])) for call in copies if "sampler" in call} == {expected}
 
 
 def test_weights_are_known_by_their_bytes():

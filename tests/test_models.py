@@ -13,7 +13,7 @@ import pytest
 from test_captions import write as write_captions
 
 import terramind_jax as tm
-from terramind_jax import bands, build, captions, coordinates, hub, modalities, tokenizer
+from terramind_jax import bands, build, captions, coordinates, generate, hub, modalities, tokenizer
 
 TEXTS = ["a river with fields", "city"]
 
@@ -190,7 +190,8 @@ def test_attention_to_thoughts():
 
 
 def generator(outputs, inputs=("DEM",), **options):
-    return tm.load("terramind_v1_tiny_generate", "random", modalities=list(inputs), output_modalities=list(outputs), timesteps=1, **options)
+    options = {"timesteps": 1} | options
+    return tm.load("terramind_v1_tiny_generate", "random", modalities=list(inputs), output_modalities=list(outputs), **options)
 
 
 def elevation(size=32):
@@ -241,6 +242,20 @@ def test_bands_that_an_input_lacks_are_filled():
     assert model.destandardize({"S2L2A": np.zeros((1, 32, 32, 12))})["S2L2A"][0, 0, 0, 0] == np.float32(1390.458)  # outputs have all
     with pytest.raises(ValueError, match="Bands are given for S1GRD, which is no input; inputs: S2L2A"):
         model.generate_tokens({"S2L2A": full}, standardize=True, bands={"S1GRD": ["VV"]})
+
+
+def test_timesteps_of_a_call_of_the_model_and_of_its_sampler(monkeypatch):
+    asked = []
+
+    def decode(module, variables, tokens, *, timesteps, sampler, **options):
+        asked.append((timesteps, sampler))
+        return np.zeros((1, 32, 32, 1), np.float32)
+
+    monkeypatch.setattr(generate, "decode", decode)
+    built, plain = generator(["DEM"], ["S2L2A"]), generator(["DEM"], ["S2L2A"], timesteps=None)
+    for model, options in ((built, {}), (built, {"timesteps": 3, "sampler": "ddim"}), (plain, {}), (plain, {"num_samples": 1})):
+        model.generate(pixels(1, 32), **options)
+    assert asked == [(1, "dpmpp"), (3, "ddim"), (None, "dpmpp"), (None, "dpmpp")]
 
 
 def test_settings_of_each_output_noise_and_clip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from terramind_jax import geo, modalities
+from terramind_jax import bands, geo, modalities
 from terramind_jax.scenes import reading, windows
 
 PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 70, 59)
@@ -50,6 +50,47 @@ def test_a_pixel_of_sentinel_2_is_missing_where_all_bands_are_zero(tmp_path):
     array[0, 0], array[1, 1, :11] = 0, 0
     scene = reading.open_scene("a", {"S2L2A": write(tmp_path / "a.tif", array)})
     assert np.argwhere(reading.read(scene, "S2L2A", 0, 48)[1]).tolist() == [[0, 0]]
+
+
+SOME = ("NIR_NARROW", "BLUE", "SWIR_1")
+
+
+def test_a_file_of_some_bands(tmp_path):
+    """They are read as they are; what they lack is filled for the network, and here for a picture."""
+    array = np.random.default_rng(0).integers(1, 3000, (48, 48, 3)).astype(np.uint16)
+    array[3, 4], array[5, 6, :2] = 0, 0
+    path = write(tmp_path / "a.tif", array)
+    scene = reading.open_scene("a", {"S2L2A": path}, bands={"S2L2A": SOME})
+    values, missing = reading.read(scene, "S2L2A", 0, 48)
+    facts = modalities.get("S2L2A")
+    assert np.argwhere(missing).tolist() == [[3, 4]] and values.shape == (48, 48, 3)
+    assert values[3, 4].tolist() == [round(facts.mean[facts.bands.index(band)]) for band in SOME]
+    np.testing.assert_array_equal(values[~missing], array[~missing])
+    seen = reading.glance(scene, "S2L2A", 100)
+    np.testing.assert_array_equal(seen[~missing], bands.fill_missing("S2L2A", array[~missing], SOME))
+    assert seen.shape == (48, 48, 12) and np.isnan(seen[3, 4]).all()
+    with pytest.raises(ValueError, match=r"a.tif has 3 bands, expected 12 for S2L2A .*: --bands S2L2A=COASTAL_AEROSOL,\.\.\."):
+        reading.open_scene("a", {"S2L2A": path})
+    with pytest.raises(ValueError, match=r"a.tif has 3 bands, expected 2 for S2L2A \(BLUE, RED\)"):
+        reading.open_scene("a", {"S2L2A": path}, bands={"S2L2A": ["BLUE", "RED"]})
+    named = write(tmp_path / "b.tif", array, bands=["B8A", "B11", "B02"])
+    with pytest.raises(ValueError, match="Band 2 of .*b.tif is named 'B11', expected BLUE"):
+        reading.open_scene("a", {"S2L2A": named}, bands={"S2L2A": SOME})
+
+
+def test_names_of_bands():
+    assert reading.known_bands(["S2L2A"], {"S2L2A": ["B8A", "B2", "swir_1"]}) == {"S2L2A": [*SOME]}
+    assert reading.known_bands(["S2L2A"], None) == {}
+    assert reading.known_bands(["LULC"], {"LULC": ["LULC"]}) == {}  # nothing to fill
+    for given, message in (
+        ({"S2L2A": ["B02", "B10"]}, r"The bands given for S2L2A are B02, B10; expected some of COASTAL_AEROSOL, .*, each once\."),
+        ({"S2L2A": ["B02", "BLUE"]}, "The bands given for S2L2A are B02, BLUE; expected some of .*, each once"),
+        ({"S2L2A": []}, "The bands given for S2L2A are none; expected some of"),
+        ({"coords": ["B02"]}, r"The bands given for coords are B02; it has none\."),
+        ({"DEM": ["DEM"]}, "Bands are given for DEM, which is no input; inputs: S2L2A, coords"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reading.known_bands(["S2L2A", "coords"], given)
 
 
 def test_codes_of_land_cover_become_classes_and_nodata_class_0(tmp_path):

@@ -15,12 +15,22 @@ from functools import partial
 from pathlib import Path
 
 from terramind_jax.cli import data, evaluate
-from terramind_jax.cli.arguments import LULC_CODES, accept_grain_workers, add, add_model, add_tokenizers, names, read_inputs, task_config
+from terramind_jax.cli.arguments import (
+    LULC_CODES,
+    accept_grain_workers,
+    add,
+    add_diffusion,
+    add_model,
+    add_tokenizers,
+    names,
+    read_bands,
+    read_diffusion,
+    read_inputs,
+    task_config,
+)
 
 DEBUG = "TERRAMIND_JAX_DEBUG"  # set to 1: errors of use show their traceback too
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"  # JAX's own: where compiled programs are kept
-SAMPLERS = ("ddim", "dpmpp", "ddpm")
-CLIPS = ("published", "none", "dynamic")
 STOPPED = 130  # what the shell reports for Ctrl-C
 INTERRUPTED = 143  # what the shell reports for a process ended by SIGTERM
 
@@ -250,13 +260,13 @@ def _add_generate(commands) -> None:
     parser.add_argument("--to", required=True, metavar="A,B", help="modalities to generate, in this order; each conditions the next")
     parser.add_argument("--out", required=True, metavar="DIR", help="GeoTIFFs and pictures; none that exists is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
-    text = "of a diffusion decoder: dpmpp needs a fraction of the steps of ddim, ddpm draws noise in every one; default: ddim"
-    parser.add_argument("--sampler", default="ddim", choices=SAMPLERS, help=text)
-    text = "limit of a diffusion decoder: published keeps outputs within one standard deviation of the mean; default: published"
-    parser.add_argument("--clip", default="published", choices=CLIPS, help=text)
+    add_diffusion(parser)
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token; default: 1")
+    text = "tokens are drawn among the most likely ones that have this probability together, 0: among all; default: 0.8"
+    parser.add_argument("--top_p", type=float, default=0.8, help=text)
+    text = "beyond 1 what the inputs tell counts more than the model says, which takes a second pass without them; default: 1"
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help=text)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
     _add_windows(parser)
     parser.add_argument("--no-quicklook", dest="quicklook", action="store_false", help="draw no picture")
@@ -278,6 +288,8 @@ def _add_scenes(parser: argparse.ArgumentParser) -> None:
 def _add_windows(parser: argparse.ArgumentParser) -> None:
     _add_overlap(parser)
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of a LULC raster among the inputs")
+    text = "bands of an input's file, in its order, if it lacks some, which are filled from their neighbours; repeat for more"
+    parser.add_argument("--bands", action="append", default=[], metavar="MODALITY=A,B", help=text)
 
 
 def _add_overlap(parser: argparse.ArgumentParser) -> None:
@@ -301,16 +313,17 @@ def _generate(parsed: argparse.Namespace) -> None:
         tokenizers=parsed.tokenizers,
         model=parsed.model,
         lulc_codes=parsed.lulc_codes,
+        bands=read_bands(parsed.bands),
         seed=parsed.seed,
         overlap=parsed.overlap,
         samples=parsed.samples,
         batch_size=parsed.batch_size,
         quicklook=parsed.quicklook,
-        timesteps=parsed.timesteps,
-        sampler=parsed.sampler,
-        clip=parsed.clip,
         steps=parsed.steps,
         temperature=parsed.temperature,
+        top_p=parsed.top_p,
+        guidance_scale=parsed.guidance_scale,
+        **read_diffusion(parsed),
     )
 
 
@@ -332,7 +345,7 @@ def _embed(parsed: argparse.Namespace) -> None:
     from terramind_jax import embed_scenes
 
     same = ("weights", "out", "tokenizers", "model", "layer", "pooling", "format", "lulc_codes", "overlap", "batch_size")
-    embed_scenes.run(inputs=inputs, **{name: getattr(parsed, name) for name in same})
+    embed_scenes.run(inputs=inputs, bands=read_bands(parsed.bands), **{name: getattr(parsed, name) for name in same})
 
 
 def _add_predict(commands) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LULC_CODES = ("terramesh", "esri", "dynamicworld")
+SAMPLERS = ("dpmpp", "ddim", "ddpm")
+CLIPS = ("published", "none", "dynamic")
 
 
 def add(commands, name: str, text: str, command) -> argparse.ArgumentParser:
@@ -43,6 +45,22 @@ def add_tokenizers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizers", metavar="DIR", help=text)
 
 
+def add_diffusion(parser: argparse.ArgumentParser) -> None:
+    """How diffusion decoders decode; see `read_diffusion`."""
+    text = "steps of a diffusion decoder; default: 12 of dpmpp, which err no more than the 50 of ddim; 1000 of ddpm"
+    parser.add_argument("--timesteps", type=int, help=text)
+    text = "of a diffusion decoder: dpmpp; ddim as published, which needs more steps; or ddpm, which draws noise in each; default: dpmpp"
+    parser.add_argument("--sampler", choices=SAMPLERS, help=text)
+    text = "limit of a diffusion decoder: published keeps outputs within one standard deviation of the mean; default: published"
+    parser.add_argument("--clip", choices=CLIPS, help=text)
+
+
+def read_diffusion(parsed: argparse.Namespace) -> dict[str, int | str]:
+    """What was given of `add_diffusion`'s; the functions know the rest."""
+    given = {name: getattr(parsed, name) for name in ("timesteps", "sampler", "clip")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def read_inputs(pairs: Sequence[str]) -> dict[str, str]:
     """``["S2L2A=a.tif"]`` -> ``{"S2L2A": "a.tif"}``."""
     inputs = {}
@@ -56,6 +74,19 @@ def read_inputs(pairs: Sequence[str]) -> dict[str, str]:
             raise FileNotFoundError(f"--input {name}: there is no file or folder {path}.")
         inputs[name] = path
     return inputs
+
+
+def read_bands(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """``["S2L2A=B02,B03"]`` -> ``{"S2L2A": ["B02", "B03"]}``."""
+    bands = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name or not names(text):
+            raise ValueError(f"--bands takes MODALITY=A,B, such as S2L2A=B02,B03,B04, not {pair!r}.")
+        if name in bands:
+            raise ValueError(f"--bands names {name} twice.")
+        bands[name] = names(text)
+    return bands
 
 
 def task_config(parsed: argparse.Namespace):

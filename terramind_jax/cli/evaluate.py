@@ -8,11 +8,13 @@ from terramind_jax.cli.arguments import (
     LULC_CODES,
     accept_grain_workers,
     add,
+    add_diffusion,
     add_group,
     add_model,
     add_tokenizers,
     names,
     positive,
+    read_diffusion,
     read_offsets,
     task_config,
 )
@@ -28,9 +30,9 @@ def add_commands(commands) -> None:
     _add_generation(parser, "val")
     parser.add_argument("--lulc_codes", choices=LULC_CODES, help="codes of the LULC rasters of a folder")
     parser.add_argument("--clear", action="store_true", help="of shards: only pixels that the cloud mask calls clear count")
-    text = "TerraTorch generates the same with the same weights (extra parity); needs --model"
+    text = "TerraTorch generates the same with the same weights (extra parity), and the sampler is ddim; needs --model"
     parser.add_argument("--reference", action="store_true", help=text)
-    parser.add_argument("--timesteps", type=int, default=10, help="steps of a diffusion decoder; default: 10")
+    add_diffusion(parser)
     parser.add_argument("--steps", type=int, default=1, help="steps in which an image's tokens are drawn; default: 1")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="samples in the picture; default: 4")
     parser = _add_protocol(protocols, "knn", "classify the images of a data set by their nearest neighbours' labels", _knn)
@@ -186,7 +188,8 @@ def _fewshot(parsed: argparse.Namespace) -> None:
 def _generation(parsed: argparse.Namespace) -> None:
     from terramind_jax.evaluation import generation
 
-    generation.run(**_generated(parsed, "lulc_codes", "timesteps", "steps", "clear", "reference", "pictures"), to=names(parsed.to))
+    given = _generated(parsed, "lulc_codes", "steps", "clear", "reference", "pictures") | read_diffusion(parsed)
+    generation.run(**given, to=names(parsed.to))
 
 
 def _zeroshot(parsed: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from terramind_jax.scenes import reading, windows
 from terramind_jax.scenes.feeding import Network, padded
 from terramind_jax.scenes.generating import NO_CLASS
 from terramind_jax.scenes.reading import PATCH, Scene
+from terramind_jax.tokenizer import Clip, Sampler, diffusion
 
 GENERATED = "generated"  # folder of the GeoTIFFs
 OURS = "terramind_jax"  # beside the reference
@@ -86,6 +87,9 @@ def run(
     pictures: int = 4,
     batch_size: int = generate_scenes.BATCH_SIZE,
     seed: int = 0,
+    timesteps: int | None = None,
+    sampler: Sampler | None = None,
+    clip: Clip = "published",
     **options: Any,
 ) -> dict[str, Scores]:
     """Generates `to` from `inputs` and writes ``{out}/report.md``, ``scores.csv`` of every sample, ``samples.png``; of a folder GeoTIFFs.
@@ -99,7 +103,9 @@ def run(
       reference: whether TerraTorch generates the same, with the same weights and settings, but its own random draws; needs `model`. Of a
         folder all scenes must be as large as one window then.
       pictures: samples in the picture.
-      **options: of the generation, such as timesteps, steps and temperature.
+      timesteps, sampler, clip: of diffusion decoders, as of `generate_scenes.run`; beside the reference the sampler is "ddim", which is
+        all that TerraTorch has.
+      **options: of the generation, such as steps and temperature.
 
     Returns:
       What the model's own outputs score; the reference's scores are in the files.
@@ -120,6 +126,8 @@ def run(
     check_images(to)
     if rasters and "LULC" in to:
         reading.check_names({"LULC": None}, lulc_codes)
+    sampler = sampler or ("ddim" if reference else "dpmpp")
+    options |= dict(timesteps=diffusion.steps_of(sampler, timesteps), sampler=sampler, clip=diffusion.check_clip(clip))
     if reference:
         references.check(model, inputs, to, options)
     index = None if rasters else open_index(data, split)

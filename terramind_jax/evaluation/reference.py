@@ -17,6 +17,7 @@ from terramind_jax import build, modalities, models, weights
 from terramind_jax.scenes.feeding import Network
 
 OPTIONS = {ours: theirs for theirs, ours in models.SAMPLING.items()}  # what TerraTorch calls those that it has
+PUBLISHED = {"sampler": "ddim", "clip": "published"}  # of its diffusion decoders, which have no others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,10 @@ def check(name: str | None, inputs: Sequence[str], to: Sequence[str], options: M
     """
     if name is None:
         raise ValueError("TerraTorch has the released models alone; say with --model which of them this is.")
-    if unknown := options.keys() - OPTIONS.keys() - {"timesteps"}:
+    for option, only in PUBLISHED.items():
+        if options.get(option, only) != only:
+            raise ValueError(f"TerraTorch has the {option} {only!r} alone, not {options[option]!r}; compare the reference with that.")
+    if unknown := options.keys() - OPTIONS.keys() - PUBLISHED.keys() - {"timesteps"}:
         raise ValueError(f"TerraTorch's generation has no {min(unknown)}; leave it out where the reference is compared.")
     if options.get("steps", 1) != 1:
         raise ValueError("TerraTorch fails with several steps of drawing tokens; compare the reference with --steps=1.")
@@ -72,9 +76,7 @@ def check(name: str | None, inputs: Sequence[str], to: Sequence[str], options: M
         raise ValueError(f"TerraTorch {metadata.version('terratorch')} has no {name}.")
 
 
-def load(
-    name: str, network: Network, inputs: Sequence[str], to: Sequence[str], seed: int, timesteps: int = 10, **options: Any
-) -> Reference:
+def load(name: str, network: Network, inputs: Sequence[str], to: Sequence[str], seed: int, timesteps: int, **options: Any) -> Reference:
     """The generators of the released model `name` with the weights of `network`, which makes `to` from `inputs`; see `check`.
 
     `seed`, `timesteps` and `options` are as of `generate.generate`. A ValueError if the weights are of a model of other sizes.
@@ -85,7 +87,7 @@ def load(
     model = build.model(name, modalities=list(inputs), output_modalities=list(to))
     model = dataclasses.replace(model, module=network.module, variables=network.variables, tokenizers=network.tokenizers)
     state = {key: torch.from_numpy(np.array(x)) for key, x in weights.to_torch(model).items()}
-    settings = {OPTIONS[key]: value for key, value in options.items()}
+    settings = {OPTIONS[key]: value for key, value in options.items() if key not in PUBLISHED}
     generators = {}
     for output in to:
         generator = known.build(name, modalities=list(inputs), output_modalities=[output], pretrained=False, **settings).eval()

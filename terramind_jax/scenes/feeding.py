@@ -117,6 +117,7 @@ def encode(network: Network, work: Work, i: int, js: Sequence[int], strip: Strip
             x, seen = (_windows(work, js, image) for image in rows)
             visible[own.key] = network.put(seen)
             options |= {"visible": seen} if name in work.painted else {}
+            options |= {"bands": work.scene.bands.get(name)}  # None: all
         values[own.key] = network.put(generate.encode_input(own, x, network.tokenizers, **options))
     return values, visible
 

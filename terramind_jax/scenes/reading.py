@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from terramind_jax import geo, modalities
+from terramind_jax.bands import fill_missing
 from terramind_jax.data.stored import LULC_CODES, is_nodata, to_stored
 from terramind_jax.scenes.windows import Cut
 
@@ -26,6 +27,7 @@ class Scene:
     place: geo.Place
     nodata: Mapping[str, float | None]  # what each file says
     lulc_codes: str | None = None
+    bands: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of those rasters that lack some of their modality's
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -73,18 +75,53 @@ def check_names(inputs: Mapping[str, object], lulc_codes: str | None) -> None:
             raise ValueError(f"The codes of {name} are not declared; say with --lulc_codes what they are: {', '.join(LULC_CODES)}.")
 
 
-def open_scene(name: str, paths: Mapping[str, Path], lulc_codes: str | None = None) -> Scene:
-    """One scene, checked without reading pixels: bands, one grid for all, and a CRS where a raster shall give its position."""
-    first, nodata = None, {}
+def known_bands(inputs: Iterable[str], bands: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
+    """Which bands files have, by input, in the names of `modalities`, unless all in their order.
+
+    Sentinel-2's may be given as B01 ... B12. Raises a ValueError for what is no input, or no bands of it.
+    """
+    found = {}
+    for name, given in (bands or {}).items():
+        if name not in inputs:
+            raise ValueError(f"Bands are given for {name}, which is no input; inputs: {', '.join(inputs)}.")
+        known = modalities.get(modalities.input_stream(name).modality).bands
+        found[name] = [geo.band_name(band) for band in given]
+        if not given or len(set(found[name])) < len(given) or not {*found[name]} <= {*known}:
+            told = f"expected some of {', '.join(known)}, each once" if known else "it has none"
+            raise ValueError(f"The bands given for {name} are {', '.join(given) or 'none'}; {told}.")
+        if found[name] == [*known]:
+            del found[name]
+    return found
+
+
+def open_scene(
+    name: str, paths: Mapping[str, Path], lulc_codes: str | None = None, bands: Mapping[str, Sequence[str]] | None = None
+) -> Scene:
+    """One scene, checked without reading pixels: bands, one grid for all, and a CRS where a raster shall give its position.
+
+    `bands` are those of files that lack some of their modality's, as `known_bands` has them, in the order of the file.
+    """
+    first, nodata, bands = None, {}, bands or {}
     for modality, path in paths.items():
         stream = modalities.input_stream(modality)
-        header = geo.read_header(path, None if stream.kind == "sequence" else stream.modality)
+        header = geo.read_header(path)
+        if stream.kind != "sequence":
+            _check_bands(path, header, modality, stream.modality, bands.get(modality))
         if stream.kind == "sequence" and not header.place.crs:
             raise ValueError(f"{path} does not say where on Earth it lies (it has no CRS), so it gives no {modality}.")
         first, nodata[modality] = first or (path, header.place), header.nodata
         if not geo.same_grid(header.place, first[1]):
             raise ValueError(f"{path} and {first[0]} do not lie on one grid; resample one of them to the other.")
-    return Scene(name, paths, first[1], nodata, lulc_codes)
+    return Scene(name, paths, first[1], nodata, lulc_codes, bands)
+
+
+def _check_bands(path: Path, header: geo.Header, name: str, modality: str, given: Sequence[str] | None) -> None:
+    """Raises a ValueError unless the file of an input has the bands that are `given`, or all of its modality."""
+    known = modalities.get(modality).bands
+    if given is None and 0 < header.bands < len(known):
+        hint = f"generate and embed take some of them if told which, in the file's order: --bands {name}={known[0]},..."
+        raise ValueError(f"{path} has {header.bands} bands, expected {len(known)} for {modality} ({', '.join(known)}); {hint}")
+    geo.check_names(path, header, known if given is None else given, modality)
 
 
 def check_size(scene: Scene, side: int) -> None:
@@ -99,7 +136,7 @@ def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np
 
     Both reach to the end of the grid of patches, where the image is mirrored. Pixels without data hold the mean of their band, of class
     maps class 0; generation does not see patches of nothing else (`seen`). Values are checked, and rounded, as `data.pack` does, so that a
-    model sees what it was trained on.
+    model sees what it was trained on. C are the bands of the file; `feeding.encode` fills those that it lacks.
     """
     inside, width = min(height, scene.place.height - row), scene.place.width
     stored, missing = _values(scene, name, geo.read_window(scene.paths[name], row, 0, inside, width))
@@ -110,6 +147,8 @@ def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np
 def glance(scene: Scene, name: str, side: int) -> np.ndarray:
     """One raster for a picture, thinned to `side` pixels at most: ``[h, w, C]``, NaN where there is no data, of class maps class 0."""
     stored, missing = _values(scene, name, geo.read_thinned(scene.paths[name], side))
+    if name in scene.bands:
+        stored = fill_missing(modalities.input_stream(name).modality, stored, scene.bands[name])
     return stored if _is_class_map(name) else np.where(missing[..., None], np.nan, stored)
 
 
@@ -119,7 +158,8 @@ def _values(scene: Scene, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np
     if _is_class_map(name):
         missing, fill = np.zeros(pixels.shape[:2], bool) if nodata is None else (pixels == nodata).any(-1), 0
     else:
-        missing, mean = modalities.missing(m.name, pixels) | is_nodata(m.name, pixels, nodata).any(-1), np.array(m.mean or 0.0)
+        missing = modalities.missing(m.name, pixels) | is_nodata(m.name, pixels, nodata).any(-1)
+        mean = np.array([m.mean[m.bands.index(band)] for band in scene.bands.get(name, m.bands)] if m.mean else 0.0)
         fill = np.rint(mean) if np.dtype(m.dtype).kind in "iu" else mean
     if missing.any():
         pixels = np.where(missing[..., None], np.asarray(fill, pixels.dtype), pixels)
