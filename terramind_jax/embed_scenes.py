@@ -80,6 +80,7 @@ def run(
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)
         for scene, cut in zip(scenes, cuts, strict=True):
             if not done.get(scene.name):
+                reading.tell_place(scene)
                 embed_scene(job, scene, cut)
                 done.finish_scene(scene.name)
                 print(f"{scene.name} -> {output_path(out, scene.name, format)}", flush=True)

@@ -121,8 +121,7 @@ def run(
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
         for scene, cut in zip(scenes, cuts, strict=True):
             if not done.get(scene.name):
-                if not scene.place.crs:
-                    print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
+                reading.tell_place(scene)
                 generate_scene(job, scene, cut)
                 if quicklook:
                     _draw(out, scene, to)
