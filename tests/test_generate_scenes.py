@@ -224,6 +224,30 @@ def test_holes_of_land_cover_are_painted(weights, networks, tmp_path):
     np.testing.assert_array_equal(geo.read(found)[..., 0], made["LULC"][0].argmax(-1))
 
 
+def test_what_clouds_hide_is_painted(networks, monkeypatch, tmp_path):
+    """An input of pixels that is the output, too: it is made anew from its patches without a hole, whatever the others hold, and NDVI."""
+    encoder, place = (STREAMS["untok_dem@224"], STREAMS["tok_ndvi@224"]), geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
+    tokenizers = random_networks.build_tokenizers("DEM", "NDVI", image_size=TILE)
+    system = random_networks.build(encoder, (STREAMS["tok_dem@224"],), TILE), tokenizers
+    weights = random_networks.as_workdir(monkeypatch, tmp_path / "weights", *system)
+    inputs, clear = {"DEM": tmp_path / "dem.tif", "NDVI": tmp_path / "ndvi.tif"}, np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
+    hole = ~np.kron(clear, np.ones((16, 16), bool))
+    hole[30:34, :5] = True  # into two patches of the first column
+    clear[1:, 0] = False
+    dem = elevation(inputs["DEM"], TILE, TILE, hole=hole)
+    ndvi = np.random.default_rng(1).uniform(-1, 1, dem.shape).astype(np.float32)
+    geo.write(inputs["NDVI"], ndvi, like=place)
+    (found,) = generate_scenes.run(weights=weights, inputs=inputs, to=["DEM"], out=tmp_path / "out", seed=3)
+    make = functools.partial(generate.generate, *system[0], system[1], outputs=["DEM"], seed=3)
+    anything = np.where(np.kron(clear, np.ones((16, 16), bool))[..., None], dem, 5000)
+    made = make({"DEM": anything[None], "NDVI": ndvi[None]}, visible={"DEM": clear[None]})["DEM"][0]
+    painted = geo.read(found)
+    np.testing.assert_allclose(painted[hole], made[hole], rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(painted, made, rtol=1e-4, atol=1e-2)
+    for other in ({"DEM": anything[None] + 300, "NDVI": ndvi[None]}, {"DEM": anything[None], "NDVI": -ndvi[None]}):
+        assert np.abs(make(other, visible={"DEM": clear[None]})["DEM"][0] - made)[hole].mean() > 1  # both inputs tell
+
+
 def test_what_is_not_chained_does_not_condition(weights, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, quicklook=False)
