@@ -51,12 +51,13 @@ def run(
     """Generates modalities of one scene, or of every scene of a folder.
 
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, Cloud-Optimised GeoTIFF, float32 in the modality's unit (NaN: no data),
-    class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
-    window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
-    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
-    which is painted there, and in patches of which it has some, see `generate.generate`. Nothing that exists is replaced;
-    a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
-    computes in another dtype.
+    class maps uint8 (255: no data); ``{out}/coords/{scene}.json``, a point a window, and ``{out}/coords_density/{scene}.tif``, the
+    probability of every quarter degree of the Earth as `locate.density` has it of the inputs, the mean over the windows; and the picture
+    ``{out}/{scene}.png``. Scenes have any size from one window on, the size that the model was trained at. A pixel has no data where no
+    input has. Patches of 16 x 16 pixels of which an input has no data are not seen; where it has some, the mean of a band stands for the
+    rest. An input may be an output, too, which is painted there, and in patches of which it has some, see `generate.generate`. Nothing
+    that exists is replaced; a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same
+    files; not on a device that computes in another dtype.
 
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.

@@ -12,7 +12,7 @@ import pytest
 import random_networks
 import tqdm
 
-from terramind_jax import generate, generate_scenes, geo, modalities
+from terramind_jax import coordinates, generate, generate_scenes, geo, locate, modalities
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating
 
@@ -77,9 +77,10 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
     array = elevation(tmp_path / "a.tif", TILE, TILE)
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
     written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5)
-    assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "coords/a.json", "LULC/a.tif"]
+    names = [p.relative_to(tmp_path / "out").as_posix() for p in written]
+    assert names == ["NDVI/a.tif", "coords/a.json", "coords_density/a.tif", "LULC/a.tif"]
     made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5)
-    ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[2], "LULC")
+    ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[3], "LULC")
     assert ndvi.dtype == np.float32 and lulc.dtype == np.uint8
     np.testing.assert_allclose(ndvi, made["NDVI"][0], atol=1e-4)
     np.testing.assert_array_equal(lulc[..., 0], made["LULC"][0].argmax(-1))
@@ -313,12 +314,13 @@ def test_weights_are_known_by_their_bytes():
 
 def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 32)
-    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], quicklook=False)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC", "coords"], quicklook=False)
     one = generate_scenes.run(**call, out=tmp_path / "one")
     monkeypatch.setattr(generate_scenes, "spread", feeding.spread)
     several = generate_scenes.run(**call, out=tmp_path / "several")
     np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
+    np.testing.assert_allclose(geo.read(one[3]), geo.read(several[3]), rtol=1e-3)
 
 
 def test_nothing_is_replaced(weights, copies, tmp_path):
@@ -353,8 +355,41 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
 
 def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 16)
-    (path,) = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
+    path, _ = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
     assert json.loads(path.read_text()) == [{"lon": None, "lat": None}] * 2
+
+
+def test_the_density_over_the_earth_is_the_mean_of_the_windows(weights, networks, monkeypatch, tmp_path):
+    """Of those with data; a stopped run counts each row of windows once."""
+    array = elevation(tmp_path / "a.tif", TILE + 16, TILE + 64, hole=np.s_[:, TILE:])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], overlap=0)
+    _, path = generate_scenes.run(**call, out=tmp_path / "out")
+    windows = np.stack([array[:TILE, :TILE], array[16:, :TILE]])
+    expected, density = generate.locate(*networks[0], {}, {"DEM": windows}), geo.read(path)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3 * expected.max()
+    np.testing.assert_allclose(density[..., 0], expected.mean(0), rtol=1e-3)
+    assert density.astype(np.float64).sum() == pytest.approx(1, abs=1e-6)
+    header, (lons, lats) = geo.read_header(path), coordinates.grid()
+    assert header.place.crs == "EPSG:4326" and header.descriptions == ("probability",) and header.tags["terramind_jax_seed"] == "0"
+    assert geo.lonlat(header.place, 173.5, 766.5) == pytest.approx((lons[766], lats[173]))
+
+    def stop(*arguments, original=locate.density, **options):
+        if len(calls) == 1:
+            calls.append("stopped")
+            raise KeyboardInterrupt
+        calls.append("made")
+        return original(*arguments, **options)
+
+    calls = []
+    monkeypatch.setattr(locate, "density", stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate_scenes.run(**call, out=tmp_path / "parts")
+    _, parts = generate_scenes.run(**call, out=tmp_path / "parts")
+    assert calls == ["made", "stopped", "made"] and parts.read_bytes() == path.read_bytes()
+    for other in (tmp_path / "out" / "coords" / "a.json", tmp_path / "out" / "a.png"):
+        other.unlink(missing_ok=True)
+    with pytest.raises(FileExistsError, match=r"out/coords_density/a\.tif exists already"):
+        generate_scenes.run(**call, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
