@@ -2,7 +2,8 @@
 # make quickstart DATA=DIR   the same on your own GeoTIFFs: DIR/MODALITY/NAME.tif
 # make test                  lint and the fast tests
 # make test-parity           against TerraTorch, in .venv-peer if that is there, else in .venv-parity (made with the `parity` extra)
-# make test-full             all tests but those, the slow ones included; with the compiler for TPUs, which needs none
+# make test-full             all tests but those, the slow ones included; with the compiler for TPUs, which needs none, and the page of `serve`,
+#                            whose tests skip without a Chromium or Chrome on the PATH
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +31,7 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-tpu: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[test,tpu,beam]"
+	$(BIN)/python -m pip install --quiet -e ".[test,tpu,beam,page]"
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 quickstart: $(VENV)/.installed

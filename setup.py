@@ -9,6 +9,7 @@ TEST = [
     "aiohttp>=3.9",
     "flatbuffers>=24",
     "gcsfs>=2024.6",
+    "geopandas>=1.0",
     "hypothesis>=6.100",
     "pyarrow>=15",
     "pytest>=8",

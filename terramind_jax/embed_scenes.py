@@ -82,6 +82,7 @@ def run(
     with journal.start(out, command) as done:
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)
         for work in feeding.unfinished(scenes, cuts, done):
+            reading.tell_place(work.scene)
             embed_scene(job, work)
             done.finish_scene(work.scene.name)
             print(f"{work.scene.name} -> {output_path(out, work.scene.name, format)}", flush=True)

@@ -54,13 +54,14 @@ def run(
     """Generates modalities of one scene, or of every scene of a folder.
 
     Writes ``{out}/{modality}/{scene}.tif`` on the input's grid, Cloud-Optimised GeoTIFF, float32 in the modality's unit (NaN: no data),
-    class maps uint8 (255: no data); ``{out}/coords/{scene}.json``; and the picture ``{out}/{scene}.png``. Scenes have any size from one
-    window on, the size that the model was trained at. A pixel has no data where no input has. Patches of 16 x 16 pixels
-    of which an input has no data are not seen; where it has some, the mean of a band stands for the rest. An input may be an output, too,
-    which is painted in such patches where another input has data, see `generate.generate`. All rasters of a folder are read before the
-    first scene is begun, so that one that cannot be is told at once. Nothing that exists is replaced;
-    a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a device that
-    computes in another dtype.
+    class maps uint8 (255: no data); ``{out}/coords/{scene}.json``, a point a window, and ``{out}/coords_density/{scene}.tif``, the
+    probability of every quarter degree of the Earth as `locate.density` has it of the inputs, the mean over the windows; and the picture
+    ``{out}/{scene}.png``. Scenes have any size from one window on, the size that the model was trained at. A pixel has no data where no
+    input has. Patches of 16 x 16 pixels of which an input has no data are not seen; where it has some, the mean of a band stands for the
+    rest. An input may be an output, too, which is painted in such patches where another input has data, see `generate.generate`. All
+    rasters of a folder are read before the first scene is begun, so that one that cannot be is told at once. Nothing that exists is
+    replaced; a run that was stopped goes on with the same arguments, from ``{out}/unfinished``, and ends with the same files; not on a
+    device that computes in another dtype.
 
     Args:
       weights: work directory of a pretrained model, or a folder that holds one as ``model``; with `model`, what `weights.load` takes.
@@ -132,8 +133,7 @@ def run(
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
         for work in feeding.unfinished(scenes, cuts, done):
             scene = work.scene
-            if not scene.place.crs:
-                print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
+            reading.tell_place(scene)
             generate_scene(job, work)
             if quicklook:
                 _draw(out, scene, to)

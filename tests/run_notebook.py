@@ -41,8 +41,8 @@ def shell(command: str) -> None:
         raise RuntimeError(f"This failed: {command}")
 
 
-def run(path: str | os.PathLike, out: Path, values: Mapping[str, str]) -> None:
-    """Executes the cells one after another, in one namespace."""
+def run(path: str | os.PathLike, out: Path, values: Mapping[str, str]) -> dict[str, object]:
+    """Executes the cells one after another, in one namespace, and returns that."""
     names = {"shell": shell, "__name__": "__main__"}
     out.mkdir(parents=True, exist_ok=True)
     for i, source in enumerate(cells(path)):
@@ -53,6 +53,7 @@ def run(path: str | os.PathLike, out: Path, values: Mapping[str, str]) -> None:
         for k, figure in enumerate(figures):
             figure.savefig(out / f"{i:02d}_{k}.png", dpi=100)
         plt.close("all")
+    return names
 
 
 def _execute(source: str, where: str, names: dict) -> object:

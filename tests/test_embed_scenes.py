@@ -266,6 +266,12 @@ def test_nothing_is_replaced(weights, means, tmp_path):
         embed_scenes.run(**call)
 
 
+def test_a_scene_without_crs_is_said(weights, means, tmp_path, capsys):
+    geo.write(tmp_path / "a.tif", np.ones((TILE, TILE, 1), np.int16))
+    embed_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out")
+    assert "a: the input does not say where it lies (it has no CRS), so the outputs do not either.\n" in capsys.readouterr().out
+
+
 def test_models_that_have_no_features(tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", weights="random")

@@ -349,6 +349,13 @@ def test_predict_goes_on_where_it_was_stopped(finished, root, tmp_path, monkeypa
     np.testing.assert_array_equal(np.asarray(geo.read(parts)), np.asarray(geo.read(whole)))
 
 
+def test_predict_says_of_a_scene_that_it_has_no_crs(finished, root, tmp_path, capsys):
+    radar = datasets.load("sen1floods11", root, "val")[0]["inputs"]["S1GRD"]
+    geo.write(tmp_path / "scene.tif", radar, modality="S1GRD")
+    predict.run(finished, {"S1GRD": tmp_path / "scene.tif"}, tmp_path / "out")
+    assert "scene: the input does not say where it lies (it has no CRS), so the outputs do not either.\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_labels_of_images(tmp_path):
     sample("eurosat", tmp_path / "data", count=2, size=SIZE)

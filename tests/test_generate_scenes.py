@@ -19,7 +19,7 @@ import pytest
 import random_networks
 import tqdm
 
-from terramind_jax import cli, generate, generate_scenes, geo, modalities
+from terramind_jax import cli, coordinates, generate, generate_scenes, geo, locate, modalities
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating, reading, writing
 
@@ -85,9 +85,10 @@ def test_one_window_is_what_generate_makes(weights, networks, tmp_path, options)
     array = elevation(tmp_path / "a.tif", TILE, TILE)
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
     written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5, **options)
-    assert [p.relative_to(tmp_path / "out").as_posix() for p in written] == ["NDVI/a.tif", "coords/a.json", "LULC/a.tif"]
+    names = [p.relative_to(tmp_path / "out").as_posix() for p in written]
+    assert names == ["NDVI/a.tif", "coords/a.json", "coords_density/a.tif", "LULC/a.tif"]
     made = generate.generate(*trained, tokenizers, {"DEM": array[None]}, to, seed=5, **options)
-    ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[2], "LULC")
+    ndvi, lulc = geo.read(written[0], "NDVI"), geo.read(written[3], "LULC")
     assert ndvi.dtype == np.float32 and lulc.dtype == np.uint8
     np.testing.assert_allclose(ndvi, made["NDVI"][0], atol=1e-4)
     np.testing.assert_array_equal(lulc[..., 0], made["LULC"][0].argmax(-1))
@@ -159,7 +160,8 @@ def test_bars_count_passes_of_the_networks(weights, networks, copies, bars, tmp_
     network = feeding.Network(module, variables, tokenizers | {"NDVI": (diffusing, {})})
     call = dict(weights=weights, network=network, inputs={"DEM": tmp_path / "a.tif"}, out=tmp_path / "out", samples=2)
     generate_scenes.run(**call, to=["NDVI", "LULC", "coords"], steps=4, timesteps=7, sampler="ddim")
-    total = 6 * 2 * (4 + 4 + 3 + 8 + 1)  # windows, samples; tokens of two images and a sequence; 7 timesteps of DDIM are 8; a ViT
+    # Windows, samples; tokens of two images and a sequence; 7 timesteps of DDIM are 8; a ViT; of all samples one density over the Earth.
+    total = 6 * (2 * (4 + 4 + 3 + 8 + 1) + 1)
     assert bars == [(0, total, total)]
 
 
@@ -357,6 +359,30 @@ def test_holes_of_land_cover_are_painted(weights, networks, tmp_path):
     np.testing.assert_array_equal(geo.read(found)[..., 0], made["LULC"][0].argmax(-1))
 
 
+def test_what_clouds_hide_is_painted(networks, monkeypatch, tmp_path):
+    """An input of pixels that is the output, too: it is made anew from its patches without a hole, whatever the others hold, and NDVI."""
+    encoder, place = (STREAMS["untok_dem@224"], STREAMS["tok_ndvi@224"]), geo.Place(PLACE.crs, PLACE.transform, TILE, TILE)
+    tokenizers = random_networks.build_tokenizers("DEM", "NDVI", image_size=TILE)
+    system = random_networks.build(encoder, (STREAMS["tok_dem@224"],), TILE), tokenizers
+    weights = random_networks.as_workdir(monkeypatch, tmp_path / "weights", *system)
+    inputs, clear = {"DEM": tmp_path / "dem.tif", "NDVI": tmp_path / "ndvi.tif"}, np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
+    hole = ~np.kron(clear, np.ones((16, 16), bool))
+    hole[30:34, :5] = True  # into two patches of the first column
+    clear[1:, 0] = False
+    dem = elevation(inputs["DEM"], TILE, TILE, hole=hole)
+    ndvi = np.random.default_rng(1).uniform(-1, 1, dem.shape).astype(np.float32)
+    geo.write(inputs["NDVI"], ndvi, like=place)
+    (found,) = generate_scenes.run(weights=weights, inputs=inputs, to=["DEM"], out=tmp_path / "out", seed=3)
+    make = functools.partial(generate.generate, *system[0], system[1], outputs=["DEM"], seed=3)
+    anything = np.where(np.kron(clear, np.ones((16, 16), bool))[..., None], dem, 5000)
+    made = make({"DEM": anything[None], "NDVI": ndvi[None]}, visible={"DEM": clear[None]})["DEM"][0]
+    painted = geo.read(found)
+    np.testing.assert_allclose(painted[hole], made[hole], rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(painted, made, rtol=1e-4, atol=1e-2)
+    for other in ({"DEM": anything[None] + 300, "NDVI": ndvi[None]}, {"DEM": anything[None], "NDVI": -ndvi[None]}):
+        assert np.abs(make(other, visible={"DEM": clear[None]})["DEM"][0] - made)[hole].mean() > 1  # both inputs tell
+
+
 def test_what_is_not_chained_does_not_condition(weights, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, quicklook=False)
@@ -436,12 +462,13 @@ def test_weights_are_known_by_their_bytes():
 
 def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 32)
-    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], quicklook=False)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC", "coords"], quicklook=False)
     one = generate_scenes.run(**call, out=tmp_path / "one")
     monkeypatch.setattr(generate_scenes, "spread", feeding.spread)
     several = generate_scenes.run(**call, out=tmp_path / "several")
     np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
     np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
+    np.testing.assert_allclose(geo.read(one[3]), geo.read(several[3]), rtol=1e-3)
 
 
 def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
@@ -483,8 +510,41 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
 
 def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):
     elevation(tmp_path / "a.tif", TILE, TILE + 16)
-    (path,) = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
+    path, _ = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], out=tmp_path / "out")
     assert json.loads(path.read_text()) == [{"lon": None, "lat": None}] * 2
+
+
+def test_the_density_over_the_earth_is_the_mean_of_the_windows(weights, networks, monkeypatch, tmp_path):
+    """Of those with data; a stopped run counts each row of windows once."""
+    array = elevation(tmp_path / "a.tif", TILE + 16, TILE + 64, hole=np.s_[:, TILE:])
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["coords"], overlap=0)
+    _, path = generate_scenes.run(**call, out=tmp_path / "out")
+    windows = np.stack([array[:TILE, :TILE], array[16:, :TILE]])
+    expected, density = generate.locate(*networks[0], {}, {"DEM": windows}), geo.read(path)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3 * expected.max()
+    np.testing.assert_allclose(density[..., 0], expected.mean(0), rtol=1e-3)
+    assert density.astype(np.float64).sum() == pytest.approx(1, abs=1e-6)
+    header, (lons, lats) = geo.read_header(path), coordinates.grid()
+    assert header.place.crs == "EPSG:4326" and header.descriptions == ("probability",) and header.tags["terramind_jax_seed"] == "0"
+    assert geo.lonlat(header.place, 173.5, 766.5) == pytest.approx((lons[766], lats[173]))
+
+    def stop(*arguments, original=locate.density, **options):
+        if len(calls) == 1:
+            calls.append("stopped")
+            raise KeyboardInterrupt
+        calls.append("made")
+        return original(*arguments, **options)
+
+    calls = []
+    monkeypatch.setattr(locate, "density", stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate_scenes.run(**call, out=tmp_path / "parts")
+    _, parts = generate_scenes.run(**call, out=tmp_path / "parts")
+    assert calls == ["made", "stopped", "made"] and parts.read_bytes() == path.read_bytes()
+    for other in (tmp_path / "out" / "coords" / "a.json", tmp_path / "out" / "a.png"):
+        other.unlink(missing_ok=True)
+    with pytest.raises(FileExistsError, match=r"out/coords_density/a\.tif exists already"):
+        generate_scenes.run(**call, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

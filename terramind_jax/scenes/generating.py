@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from terramind_jax import coordinates, files, generate, modalities, sampling
+from terramind_jax import coordinates, files, generate, geo, locate, modalities, sampling
 from terramind_jax.decoding import generate_tokens, target_passes
 from terramind_jax.draws import entropy, probabilities
 from terramind_jax.modalities import Stream
@@ -51,9 +51,11 @@ def generate_scene(job: Job, work: Work) -> None:
     made = {s.modality for s in streams.values()}
     painted = {name for name in work.scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
     work = dataclasses.replace(work, painted=painted)
+    kinds = [s.kind == "sequence" for s in streams.values()]
     passes = sum(_token_passes(job, key) for key in {s.key for s in streams.values()})
-    passes += sum(_pixel_passes(job, name) for name, s in streams.items() if s.kind != "sequence")
-    with tqdm(desc=work.scene.name, total=passes * job.samples * int(work.live.sum()), unit="pass", dynamic_ncols=True) as bar:
+    passes += sum(_pixel_passes(job, name) for name, is_sequence in zip(streams, kinds, strict=True) if not is_sequence)
+    total = (passes * job.samples + kinds.count(True)) * int(work.live.sum())  # a density is made once
+    with tqdm(desc=work.scene.name, total=total, unit="pass", dynamic_ncols=True) as bar:
         maps: dict[str, np.ndarray] = {}
         for name, stream in streams.items():
             if stream.key not in maps:
@@ -63,9 +65,9 @@ def generate_scene(job: Job, work: Work) -> None:
 
 
 def output_paths(out: Path, scene: str, name: str, samples: int) -> list[Path]:
-    """What is written of one target: a GeoTIFF, with several samples also that of their spread, or of a sequence JSON."""
+    """What is written of one target: a GeoTIFF, with several samples also that of their spread; of coordinates JSON and their density."""
     if modalities.output_stream(name).kind == "sequence":
-        return [out / name / f"{scene}.json"]
+        return [out / name / f"{scene}.json", out / f"{name}_density" / f"{scene}.tif"]
     return [out / folder / f"{scene}.tif" for folder in (name, f"{name}_std")[: 1 if samples == 1 else 2]]
 
 
@@ -204,10 +206,39 @@ def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:
 
 def _write_sequence(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
     """Coordinates as JSON, one ``{"lon", "lat"}`` a window with data, row by row, of the first sample; null where none were written."""
-    (path,) = output_paths(job.out, work.scene.name, name, job.samples)
+    points, density = output_paths(job.out, work.scene.name, name, job.samples)
     lons, lats = coordinates.decode(ids[0][work.live.ravel()])
     places = [{"lon": _number(lon), "lat": _number(lat)} for lon, lat in zip(lons, lats, strict=True)]
-    files.write_text(files.folder(path), json.dumps(places) + "\n")
+    files.write_text(files.folder(points), json.dumps(places) + "\n")
+    _write_density(job, work, name, density, bar)
+
+
+def _write_density(job: Job, work: Work, name: str, path: Path, bar: tqdm) -> None:
+    """What `locate.density` says, the mean over the windows with data: each quarter degree's probability, given the inputs alone."""
+    piece, folder = (work.scene.name, name, "density"), job.journal.of_scene(work.scene.name)
+    done, (lons, lats) = job.journal.get(*piece), coordinates.grid()
+    sums_path, shape = folder / f"{path.parent.name}.npy", (2, len(lats), len(lons))
+    sums = writing.mapped(sums_path, np.float64, shape, goes_on=bool(done))  # of an even and an odd number of rows: one stays as it was
+    progress.resume(bar, int(work.live[:done].sum()))
+    for i in range(done, len(work.cut.rows)):
+        strip, total = feeding.read(work, i), sums[i % 2].copy()
+        for js in feeding.batches(job.network, work, i, job.batch_size):
+            values, visible = feeding.encode(job.network, work, i, js, strip)
+            found = locate.density(job.network.module, job.network.variables, values, visible=visible)
+            some = len(dict.fromkeys(js))
+            total += np.asarray(found[:some], np.float64).sum(0)
+            bar.update(some)
+        sums[(i + 1) % 2] = total
+        with writing.space(sums_path):
+            sums.flush()
+        job.journal.set(*piece, count=i + 1)
+    step = lons[1] - lons[0]
+    where = geo.Place("EPSG:4326", (step, 0, lons[0] - step / 2, 0, -step, lats[0] + step / 2), len(lats), len(lons))
+    layer = writing.Layer(where, ("probability",), "float32", "", np.nan, job.journal.tags(work.scene.name))
+    total, part = sums[len(work.cut.rows) % 2], folder / f"{path.parent.name}.tif"
+    writing.create(part, layer)
+    writing.write_rows(part, 0, (total / total.sum()).astype(np.float32)[..., None])
+    writing.finish(part, path, layer)
 
 
 def _number(value: float) -> float | None:

@@ -131,6 +131,12 @@ def check_size(scene: Scene, side: int) -> None:
         raise ValueError(f"{path} is {place.height}x{place.width} pixels; expected at least {side}x{side}.")
 
 
+def tell_place(scene: Scene) -> None:
+    """Says of a scene without a CRS that nobody will know where its outputs lie."""
+    if not scene.place.crs:
+        print(f"{scene.name}: the input does not say where it lies (it has no CRS), so the outputs do not either.", flush=True)
+
+
 def read(scene: Scene, name: str, row: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of pixels of one raster ``[height, w, C]`` as shards store it, and where it has no data, ``[height, w]`` bool.
 

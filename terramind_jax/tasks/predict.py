@@ -84,6 +84,7 @@ def run(
     with journal.start(out, command) as done:
         for scene, cut in zip(scenes, cuts, strict=True):
             if not done.get(scene.name):
+                reading.tell_place(scene)
                 _write_map(task, scene, cut, batch_size, done, written[scene.name])
                 done.finish_scene(scene.name)
                 print(f"{scene.name} -> {written[scene.name]}", flush=True)
