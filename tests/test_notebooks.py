@@ -46,6 +46,8 @@ def test_a_notebook_is_what_colab_opens(path):
     assert f"({COLAB}{path.name})" in "".join(cells[0]["source"])
     sources = run_notebook.cells(path)
     assert sources[0] == INSTALL and sources[1].startswith("%matplotlib inline\n")  # else figures of our own are not shown
+    commands = any("!terramind-jax generate" in source for source in sources)  # a TPU would be taken if the notebook asked for it itself
+    assert ("!terramind-jax info\n" if commands else "print(jax.devices())") in sources[1]
     for source in sources:
         compile(run_notebook.plain(source), path.name, "exec")
 
