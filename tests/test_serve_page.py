@@ -24,6 +24,7 @@ from matplotlib.image import imread
 
 from terramind_jax import geo
 from terramind_jax.data.synthesize import write_tiles
+from terramind_jax.tokenizer import diffusion
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +190,7 @@ def test_title_and_controls(page, folder):
     for name, modalities in (("Inputs", ["S2L2A", "DEM"]), ("Outputs", ["S1GRD", "LULC", "NDVI"])):
         assert [box.get_attribute("name") for box in group(page, name).get_by_role("checkbox").all()] == modalities
     assert page.get_by_label("Seed", exact=True).input_value() == "0"
-    assert page.get_by_role("slider").first.input_value() == "10"
+    assert page.get_by_role("slider").first.input_value() == str(diffusion.STEPS["dpmpp"])
     assert page.get_by_role("button", name="Generate").is_enabled()
     page.get_by_label("Tile", exact=True).click()
     tiles = sorted(path.stem for path in (folder / "tiles" / "DEM").iterdir())
