@@ -80,9 +80,8 @@ def elevation(path, height=100, width=59, seed=0, hole=None):
     return array
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0, "top_p": 0.5}])
-def test_one_window_is_what_generate_makes(weights, networks, tmp_path, options):
-    array = elevation(tmp_path / "a.tif", TILE, TILE)
+def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
+    array, options = elevation(tmp_path / "a.tif", TILE, TILE), {"guidance_scale": 3.0, "top_p": 0.5}
     (trained, tokenizers), to = networks, ["NDVI", "coords", "LULC"]
     written = generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=to, out=tmp_path / "out", seed=5, **options)
     names = [p.relative_to(tmp_path / "out").as_posix() for p in written]
