@@ -120,6 +120,7 @@ def generate(
         own = dict(offset=offset.get(name, 0.0), noise=noise.get(name))
         return decode_output(modalities.output_stream(name), ids, tokenizers, **own, **scale, **decoding)
 
+    # One after the other: of the released decoders only those of S1GRD and S1RTC have one shape, and under `vmap` they take longer.
     return {name: finish(name, ids) for name, ids in tokens.items()}
 
 
