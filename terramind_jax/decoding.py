@@ -124,13 +124,18 @@ def generate_tokens(
     return outputs
 
 
+def one_role(stream: Stream) -> str:
+    """What to do about a stream that is both an input and a target."""
+    return "leave it out of one" + ("" if stream.kind == "sequence" else ", or say what of it stays with `visible`")
+
+
 def target_passes(
     module: TerraMind, stream: Stream, *, steps: PerTarget[int] = 1, token_schedule: PerTarget[sampling.TokenSchedule] = "linear", **others
 ) -> int:
     """How often `generate_tokens` asks the network for one target at the model's own size, given the same options."""
     if stream.kind == "sequence":
         return stream.max_tokens - 1  # the first is the start token
-    return len(sampling.token_schedule(_option(token_schedule, stream.key), _option(steps, stream.key), module.config.grid**2))
+    return len(_counts(module, _option(steps, stream.key), _option(token_schedule, stream.key)))
 
 
 # ---- what is done when ----
@@ -167,10 +172,15 @@ def _plan(
     settings = dict(top_k=top_k, top_p=float(top_p), guided=guidance_scale != 1, greedy=temperature <= sampling.GREEDY_TEMPERATURE)
     counts, is_sequence = (1,), stream.kind == "sequence"
     if not is_sequence:
-        counts = sampling.token_schedule(token_schedule, steps, module.config.grid**2)
+        counts = _counts(module, steps, token_schedule)
         settings |= dict(schedule=_check_schedule(schedule), width=max(counts), even=len(set(counts)) == 1)
     temperatures = tuple(sampling.temperature_schedule(temperature_schedule, temperature, counts).tolist())
     return _Plan(is_sequence, stream in module.config.encoder, stream.codes, counts, temperatures, guidance_scale, tuple(settings.items()))
+
+
+def _counts(module: TerraMind, steps: int, token_schedule: sampling.TokenSchedule) -> tuple[int, ...]:
+    """Tokens of an image at the model's own size that are written in each step."""
+    return sampling.token_schedule(token_schedule, steps, module.config.grid**2)
 
 
 def _groups(plans: Mapping[str, _Plan], alone: set[str]) -> list[list[str]]:
@@ -447,8 +457,7 @@ def check(
             raise ValueError(f"This model has no {role} stream {unknown[0]!r}; it has {', '.join(known)}.")
     both = [key for key in targets if key in inputs and key not in (visible or {})]
     if both:
-        partly = "" if encoder[both[0]].kind == "sequence" else ", or say what of it stays with `visible`"
-        raise ValueError(f"Stream {both[0]!r} is both an input and a target; leave it out of one{partly}.")
+        raise ValueError(f"Stream {both[0]!r} is both an input and a target; {one_role(encoder[both[0]])}.")
     if len(set(targets)) != len(targets):
         raise ValueError(f"The targets {', '.join(targets)} name a stream twice.")
     if only is not None and only not in targets:

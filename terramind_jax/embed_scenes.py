@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from terramind_jax import generate_scenes, modalities, sources, zoo
@@ -70,12 +69,7 @@ def run(
         reading.check_size(scene, side)
     cuts = [windows.cut(scene.grid, side // PATCH, overlap) for scene in scenes]
     command = dict(
-        version=metadata.version("terramind_jax"),
-        model=model or str(weights),
-        weights_sha256=generate_scenes.digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
-        dtype=network.dtype,
-        inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
-        scenes=list(found),
+        **generate_scenes.provenance(network, model or str(weights), inputs, found),
         **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, bands=bands),
         **dict(overlap=overlap, batch_size=batch_size),
     )

@@ -16,7 +16,7 @@ import numpy as np
 from terramind_jax import captions, coordinates, draws, modalities, sampling
 from terramind_jax import locate as location
 from terramind_jax.bands import FillBands, fill_missing
-from terramind_jax.decoding import PerTarget, T, generate_tokens
+from terramind_jax.decoding import PerTarget, T, generate_tokens, one_role
 from terramind_jax.modalities import Stream
 from terramind_jax.model import TerraMind
 from terramind_jax.tokenizer import Clip, Sampler, Tokenizer, apply, decode
@@ -402,8 +402,7 @@ def check_names(
                 raise ValueError(f"The {role} {name} needs a tokenizer of {stream.modality}; given: {', '.join(tokenizers) or 'none'}.")
     both = [name for name, stream in read.items() if stream in made.values() and (name not in visible or stream.kind == "sequence")]
     if both:
-        partly = "" if read[both[0]].kind == "sequence" else ", or say what of it stays with `visible`"
-        raise ValueError(f"{both[0]} is both an input and an output; leave it out of one{partly}.")
+        raise ValueError(f"{both[0]} is both an input and an output; {one_role(read[both[0]])}.")
 
 
 def _check_sizes(inputs: Mapping[str, Any], read: Mapping[str, Stream]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,7 @@ def run(
         reading.check_size(scene, side)
     cuts = [windows.cut(scene.grid, side // PATCH, overlap) for scene in scenes]
     command = dict(
-        version=metadata.version("terramind_jax"),
-        model=model or str(weights),
-        weights_sha256=digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
-        dtype=network.dtype,  # may follow the device: two would mix in one scene
-        inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
-        scenes=list(found),
+        **provenance(network, model or str(weights), inputs, found),
         **dict(to=list(to), lulc_codes=lulc_codes, bands=bands, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size),
         **options,
     ) | dict(tags or {})
@@ -195,6 +190,18 @@ def digest(*variables: Any) -> str:
         found.update(jax.tree_util.keystr(path).encode())
         found.update(np.ascontiguousarray(x).view(np.uint8).data)
     return found.hexdigest()
+
+
+def provenance(network: Network, model: str, inputs: Mapping[str, str | os.PathLike], scenes: Iterable[str]) -> dict[str, Any]:
+    """What the journal and the files of a command say of its model, inputs and scenes."""
+    return dict(
+        version=metadata.version("terramind_jax"),
+        model=model,
+        weights_sha256=digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
+        dtype=network.dtype,  # may follow the device: two would mix in one scene
+        inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},
+        scenes=list(scenes),
+    )
 
 
 def check_names(inputs: Mapping[str, object], to: Sequence[str], lulc_codes: str | None) -> None:

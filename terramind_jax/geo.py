@@ -228,10 +228,14 @@ def check_bands(path: str | os.PathLike, header: Header, modality: str | None) -
     check_names(path, header, names, modality)
 
 
-def check_names(path: str | os.PathLike, header: Header, names: Sequence[str], what: str) -> None:
-    """Raises a ValueError if a file has another number of bands than `names`, those of `what`, or names them in another order."""
+def check_names(path: str | os.PathLike, header: Header, names: Sequence[str], what: str, hint: str = "") -> None:
+    """Raises a ValueError if a file has another number of bands than `names`, those of `what`, or names them in another order.
+
+    `hint` tells what to do about the number.
+    """
     if header.bands != len(names):
-        raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {what} ({', '.join(names)}).")
+        end = f"; {hint}" if hint else "."
+        raise ValueError(f"{os.fspath(path)} has {header.bands} bands, expected {len(names)} for {what} ({', '.join(names)}){end}")
     for position, (text, expected) in enumerate(zip(header.descriptions, names, strict=True), 1):
         found = band_name(text)
         if found in names and found != expected:

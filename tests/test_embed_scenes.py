@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import random_networks
 import tqdm
+from elevations import PLACE, elevation, folder_with_a_bad_raster, with_a_bad_raster
 
 from terramind_jax import bands, cli, embed_scenes, geo, modalities, model
 from terramind_jax.modalities import STREAMS
@@ -18,7 +19,6 @@ from terramind_jax.model import Backbone, BackboneConfig, backbone
 from terramind_jax.scenes import embedding, feeding, reading
 
 TILE, DIM = 48, 16
-PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,6 @@ def means(monkeypatch):
         return [patches * 0, patches.repeat(DIM, -1)]
 
     monkeypatch.setattr(backbone, "features", features)
-
-
-def elevation(path, height=100, width=59, hole=None):
-    array = np.random.default_rng(0).integers(0, 2000, (height, width, 1)).astype(np.float32)
-    if hole is not None:
-        array[hole] = np.nan
-    geo.write(path, array, like=geo.Place(PLACE.crs, PLACE.transform, height, width))
-    return array
 
 
 def expected(array):
@@ -91,22 +83,15 @@ def test_a_raster_has_a_pixel_a_patch(weights, means, tmp_path, overlap, batch_s
     assert header.tags["terramind_jax_scene"] == "a"
 
 
-@pytest.mark.parametrize(
-    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
-)
+@with_a_bad_raster
 def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, means, monkeypatch, tmp_path, how, message):
-    (tmp_path / "scenes").mkdir()
-    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
-    elevation(a)
-    elevation(b, hole=np.s_[:] if how == "empty" else None)
-    if how == "cut":
-        b.write_bytes(b.read_bytes()[:-100])
+    bad = folder_with_a_bad_raster(tmp_path / "scenes", how)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
     with monkeypatch.context() as without, pytest.raises(ValueError, match=message):
         without.setattr(backbone, "features", None)
         embed_scenes.run(**call)
     assert not list((tmp_path / "out").iterdir())
-    b.unlink()  # which is another command
+    bad.unlink()  # which is another command
     elevation(tmp_path / "scenes" / "c.tif")
     measured, original = [], reading.measured
     monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))

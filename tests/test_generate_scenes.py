@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import random_networks
 import tqdm
+from elevations import PLACE, elevation, folder_with_a_bad_raster, with_a_bad_raster
 
 from terramind_jax import cli, coordinates, generate, generate_scenes, geo, locate, modalities
 from terramind_jax.modalities import STREAMS
 from terramind_jax.scenes import feeding, generating, reading, writing
 
 TILE = 48
-PLACE = geo.Place("EPSG:32633", (10.0, 0, 500_000.0, 0, -10.0, 5_300_000.0), 100, 59)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,6 @@ def numbers(at):
 def patches(height, width):
     """What `copies` makes of a scene."""
     return (np.arange(height)[:, None] // 16 * 10 + np.arange(width) // 16)[..., None]
-
-
-def elevation(path, height=100, width=59, seed=0, hole=None):
-    array = np.random.default_rng(seed).integers(0, 2000, (height, width, 1)).astype(np.float32)
-    if hole is not None:
-        array[hole] = np.nan
-    geo.write(path, array, like=geo.Place(PLACE.crs, PLACE.transform, height, width))
-    return array
 
 
 def test_one_window_is_what_generate_makes(weights, networks, tmp_path):
@@ -286,21 +278,14 @@ def test_another_command_does_not_go_on(weights, monkeypatch, tmp_path):
         generate_scenes.run(**call)
 
 
-@pytest.mark.parametrize(
-    "how, message", [("cut", "b.tif is damaged or truncated"), ("empty", "b.tif is empty: none of its pixels has data")]
-)
+@with_a_bad_raster
 def test_one_bad_raster_of_a_folder_is_told_before_anything_is_made(weights, copies, monkeypatch, tmp_path, how, message):
-    (tmp_path / "scenes").mkdir()
-    a, b = (tmp_path / "scenes" / f"{name}.tif" for name in "ab")
-    elevation(a)
-    elevation(b, hole=np.s_[:] if how == "empty" else None)
-    if how == "cut":
-        b.write_bytes(b.read_bytes()[:-100])
+    bad = folder_with_a_bad_raster(tmp_path / "scenes", how)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI"], out=tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         generate_scenes.run(**call)
     assert not copies and not list((tmp_path / "out").iterdir())
-    b.unlink()  # which is another command
+    bad.unlink()  # which is another command
     elevation(tmp_path / "scenes" / "c.tif")
     measured, original = [], reading.measured
     monkeypatch.setattr(reading, "measured", lambda scene, cut: measured.append(scene.name) or original(scene, cut))

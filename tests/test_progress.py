@@ -25,4 +25,6 @@ def test_what_an_earlier_run_did_does_not_enter_the_rate():
 
 
 def test_a_bar_that_is_not_shown():
-    progress.resume(tqdm.tqdm(total=100, disable=True), 40)
+    bar = tqdm.tqdm(total=100, disable=True)
+    progress.resume(bar, 40)
+    assert bar.n == 0

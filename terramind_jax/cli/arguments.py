@@ -47,7 +47,7 @@ def add_tokenizers(parser: argparse.ArgumentParser) -> None:
 
 def add_diffusion(parser: argparse.ArgumentParser) -> None:
     """How diffusion decoders decode; see `read_diffusion`."""
-    text = "steps of a diffusion decoder; default: 12 of dpmpp, which err no more than the 50 of ddim; 1000 of ddpm"
+    text = "steps of a diffusion decoder; default: 12 of dpmpp, which without a clip err no more than the 50 of ddim; 1000 of ddpm"
     parser.add_argument("--timesteps", type=int, help=text)
     text = "of a diffusion decoder: dpmpp; ddim as published, which needs more steps; or ddpm, which draws noise in each; default: dpmpp"
     parser.add_argument("--sampler", choices=SAMPLERS, help=text)

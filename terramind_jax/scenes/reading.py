@@ -118,10 +118,10 @@ def open_scene(
 def _check_bands(path: Path, header: geo.Header, name: str, modality: str, given: Sequence[str] | None) -> None:
     """Raises a ValueError unless the file of an input has the bands that are `given`, or all of its modality."""
     known = modalities.get(modality).bands
+    hint = ""
     if given is None and 0 < header.bands < len(known):
         hint = f"generate and embed take some of them if told which, in the file's order: --bands {name}={known[0]},..."
-        raise ValueError(f"{path} has {header.bands} bands, expected {len(known)} for {modality} ({', '.join(known)}); {hint}")
-    geo.check_names(path, header, known if given is None else given, modality)
+    geo.check_names(path, header, known if given is None else given, modality, hint)
 
 
 def check_size(scene: Scene, side: int) -> None:

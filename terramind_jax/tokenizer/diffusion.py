@@ -51,8 +51,8 @@ def decode(
     Args:
       seed: of the noise: one integer for all samples, or ``[B]``. A sample's noise does not depend on the batch around it.
       noise: ``[B, H, W, C]``, the noise to start from, instead of drawing it. DDPM draws that of its steps from `seed` all the same.
-      timesteps: how many; None: those of `STEPS`, 12 of DPM-Solver++, whose error is at most that of the 50 of DDIM. "trailing" takes
-        more where 1000 is no multiple of them, "quadratic" fewer where steps fall together.
+      timesteps: how many; None: those of `STEPS`, 12 of DPM-Solver++, whose error without a clip is at most that of the 50 of DDIM.
+        "trailing" takes more where 1000 is no multiple of them, "quadratic" fewer where steps fall together.
       sampler: "dpmpp", DPM-Solver++ of second order, deterministic after the first noise; "ddim", as published and in TerraTorch, which
         goes the same way from the same noise and needs several times the steps; or "ddpm", which draws noise in every step.
       spacing: which of the 1000 timesteps are taken; None: "trailing" for DDIM, as published, "quadratic" for DPM-Solver++. DDPM always
