@@ -10,7 +10,7 @@ from pathlib import Path
 from terramind_jax import generate_scenes, modalities, sources, zoo
 from terramind_jax.model import Backbone, BackboneConfig
 from terramind_jax.scenes import embedding, feeding, journal, reading, windows
-from terramind_jax.scenes.embedding import Job, Pooling, embed_scene, output_path
+from terramind_jax.scenes.embedding import Job, Pooling, embed_together, output_path
 from terramind_jax.scenes.feeding import Network, spread
 from terramind_jax.scenes.reading import PATCH
 from terramind_jax.train import pretrain
@@ -75,11 +75,13 @@ def run(
     )
     with journal.start(out, command) as done:
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)
-        for work in feeding.unfinished(scenes, cuts, done):
-            reading.tell_place(work.scene)
-            embed_scene(job, work)
-            done.finish_scene(work.scene.name)
-            print(f"{work.scene.name} -> {output_path(out, work.scene.name, format)}", flush=True)
+        for work in feeding.unfinished(scenes, cuts, done, job.network.of_all_devices(batch_size)):
+            for scene in work.scenes:
+                reading.tell_place(scene)
+            embed_together(job, work)
+            done.finish(work.name, [scene.name for scene in work.scenes])
+            for scene in work.scenes:
+                print(f"{scene.name} -> {output_path(out, scene.name, format)}", flush=True)
     return written
 
 

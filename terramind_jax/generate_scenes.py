@@ -17,7 +17,7 @@ from terramind_jax.decoding import PerTarget
 from terramind_jax.model import TerraMind
 from terramind_jax.scenes import feeding, journal, reading, windows
 from terramind_jax.scenes.feeding import Network, spread
-from terramind_jax.scenes.generating import NO_CLASS, Job, generate_scene, output_paths
+from terramind_jax.scenes.generating import NO_CLASS, Job, generate_together, output_paths
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.tokenizer import Clip, Sampler, diffusion
 from terramind_jax.train import pretrain, tokenizer
@@ -77,8 +77,8 @@ def run(
         the number of windows at once and of devices, see `decoding.generate_tokens`.
       overlap: pixels that neighbouring windows share, a multiple of 16; None: half a window.
       samples: how often each scene is drawn. From two on, ``{modality}_std`` holds the standard deviation a band, of class maps the entropy
-        of the mean probabilities in nats; ``{modality}`` is the first draw, as it is without others.
-      batch_size: windows at once, of all devices of this machine.
+        of the mean probabilities in nats; ``{modality}`` is the first draw, but for rounding as it is without others.
+      batch_size: windows at once, of all devices of this machine. Scenes too small for a batch are done together.
       quicklook: whether to draw the picture.
       steps: in which an image's tokens are drawn, see `decoding.generate_tokens`.
       timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; the published sampler is ``sampler="ddim"``.
@@ -126,14 +126,15 @@ def run(
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
-        for work in feeding.unfinished(scenes, cuts, done):
-            scene = work.scene
-            reading.tell_place(scene)
-            generate_scene(job, work)
-            if quicklook:
+        for work in feeding.unfinished(scenes, cuts, done, job.network.of_all_devices(batch_size)):
+            for scene in work.scenes:
+                reading.tell_place(scene)
+            generate_together(job, work)
+            for scene in work.scenes if quicklook else ():
                 _draw(out, scene, to)
-            done.finish_scene(scene.name)
-            print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
+            done.finish(work.name, [scene.name for scene in work.scenes])
+            for scene in work.scenes:
+                print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
     return written
 
 

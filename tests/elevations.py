@@ -17,13 +17,13 @@ def elevation(path, height=100, width=59, seed=0, hole=None):
     array = np.random.default_rng(seed).integers(0, 2000, (height, width, 1)).astype(np.float32)
     if hole is not None:
         array[hole] = np.nan
+    path.parent.mkdir(exist_ok=True)
     geo.write(path, array, like=geo.Place(PLACE.crs, PLACE.transform, height, width))
     return array
 
 
 def folder_with_a_bad_raster(folder, how):
     """``a.tif`` and ``b.tif``, which is cut short or has no data; the path of the latter."""
-    folder.mkdir()
     elevation(folder / "a.tif")
     bad = folder / "b.tif"
     elevation(bad, hole=np.s_[:] if how == "empty" else None)

@@ -177,6 +177,26 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
     np.testing.assert_allclose(geo.read(several), geo.read(one), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling, format", [("none", "geotiff"), ("none", "geoparquet"), ("mean", "geoparquet")])
+def test_scenes_done_together_are_as_if_alone(weights, means, monkeypatch, tmp_path, pooling, format):
+    sizes, batches = {"a": (48, 80), "b": (40 + 8, 48), "c": (75, 48)}, []
+    for seed, (name, size) in enumerate(sizes.items()):
+        elevation(tmp_path / "scenes" / f"{name}.tif", *size, seed, hole=np.s_[:16, 16:32])
+    features = backbone.features
+    monkeypatch.setattr(backbone, "features", lambda module, variables, values: batches.append(1) or features(module, variables, values))
+    call = dict(weights=weights, pooling=pooling, format=format, overlap=0)
+    together = embed_scenes.run(**call, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
+    assert len(batches) == 1 + 2  # of a and b, and rows of c
+    alone = [embed_scenes.run(**call, inputs={"DEM": tmp_path / "scenes" / f"{x}.tif"}, out=tmp_path / x)[0] for x in sizes]
+    for mine, one in zip(together, alone, strict=True):
+        if format == "geotiff":
+            np.testing.assert_array_equal(geo.read(mine), geo.read(one))
+            assert geo.read_header(mine).place == geo.read_header(one).place
+        else:
+            geopandas = pytest.importorskip("geopandas")
+            geopandas.testing.assert_geodataframe_equal(geopandas.read_parquet(mine), geopandas.read_parquet(one))
+
+
 @pytest.mark.parametrize("pooling, pool", [("mean", np.mean), ("max", np.max)])
 def test_a_table_of_windows(weights, means, tmp_path, pooling, pool):
     geopandas = pytest.importorskip("geopandas")

@@ -46,13 +46,13 @@ def copies(monkeypatch):
     calls = []
 
     def tokens(module, variables, inputs, targets, *, seed, at, known_tokens, only, **options):
-        calls.append({"seed": seed, "inputs": inputs, "at": at.tolist(), "only": only, "known": sorted(known_tokens), **options})
+        calls.append({"seed": seed.tolist(), "inputs": inputs, "at": at.tolist(), "only": only, "known": sorted(known_tokens), **options})
         if only == "coords":
             return {only: np.zeros((len(at), 4), np.int32)}
         return {only: numbers(at)}
 
     def pixels(stream, ids, tokenizers, *, seed, at, **options):
-        calls.append({"seed": seed, "at": at.tolist(), **options})
+        calls.append({"seed": seed.tolist(), "at": at.tolist(), **options})
         np.testing.assert_array_equal(ids, numbers(at))  # the map of the scene holds each window's tokens
         image = np.kron(ids, np.ones((1, 16, 16)))[..., None].astype(np.float32)
         return image if stream.modality == "NDVI" else 50 * (image % 10 == np.arange(10)).astype(np.float32)
@@ -122,10 +122,46 @@ def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, 
     np.testing.assert_allclose(geo.read(paths[0]), patches(100, 59), rtol=1e-5)
     np.testing.assert_array_equal(geo.read(paths[1]), patches(100, 59) % 10)
     assert geo.read(paths[0]).place == PLACE
-    assert all(call["seed"] == 7 and len(call["at"]) == min(batch_size, 2) for call in copies)
+    assert all(call["seed"] == [7] * min(batch_size, 2) and len(call["at"]) == min(batch_size, 2) for call in copies)
     settings = {tuple(call.get(name) for name in ("steps", "timesteps", "sampler", "clip")) for call in copies}
     assert settings == {(3, None, None, None), (None, 5, "ddim", "none")}
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
+
+
+def test_small_scenes_are_done_together(weights, copies, tmp_path):
+    """Side by side where they are cut at the same rows, as many as fill a batch; each as if it were alone."""
+    sizes = {"a": (48, 48), "b": (80, 48), "c": (40 + 8, 96), "d": (48, 64), "e": (75, 50), "f": (48, 59)}
+    for name, size in sizes.items():
+        elevation(tmp_path / "scenes" / f"{name}.tif", *size)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "coords"], overlap=0, batch_size=4)
+    for path in generate_scenes.run(**call, out=tmp_path / "out"):
+        if path.parent.name == "NDVI":
+            np.testing.assert_allclose(geo.read(path), patches(*sizes[path.stem]), rtol=1e-5)
+        elif path.parent.name == "coords":
+            assert len(json.loads(path.read_text())) == {"a": 1, "b": 2, "e": 4}.get(path.stem, 2)
+    drawn = [one["at"] for one in copies if one.get("only") == "tok_ndvi@224"]
+    side = [[0, 0], [0, 3]], [[0, 0], [0, 1]]  # columns of c, and of d and f
+    assert drawn == [[[0, 0], *side[0]], [[0, 0], [0, 0], [0, 1]], [[2, 0], [2, 0], [2, 1]], [*side[1], *side[1]]]
+
+
+def test_scenes_done_together_are_as_if_alone(weights, tmp_path):
+    """With networks that see their inputs; of several draws the spread, too."""
+    for seed, (name, width) in enumerate({"a": TILE, "b": TILE + 16, "c": TILE}.items()):
+        elevation(tmp_path / "scenes" / f"{name}.tif", TILE, width, seed, hole=np.s_[:20, :40] if name == "c" else None)
+    call = dict(weights=weights, to=["NDVI", "LULC", "coords"], samples=2, seed=1, quicklook=False)
+    together = generate_scenes.run(**call, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
+    for path in together:
+        one = {"DEM": tmp_path / "scenes" / f"{path.stem}.tif"}
+        if not (tmp_path / path.stem).exists():
+            generate_scenes.run(**call, inputs=one, out=tmp_path / path.stem)
+        alone = tmp_path / path.stem / path.relative_to(tmp_path / "out")
+        if path.suffix == ".json":
+            assert path.read_text() == alone.read_text()
+        else:
+            np.testing.assert_allclose(geo.read(path), geo.read(alone), rtol=1e-3, atol=1e-4)
+            assert geo.read_header(path).place == geo.read_header(alone).place
+    a, b = (geo.read(path) for path in together if path.parent.name == "NDVI" and path.stem in "ab")
+    assert np.abs(a - b[:, :TILE]).max() > 1  # they see different inputs
 
 
 @pytest.fixture
@@ -159,11 +195,14 @@ def test_bars_count_passes_of_the_networks(weights, networks, copies, bars, tmp_
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bars, monkeypatch, tmp_path, capsys):
     def pixels(stream, ids, tokenizers, *, seed, at, **options):  # windows do not agree, so that blending shows which there were
         bands = 1 if stream.modality == "NDVI" else 10
-        return np.stack([np.random.default_rng([seed, bands, *corner]).normal(size=(TILE, TILE, bands)) for corner in at])
+        draws = [np.random.default_rng([one, bands, *corner]) for one, corner in zip(seed, at, strict=True)]
+        return np.stack([draw.normal(size=(TILE, TILE, bands)) for draw in draws])
 
     monkeypatch.setattr(generate, "decode_output", pixels)
-    elevation(tmp_path / "a.tif", hole=np.s_[70:, :20])
-    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC"], overlap=32, samples=2)
+    elevation(tmp_path / "scenes" / "a.tif", hole=np.s_[70:, :20])
+    elevation(tmp_path / "scenes" / "b.tif", TILE, TILE)
+    elevation(tmp_path / "scenes" / "c.tif", 98, TILE)  # beside a, which has as many rows of windows
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], overlap=32, samples=2, batch_size=3)
     whole = generate_scenes.run(**call, out=tmp_path / "whole")
     bars.clear()
     left = []
@@ -186,11 +225,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bar
             stops += 1
             assert "the same command goes on from there" in capsys.readouterr().out
     assert stops > 4
-    assert bars[-1][1:] == (80, 80) and all(n < total for _, n, total in bars[:-1])  # windows with data, times passes, times samples
-    assert all(n - first <= 7 * 2 for first, n, _ in bars) and bars[-1][0] > 60  # what a run did itself: 7 calls for 2 windows each
+    first, total = 5 * 3 * 4 * 2, 1 * 4 * 2  # of a and c, and of b: windows, times passes, times samples
+    assert {of for *_, of in bars} == {first, total} and all(n - begun <= 7 * 3 for begun, n, _ in bars)  # 7 calls for 3 windows each
+    assert [n for _, n, of in bars if n == of] == [first, total] and max(begun for begun, n, of in bars if of == first) > 60
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", "a.png"]
+    pictures = ["a.png", "b.png", "c.png"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", *pictures]
 
 
 def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monkeypatch, tmp_path):
@@ -210,7 +251,7 @@ def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monk
         generate_scenes.run(**call, out=tmp_path / "parts")
     assert error.value.errno == errno.ENOSPC and written == ["NDVI.tif", "NDVI_std.tif"]
     parts, tokens = generate_scenes.run(**call, out=tmp_path / "parts"), sum("only" in one for one in copies)
-    assert tokens == 2 * 2 * 2 * 3  # commands, targets, samples, rows of windows: those of the second were not drawn anew
+    assert tokens == 2 * 2 * 3  # commands, targets, rows of windows: those of the second were not drawn anew
     for a, b in zip(whole, parts, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -404,7 +445,7 @@ def test_the_spread_of_samples(weights, tmp_path):
     several = generate_scenes.run(**call, out=tmp_path / "several", samples=3)
     assert [p.parent.name for p in several] == ["NDVI", "NDVI_std", "LULC", "LULC_std"]
     for a, b in zip(one, several[::2], strict=True):
-        np.testing.assert_array_equal(geo.read(a), geo.read(b))
+        np.testing.assert_allclose(geo.read(a), geo.read(b), atol=1e-4)  # of other batches
     spread, entropy = geo.read(several[1]), geo.read(several[3])
     assert spread.min() >= 0 and spread.max() > 0 and np.isfinite(spread).all()
     assert entropy.min() >= 0 and 0 < entropy.max() <= np.log(10) + 1e-6
@@ -489,7 +530,7 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
     assert [p.name for p in written] == ["b.tif", "c.tif"]
     where = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE + 16)
     expected = generate.encode_input(STREAMS["coords"], np.array([geo.lonlat(where, 24, 24), geo.lonlat(where, 24, 40)]), {})
-    np.testing.assert_array_equal(copies[0]["inputs"]["coords"], expected)
+    np.testing.assert_array_equal(copies[0]["inputs"]["coords"], [*expected, *expected])  # of both scenes, in one batch
 
 
 def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):

@@ -1,4 +1,4 @@
-"""What windows of a scene give to a network: one row of windows at a time, in batches of one shape."""
+"""Which scenes are done together, and what their windows give to a network: one row of windows at a time, in batches of one shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from terramind_jax import generate, geo
 from terramind_jax.model import Backbone, TerraMind
-from terramind_jax.scenes import reading
+from terramind_jax.scenes import reading, windows
 from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.scenes.windows import Cut
@@ -37,28 +37,88 @@ class Network:
         networks = [self.module, *(tokenizer for tokenizer, _ in self.tokenizers.values())]
         return ", ".join(sorted({network.config.dtype for network in networks}))
 
+    def of_all_devices(self, size: int) -> int:
+        """A size of a batch, or the next larger one that the devices can share."""
+        devices = 1 if self.sharding is None else self.sharding.num_devices
+        return -(-size // devices) * devices
+
     def put(self, x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
         return x if self.sharding is None else jax.device_put(x, self.sharding)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One scene, how it is cut, and which of its windows hold data, ``[rows, columns]``.
+    """Scenes that are done together, side by side, how they are cut, and which of their windows hold data, ``[rows, columns]``.
 
     `painted` are inputs that are outputs, too: of these a patch is seen only if all of it has data, so that holes are painted to their rim.
     """
 
-    scene: Scene
+    scenes: Sequence[Scene]
     cut: Cut
     live: np.ndarray
     painted: Collection[str] = ()
 
+    @property
+    def name(self) -> str:
+        """In the journal: that of its first scene."""
+        return self.scenes[0].name
 
-def unfinished(scenes: Sequence[Scene], cuts: Sequence[Cut], done: Journal) -> list[Work]:
-    """What is left to do of a command. All of it is read once, so that a raster that cannot be is told now and not after hours of work."""
-    todo = [(scene, cut) for scene, cut in zip(scenes, cuts, strict=True) if not done.get(scene.name)]
-    bar = tqdm(todo, desc="Reading", unit="scene", dynamic_ncols=True, disable=len(todo) < 2)
-    return [Work(scene, cut, reading.measured(scene, cut)) for scene, cut in bar]
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.name if len(self.scenes) == 1 else f"{self.name} ... {self.scenes[-1].name} ({len(self.scenes)} scenes)"
+
+    @property
+    def images(self) -> list[str]:
+        return self.scenes[0].images
+
+    def parts(self) -> Iterator[tuple[Scene, slice, slice]]:
+        """Its scenes, and for each which columns of patches are its own, and which columns of windows."""
+        origins = np.array(self.cut.origins)
+        for scene, origin in zip(self.scenes, np.unique(origins), strict=True):
+            mine = np.flatnonzero(origins == origin)
+            yield scene, slice(int(origin), int(origin) + scene.grid[1]), slice(int(mine[0]), int(mine[-1]) + 1)
+
+    def missing(self, row: int, height: int) -> np.ndarray:
+        """`reading.missing` of all its scenes."""
+        return np.concatenate([reading.missing(scene, row, height) for scene in self.scenes], axis=1)
+
+
+def unfinished(scenes: Sequence[Scene], cuts: Sequence[Cut], done: Journal, size: int) -> list[Work]:
+    """What is left to do of a command, a batch of `size` windows or more at once if scenes are small.
+
+    All of it is read before, so that a raster that cannot be is told now and not after hours of work.
+    """
+    todo = [some for some in _together(cuts, size) if not done.get(scenes[some[0]].name)]
+    bar = tqdm(total=sum(map(len, todo)), desc="Reading", unit="scene", dynamic_ncols=True, disable=sum(map(len, todo)) < 2)
+
+    def measured(i: int) -> np.ndarray:
+        found = reading.measured(scenes[i], cuts[i])
+        bar.update()
+        return found
+
+    with bar:
+        return [
+            Work([scenes[i] for i in some], windows.side_by_side([cuts[i] for i in some]), np.concatenate([measured(i) for i in some], 1))
+            for some in todo
+        ]
+
+
+def _together(cuts: Sequence[Cut], size: int) -> list[list[int]]:
+    """Which scenes are done together: those that are cut at the same rows, as many as have `size` windows a row, or one that has more.
+
+    It does not depend on what was done before, so that windows have the same neighbours after a stop.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[int, ...], tuple[list[int], int]] = {}  # by rows, with its windows a row
+    for i, c in enumerate(cuts):
+        some, count = open_groups.get(c.rows, ([], size))
+        if count + len(c.columns) > size:
+            some, count = [], 0
+            groups.append(some)
+        some.append(i)
+        open_groups[c.rows] = some, count + len(c.columns)
+    return groups
 
 
 def spread(network: Network) -> Network:
@@ -72,17 +132,16 @@ def spread(network: Network) -> Network:
     return dataclasses.replace(network, variables=jax.device_put(network.variables, everywhere), tokenizers=tokenizers, sharding=parted)
 
 
-def batches(network: Network, work: Work, i: int, size: int) -> Iterator[list[int]]:
-    """Columns of windows of row `i`, all of one length: the last window of a batch is repeated. One shape, one program.
+def batches(network: Network, work: Work, i: int, size: int, samples: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """(sample, column) of windows of row `i`, all of one length: the last window of a batch is repeated. One shape, one program.
 
     No batch holds windows of two rows, so that a window has the same neighbours whatever was done before.
     """
-    devices, most = 1 if network.sharding is None else network.sharding.num_devices, len(work.cut.columns)
-    size = -(-most // -(-most // size))  # as many batches, but even ones: of 9 windows not 8 and 1, but 5 and 4
-    size = -(-size // devices) * devices
-    columns = [int(j) for j in np.flatnonzero(work.live[i])]
-    for start in range(0, len(columns), size):
-        yield padded(columns[start : start + size], size)
+    most = samples * len(work.cut.columns)
+    size = network.of_all_devices(-(-most // -(-most // size)))  # as many batches, but even ones: of 9 windows not 8 and 1, but 5 and 4
+    todo = [(k, int(j)) for k in range(samples) for j in np.flatnonzero(work.live[i])]
+    for start in range(0, len(todo), size):
+        yield padded(todo[start : start + size], size)
 
 
 def padded(batch: list[T], size: int) -> list[T]:
@@ -99,9 +158,9 @@ def read(work: Work, i: int) -> Strip:
     if not work.live[i].any():
         return {}
     where = c.rows[i] * PATCH, c.size * PATCH
-    strip: dict[str, tuple | None] = dict.fromkeys(work.scene.paths)
-    for name in work.scene.images:
-        pixels, missing = reading.read(work.scene, name, *where)
+    strip: dict[str, tuple | None] = dict.fromkeys(work.scenes[0].paths)
+    for name in work.images:
+        pixels, missing = (np.concatenate(x, 1) for x in zip(*(reading.read(scene, name, *where) for scene in work.scenes), strict=True))
         strip[name] = pixels, reading.seen(missing, whole=name in work.painted)
     return strip
 
@@ -117,7 +176,7 @@ def encode(network: Network, work: Work, i: int, js: Sequence[int], strip: Strip
             x, seen = (_windows(work, js, image) for image in rows)
             visible[own.key] = network.put(seen)
             options |= {"visible": seen} if name in work.painted else {}
-            options |= {"bands": work.scene.bands.get(name)}  # None: all
+            options |= {"bands": work.scenes[0].bands.get(name)}  # None: all
         values[own.key] = network.put(generate.encode_input(own, x, network.tokenizers, **options))
     return values, visible
 
@@ -130,5 +189,6 @@ def _windows(work: Work, js: Sequence[int], rows: np.ndarray) -> np.ndarray:
 
 def _positions(work: Work, i: int, js: Sequence[int]) -> np.ndarray:
     """(longitude, latitude) of the middles of windows ``[B, 2]``."""
-    middle = [(start + work.cut.size / 2) * PATCH for start in (work.cut.rows[i], *(work.cut.columns[j] for j in js))]
-    return np.array([geo.lonlat(work.scene.place, middle[0], column) for column in middle[1:]])
+    places = [scene.place for scene, _, columns in work.parts() for _ in work.cut.columns[columns]]
+    middles = (work.cut.at(i, js) + work.cut.size / 2) * PATCH
+    return np.array([geo.lonlat(places[j], *middle) for j, middle in zip(js, middles, strict=True)])

@@ -1,14 +1,15 @@
-"""One scene, generated: its tokens, target after target, then the pixels of each.
+"""Scenes, generated: their tokens, target after target, then the pixels of each.
 
 Tokens first: all that is random is keyed by place, and each token comes from the window in which it lies most central, so that a scene
 has one map of tokens for each target, which conditions the targets after it. Then windows of the map are decoded with noise that they
-share, and blended. One row of windows is in memory at a time, and the journal counts them.
+share, and blended. One row of windows is in memory at a time, and the journal counts them. Small scenes lie side by side in one map.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from terramind_jax.scenes.journal import Journal
 from terramind_jax.scenes.reading import PATCH, Scene
 from terramind_jax.tokenizer import diffusion
 
+Batch = Sequence[tuple[int, int]]  # (sample, column) of windows of a row
 NO_CLASS = 255  # no data, in class maps
 DECODING = ("timesteps", "sampler", "clip")  # options of the decoders of images; all others are of `decoding.generate_tokens`
 
@@ -45,17 +47,17 @@ class Job:
     journal: Journal
 
 
-def generate_scene(job: Job, work: Work) -> None:
-    """Writes all targets of one scene; goes on where the journal says."""
+def generate_together(job: Job, work: Work) -> None:
+    """Writes all targets of some scenes; goes on where the journal says."""
     streams = {name: modalities.output_stream(name) for name in job.to}
     made = {s.modality for s in streams.values()}
-    painted = {name for name in work.scene.images if modalities.get(modalities.input_stream(name).modality).name in made}
+    painted = {name for name in work.images if modalities.get(modalities.input_stream(name).modality).name in made}
     work = dataclasses.replace(work, painted=painted)
     kinds = [s.kind == "sequence" for s in streams.values()]
     passes = sum(_token_passes(job, key) for key in {s.key for s in streams.values()})
     passes += sum(_pixel_passes(job, name) for name, is_sequence in zip(streams, kinds, strict=True) if not is_sequence)
     total = (passes * job.samples + kinds.count(True)) * int(work.live.sum())  # a density is made once
-    with tqdm(desc=work.scene.name, total=total, unit="pass", dynamic_ncols=True) as bar:
+    with tqdm(desc=work.title, total=total, unit="pass", dynamic_ncols=True) as bar:
         maps: dict[str, np.ndarray] = {}
         for name, stream in streams.items():
             if stream.key not in maps:
@@ -96,15 +98,15 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
     stream, passes = _decoder_stream(job, key), _token_passes(job, key)
     is_sequence = stream.kind == "sequence"
     shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else (*c.grid, *stream.codes)
-    path, done = job.journal.of_scene(work.scene.name) / f"{name}.npy", job.journal.get(work.scene.name, name, "tokens")
+    path, done = job.journal.of_scene(work.name) / f"{name}.npy", job.journal.get(work.name, name, "tokens")
     ids = writing.mapped(path, np.int32, (job.samples, *shape), goes_on=bool(done))
     owner = windows.owners(c, work.live)
     progress.resume(bar, passes * job.samples * int(work.live[:done].sum()))
     for i in range(done, len(c.rows)):
         strip = feeding.read(work, i)
-        for k, js in _batches(job, work, i):
-            made = _sample(job, work, stream, k, i, js, strip, maps)
-            for j, new in zip(dict.fromkeys(js), made, strict=False):
+        for batch in _batches(job, work, i):
+            made = _sample(job, work, stream, i, batch, strip, maps)
+            for (k, j), new in zip(dict.fromkeys(batch), made, strict=False):
                 number = i * len(c.columns) + j
                 if is_sequence:
                     ids[k, number] = new
@@ -114,24 +116,22 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
                 bar.update(passes)
         with writing.space(path):
             ids.flush()
-        job.journal.set(work.scene.name, name, "tokens", count=i + 1)
+        job.journal.set(work.name, name, "tokens", count=i + 1)
     return ids
 
 
-def _sample(
-    job: Job, work: Work, stream: Stream, k: int, i: int, js: Sequence[int], strip: Strip, maps: Mapping[str, np.ndarray]
-) -> np.ndarray:
+def _sample(job: Job, work: Work, stream: Stream, i: int, batch: Batch, strip: Strip, maps: Mapping[str, np.ndarray]) -> np.ndarray:
     """Ids of some windows of row `i` of windows, given the inputs and the maps of the targets before."""
-    network, c = job.network, work.cut
+    network, c, js = job.network, work.cut, [j for _, j in batch]
     values, visible = feeding.encode(network, work, i, js, strip)
     known = {}
     for key, ids in maps.items():
         is_sequence = modalities.output_stream(key).kind == "sequence"
-        at = [i * len(c.columns) + j if is_sequence else c.window(i, j) for j in js]
-        known[key] = network.put(np.stack([ids[k][part] for part in at]))
+        parts = [ids[k][i * len(c.columns) + j if is_sequence else c.window(i, j)] for k, j in batch]
+        known[key] = network.put(np.stack(parts))
     targets = list(dict.fromkeys(modalities.output_stream(name).key for name in job.to))
     options = {name: value for name, value in job.options.items() if name not in DECODING}
-    how = dict(seed=_seeds(job.seed, job.samples)[k], at=c.at(i, js), visible=visible, known_tokens=known, only=stream.key)
+    how = dict(seed=_seeds(job, batch), at=c.at(i, js), visible=visible, known_tokens=known, only=stream.key)
     return np.asarray(generate_tokens(network.module, network.variables, values, targets, **how, **options)[stream.key])
 
 
@@ -140,26 +140,26 @@ def _sample(
 
 def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
     """Decodes, blends and writes one target, and the spread of its samples."""
-    scene, c, piece = work.scene, work.cut, (work.scene.name, name, "pixels")
-    paths = output_paths(job.out, scene.name, name, job.samples)
-    layers = [_layer(job, scene, name), _spread_layer(job, scene, name)][: len(paths)]
-    parts = [job.journal.of_scene(scene.name) / f"{path.parent.name}.tif" for path in paths]
+    c, piece = work.cut, (work.name, name, "pixels")
+    rasters = [_rasters(job, scene, name) for scene in work.scenes]
     done = job.journal.get(*piece)
     if not done:
-        for part, layer in zip(parts, layers, strict=True):
+        for part, _, layer in itertools.chain(*rasters):
             writing.create(part, layer)
     progress.resume(bar, _pixel_passes(job, name) * job.samples * int(work.live[:done].sum()))
     tokenizer = job.network.tokenizers[modalities.output_stream(name).modality][0]
     shape = job.samples, c.grid[1] * PATCH, tokenizer.config.channels
     decode = functools.partial(_decode, job, work, name, ids)
     for i, top, pixels in windows.joined(c, PATCH, lambda i: decode(i, bar if i >= done else None), shape, done):
-        if top < scene.place.height:
-            pixels = pixels[:, : scene.place.height - top, : scene.place.width]
-            pixels[:, reading.missing(scene, top, pixels.shape[1])[:, : scene.place.width]] = np.nan
-            for part, rows_of in zip(parts, _rasters(pixels, tokenizer.config.is_class_map), strict=False):
-                writing.write_rows(part, top, rows_of)
-            job.journal.set(*piece, count=i + 1)
-    for part, path, layer in zip(parts, paths, layers, strict=True):
+        for (scene, columns, _), files_of in zip(work.parts(), rasters, strict=True):
+            if top >= scene.place.height:
+                continue
+            mine = pixels[:, : scene.place.height - top, columns.start * PATCH :][:, :, : scene.place.width]
+            mine[:, reading.missing(scene, top, mine.shape[1])[:, : scene.place.width]] = np.nan
+            for (part, _, _), made in zip(files_of, _summed_up(mine, tokenizer.config.is_class_map), strict=False):
+                writing.write_rows(part, top, made)
+        job.journal.set(*piece, count=i + 1)
+    for part, path, layer in itertools.chain(*rasters):
         if part.exists():  # else it is finished since the last time
             writing.finish(part, path, layer)
 
@@ -169,17 +169,24 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
     network, stream = job.network, modalities.output_stream(name)
     options = {name: value for name, value in job.options.items() if name in DECODING}
     is_class_map, passes = network.tokenizers[stream.modality][0].config.is_class_map, _pixel_passes(job, name)
-    for k, js in _batches(job, work, i):
-        tokens = network.put(np.stack([ids[k][work.cut.window(i, j)] for j in js]))
-        how = dict(version=network.version, seed=_seeds(job.seed, job.samples)[k], at=work.cut.at(i, js), **options)
+    for batch in _batches(job, work, i):
+        tokens = network.put(np.stack([ids[k][work.cut.window(i, j)] for k, j in batch]))
+        how = dict(version=network.version, seed=_seeds(job, batch), at=work.cut.at(i, [j for _, j in batch]), **options)
         images = generate.decode_output(stream, tokens, network.tokenizers, **how)
-        for j, image in zip(dict.fromkeys(js), images, strict=False):
+        for (k, j), image in zip(dict.fromkeys(batch), images, strict=False):
             yield k, work.cut.columns[j] * PATCH, probabilities(image) if is_class_map else image
             if bar is not None:
                 bar.update(passes)
 
 
-def _rasters(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
+def _rasters(job: Job, scene: Scene, name: str) -> list[tuple[Path, Path, writing.Layer]]:
+    """The files of one target of a scene: where each is made, where it goes, and what it is."""
+    layers, paths = (_layer(job, scene, name), _spread_layer(job, scene, name)), output_paths(job.out, scene.name, name, job.samples)
+    folder = job.journal.of_scene(scene.name)
+    return [(folder / f"{path.parent.name}.tif", path, layer) for path, layer in zip(paths, layers, strict=False)]
+
+
+def _summed_up(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
     """Of samples ``[K, n, W, C]``, NaN where there is no data: what is written, and their spread."""
     if not is_class_map:
         yield pixels[0]
@@ -206,39 +213,43 @@ def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:
 
 def _write_sequence(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
     """Coordinates as JSON, one ``{"lon", "lat"}`` a window with data, row by row, of the first sample; null where none were written."""
-    points, density = output_paths(job.out, work.scene.name, name, job.samples)
-    lons, lats = coordinates.decode(ids[0][work.live.ravel()])
-    places = [{"lon": _number(lon), "lat": _number(lat)} for lon, lat in zip(lons, lats, strict=True)]
-    files.write_text(files.folder(points), json.dumps(places) + "\n")
-    _write_density(job, work, name, density, bar)
+    ids = ids[0].reshape(*work.live.shape, -1)
+    for scene, _, columns in work.parts():
+        points, _ = output_paths(job.out, scene.name, name, job.samples)
+        lons, lats = coordinates.decode(ids[:, columns][work.live[:, columns]])
+        places = [{"lon": _number(lon), "lat": _number(lat)} for lon, lat in zip(lons, lats, strict=True)]
+        files.write_text(files.folder(points), json.dumps(places) + "\n")
+    _write_density(job, work, name, bar)
 
 
-def _write_density(job: Job, work: Work, name: str, path: Path, bar: tqdm) -> None:
+def _write_density(job: Job, work: Work, name: str, bar: tqdm) -> None:
     """What `locate.density` says, the mean over the windows with data: each quarter degree's probability, given the inputs alone."""
-    piece, folder = (work.scene.name, name, "density"), job.journal.of_scene(work.scene.name)
+    piece, scene_of = (work.name, name, "density"), [n for n, (*_, columns) in enumerate(work.parts()) for _ in work.cut.columns[columns]]
     done, (lons, lats) = job.journal.get(*piece), coordinates.grid()
-    sums_path, shape = folder / f"{path.parent.name}.npy", (2, len(lats), len(lons))
+    sums_path, shape = job.journal.of_scene(work.name) / f"{name}_density.npy", (2, len(work.scenes), len(lats), len(lons))
     sums = writing.mapped(sums_path, np.float64, shape, goes_on=bool(done))  # of an even and an odd number of rows: one stays as it was
     progress.resume(bar, int(work.live[:done].sum()))
     for i in range(done, len(work.cut.rows)):
         strip, total = feeding.read(work, i), sums[i % 2].copy()
-        for js in feeding.batches(job.network, work, i, job.batch_size):
+        for batch in feeding.batches(job.network, work, i, job.batch_size):
+            js = [j for _, j in batch]
             values, visible = feeding.encode(job.network, work, i, js, strip)
-            found = locate.density(job.network.module, job.network.variables, values, visible=visible)
-            some = len(dict.fromkeys(js))
-            total += np.asarray(found[:some], np.float64).sum(0)
-            bar.update(some)
+            found = np.asarray(locate.density(job.network.module, job.network.variables, values, visible=visible))
+            for j, one in zip(dict.fromkeys(js), found, strict=False):
+                total[scene_of[j]] += one
+                bar.update()
         sums[(i + 1) % 2] = total
         with writing.space(sums_path):
             sums.flush()
         job.journal.set(*piece, count=i + 1)
     step = lons[1] - lons[0]
     where = geo.Place("EPSG:4326", (step, 0, lons[0] - step / 2, 0, -step, lats[0] + step / 2), len(lats), len(lons))
-    layer = writing.Layer(where, ("probability",), "float32", "", np.nan, job.journal.tags(work.scene.name))
-    total, part = sums[len(work.cut.rows) % 2], folder / f"{path.parent.name}.tif"
-    writing.create(part, layer)
-    writing.write_rows(part, 0, (total / total.sum()).astype(np.float32)[..., None])
-    writing.finish(part, path, layer)
+    for scene, total in zip(work.scenes, sums[len(work.cut.rows) % 2], strict=True):
+        layer = writing.Layer(where, ("probability",), "float32", "", np.nan, job.journal.tags(scene.name))
+        part = job.journal.of_scene(scene.name) / f"{name}_density.tif"
+        writing.create(part, layer)
+        writing.write_rows(part, 0, (total / total.sum()).astype(np.float32)[..., None])
+        writing.finish(part, output_paths(job.out, scene.name, name, job.samples)[1], layer)
 
 
 def _number(value: float) -> float | None:
@@ -248,13 +259,10 @@ def _number(value: float) -> float | None:
 # ---- samples ----
 
 
-def _batches(job: Job, work: Work, i: int) -> Iterator[tuple[int, list[int]]]:
-    """(sample, columns of windows) of row `i`."""
-    for k in range(job.samples):
-        for js in feeding.batches(job.network, work, i, job.batch_size):
-            yield k, js
+def _batches(job: Job, work: Work, i: int) -> Iterator[Batch]:
+    return feeding.batches(job.network, work, i, job.batch_size, job.samples)
 
 
-@functools.cache
-def _seeds(seed: int, samples: int) -> list[int]:
-    return [int(one) for one in sampling.draw_seeds(seed, samples)]
+def _seeds(job: Job, batch: Batch) -> np.ndarray:
+    """``[B]``, one a window: that of its sample."""
+    return np.array(sampling.draw_seeds(job.seed, job.samples))[[k for k, _ in batch]]

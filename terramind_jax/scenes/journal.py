@@ -27,9 +27,11 @@ class Journal:
         (self.folder / name).mkdir(exist_ok=True)
         return self.folder / name
 
-    def finish_scene(self, name: str) -> None:
-        self.set(name, count=1)
-        shutil.rmtree(self.of_scene(name))
+    def finish(self, piece: str, scenes: Iterable[str]) -> None:
+        """The work of a piece of this name is done, and nothing needed of what is half made of its scenes."""
+        self.set(piece, count=1)
+        for scene in scenes:
+            shutil.rmtree(self.of_scene(scene))
 
     def get(self, *piece: str) -> int:
         return self.done.get("/".join(piece), 0)

@@ -1,6 +1,7 @@
 """Overlapping windows of a scene: where they lie, which one decides on a token, how their pixels are blended. NumPy only.
 
 A scene lies on a grid of patches. Windows are squares of `size` patches; the last ones of a row or column are shifted back to the edge.
+Scenes that are done together lie side by side on one grid, and no window reaches from one into another.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ Tile = tuple[int, int, np.ndarray]  # sample, first pixel column, and pixels [L,
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a scene is cut: windows of `size` patches, neighbours sharing at least `overlap`, at these first `rows` and `columns`."""
+    """How scenes are cut: windows of `size` patches, neighbours sharing at least `overlap`, at these first `rows` and `columns`.
+
+    `origins` are the first columns of the scenes in which the windows of each of the `columns` lie: 0 where there is one scene.
+    """
 
     size: int
     overlap: int
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+    origins: tuple[int, ...]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -33,8 +38,8 @@ class Cut:
         return slice(self.rows[i], self.rows[i] + self.size), slice(self.columns[j], self.columns[j] + self.size)
 
     def at(self, i: int, js: Sequence[int]) -> np.ndarray:
-        """``[B, 2]``: row and column of the first patch of some windows of a row."""
-        return np.array([(self.rows[i], self.columns[j]) for j in js], np.int32)
+        """``[B, 2]``: row and column in its scene of the first patch of some windows of a row."""
+        return np.array([(self.rows[i], self.columns[j] - self.origins[j]) for j in js], np.int32)
 
 
 def cut(grid: tuple[int, int], size: int, overlap: int) -> Cut:
@@ -43,7 +48,18 @@ def cut(grid: tuple[int, int], size: int, overlap: int) -> Cut:
     if overlap % PATCH_SIZE or not 0 <= overlap < pixels:
         raise ValueError(f"The overlap is {overlap} pixels; expected a multiple of {PATCH_SIZE} below the window's {pixels}.")
     overlap //= PATCH_SIZE
-    return Cut(size, overlap, *((*range(0, n - size, size - overlap), n - size) for n in grid))
+    rows, columns = ((*range(0, n - size, size - overlap), n - size) for n in grid)
+    return Cut(size, overlap, rows, columns, (0,) * len(columns))
+
+
+def side_by_side(cuts: Sequence[Cut]) -> Cut:
+    """Scenes that are cut at the same rows, as one."""
+    columns, origins, origin = [], [], 0
+    for c in cuts:
+        columns += [origin + column for column in c.columns]
+        origins += [origin] * len(c.columns)
+        origin += c.grid[1]
+    return dataclasses.replace(cuts[0], columns=tuple(columns), origins=tuple(origins))
 
 
 def owners(c: Cut, live: np.ndarray) -> np.ndarray:
