@@ -1,5 +1,6 @@
 """GeoTIFF in and out: pixels, places and band names survive; what cannot be right is refused in one sentence."""
 
+import errno
 import math
 import os
 
@@ -37,6 +38,22 @@ def test_dtypes_that_geotiff_lacks(tmp_path, dtype):
     geo.write(tmp_path / "a.tif", pixels, PLACE)
     found = geo.read(tmp_path / "a.tif")
     np.testing.assert_array_equal(found, pixels.astype(np.float32))
+
+
+def test_a_file_without_its_end_is_told_and_the_old_one_stays(tmp_path, monkeypatch):
+    """GDAL says nothing if what it writes when it closes a file finds no room."""
+    path, write = tmp_path / "a.tif", geo._write_file
+    geo.write(path, _pixels(3), PLACE)
+    before = path.read_bytes()
+
+    def cut(temporary, *arguments):
+        write(temporary, *arguments)
+        os.truncate(temporary, os.path.getsize(temporary) // 2)
+
+    monkeypatch.setattr(geo, "_write_file", cut)
+    with pytest.raises(OSError, match="No room for the end of the file") as error:
+        geo.write(path, _pixels(3) + 1, PLACE)
+    assert error.value.errno == errno.ENOSPC and path.read_bytes() == before and os.listdir(tmp_path) == ["a.tif"]
 
 
 def test_like_takes_a_path_a_place_or_what_read_returned(tmp_path):

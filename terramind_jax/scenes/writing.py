@@ -73,25 +73,10 @@ def finish(source: Path, path: Path, layer: Layer) -> None:
         # One thread: the order in which several write is not the same every time.
         options = dict(driver="COG", compress="DEFLATE", predictor="YES", overview_resampling=how, bigtiff="IF_SAFER", num_threads="1")
         rasterio.shutil.copy(source, whole, **options)
-        _check_whole(whole)
+        geo.check_whole(whole)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(whole, path)
     source.unlink()
-
-
-def _check_whole(path: Path) -> None:
-    """Reads the last pixel of all bands, and of all overviews: an OSError with ENOSPC if it is not there.
-
-    GDAL holds back what it writes until a file is closed, and nobody is told if the disk has no room for it then.
-    """
-    try:
-        with rasterio.open(path) as found:
-            overviews = range(len(found.overviews(1)))
-        for level in ({}, *({"overview_level": i} for i in overviews)):
-            with rasterio.open(path, **level) as found:
-                found.read(window=Window(found.width - 1, found.height - 1, 1, 1))
-    except rasterio.errors.RasterioError as error:
-        raise OSError(errno.ENOSPC, "The end of the file is missing", str(path)) from error
 
 
 def mapped(path: Path, dtype: type, shape: tuple[int, ...], *, goes_on: bool) -> np.memmap:
