@@ -75,11 +75,11 @@ def run(
     )
     with journal.start(out, command) as done:
         job = Job(spread(network), layer % depth, pooling, format, batch_size, out, done)
-        for work in feeding.unfinished(scenes, cuts, done, job.network.of_all_devices(batch_size)):
+        for work in feeding.unfinished(scenes, cuts, done, feeding.at_once(job.network, batch_size)):
             for scene in work.scenes:
                 reading.tell_place(scene)
             embed_together(job, work)
-            done.finish(work.name, [scene.name for scene in work.scenes])
+            done.finish(*[scene.name for scene in work.scenes])
             for scene in work.scenes:
                 print(f"{scene.name} -> {output_path(out, scene.name, format)}", flush=True)
     return written

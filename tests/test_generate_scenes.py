@@ -128,9 +128,15 @@ def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, 
     assert {(c["only"], *c["known"]) for c in copies if "only" in c} == {("tok_ndvi@224",), ("tok_lulc@224", "tok_ndvi@224")}
 
 
-def test_small_scenes_are_done_together(weights, copies, tmp_path):
+@pytest.fixture
+def together(monkeypatch):
+    """Small scenes are done together, as on an accelerator."""
+    monkeypatch.setattr(feeding, "at_once", lambda network, batch_size: batch_size)
+
+
+def test_small_scenes_are_done_together(weights, copies, together, tmp_path):
     """Side by side where they are cut at the same rows, as many as fill a batch; each as if it were alone."""
-    sizes = {"a": (48, 48), "b": (80, 48), "c": (40 + 8, 96), "d": (48, 64), "e": (75, 50), "f": (48, 59)}
+    sizes = {"a": (48, 48), "b": (80, 48), "c": (48, 96), "d": (48, 64), "e": (75, 50), "f": (48, 59)}
     for name, size in sizes.items():
         elevation(tmp_path / "scenes" / f"{name}.tif", *size)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "coords"], overlap=0, batch_size=4)
@@ -140,11 +146,11 @@ def test_small_scenes_are_done_together(weights, copies, tmp_path):
         elif path.parent.name == "coords":
             assert len(json.loads(path.read_text())) == {"a": 1, "b": 2, "e": 4}.get(path.stem, 2)
     drawn = [one["at"] for one in copies if one.get("only") == "tok_ndvi@224"]
-    side = [[0, 0], [0, 3]], [[0, 0], [0, 1]]  # columns of c, and of d and f
-    assert drawn == [[[0, 0], *side[0]], [[0, 0], [0, 0], [0, 1]], [[2, 0], [2, 0], [2, 1]], [*side[1], *side[1]]]
+    a_and_c, b_and_e, d_and_f = [[0, 0], [0, 0], [0, 3]], [[0, 0], [0, 0], [0, 1]], [[0, 0], [0, 1]] * 2
+    assert drawn == [[*a_and_c, [0, 3]], b_and_e, [[2, column] for _, column in b_and_e], d_and_f]  # the first filled up to the last's size
 
 
-def test_scenes_done_together_are_as_if_alone(weights, tmp_path):
+def test_scenes_done_together_are_as_if_alone(weights, together, tmp_path):
     """With networks that see their inputs; of several draws the spread, too."""
     for seed, (name, width) in enumerate({"a": TILE, "b": TILE + 16, "c": TILE}.items()):
         elevation(tmp_path / "scenes" / f"{name}.tif", TILE, width, seed, hole=np.s_[:20, :40] if name == "c" else None)
@@ -192,7 +198,7 @@ def test_bars_count_passes_of_the_networks(weights, networks, copies, bars, tmp_
     assert bars == [(0, total, total)]
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bars, monkeypatch, tmp_path, capsys):
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, together, bars, monkeypatch, tmp_path, capsys):
     def pixels(stream, ids, tokenizers, *, seed, at, **options):  # windows do not agree, so that blending shows which there were
         bands = 1 if stream.modality == "NDVI" else 10
         draws = [np.random.default_rng([one, bands, *corner]) for one, corner in zip(seed, at, strict=True)]
@@ -202,7 +208,9 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bar
     elevation(tmp_path / "scenes" / "a.tif", hole=np.s_[70:, :20])
     elevation(tmp_path / "scenes" / "b.tif", TILE, TILE)
     elevation(tmp_path / "scenes" / "c.tif", 98, TILE)  # beside a, which has as many rows of windows
-    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], overlap=32, samples=2, batch_size=3)
+    call = dict(
+        weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], overlap=32, samples=2, batch_size=3
+    )  # 6 windows a row, in 2 batches
     whole = generate_scenes.run(**call, out=tmp_path / "whole")
     bars.clear()
     left = []
@@ -232,6 +240,33 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, bar
         assert a.read_bytes() == b.read_bytes()
     pictures = ["a.png", "b.png", "c.png"]
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", *pictures]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_a_stopped_run_goes_on_where_other_scenes_are_done_together(weights, copies, monkeypatch, tmp_path, calls):
+    """As with another number of devices."""
+    sizes = {"a": (48, 48), "b": (48, 64), "c": (48, 59), "d": (48, 48)}
+    for name, size in sizes.items():
+        elevation(tmp_path / "scenes" / f"{name}.tif", *size)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], overlap=0, out=tmp_path / "out")
+
+    def stop(*args, original=generate.decode_output, **options):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return original(*args, **options)
+
+    left = [None] * calls
+    with monkeypatch.context() as first:
+        first.setattr(feeding, "at_once", lambda network, batch_size: 3)  # a and b, c and d
+        first.setattr(generate, "decode_output", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate_scenes.run(**call)
+    written = generate_scenes.run(**call)
+    for path in written:
+        expected = patches(*sizes[path.stem]) if path.parent.name == "NDVI" else patches(*sizes[path.stem]) % 10
+        np.testing.assert_allclose(geo.read(path), expected, rtol=1e-5)
+    assert not (tmp_path / "out" / "unfinished").exists() and len(written) == 8
 
 
 def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monkeypatch, tmp_path):
@@ -485,15 +520,17 @@ def test_weights_are_known_by_their_bytes():
     assert len({generate_scenes.digest(x) for x in (a, b, {"x": a["y"], "y": a["x"]})}) == 3
 
 
-def test_several_devices_make_the_same(weights, monkeypatch, tmp_path):
-    elevation(tmp_path / "a.tif", TILE, TILE + 32)
-    call = dict(weights=weights, inputs={"DEM": tmp_path / "a.tif"}, to=["NDVI", "LULC", "coords"], quicklook=False)
+def test_several_devices_make_the_same(weights, monkeypatch, tmp_path, capsys):
+    elevation(tmp_path / "scenes" / "a.tif", TILE, TILE + 32)
+    elevation(tmp_path / "scenes" / "b.tif", TILE, TILE, seed=1)
+    call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC", "coords"], quicklook=False)
     one = generate_scenes.run(**call, out=tmp_path / "one")
     monkeypatch.setattr(generate_scenes, "spread", feeding.spread)
     several = generate_scenes.run(**call, out=tmp_path / "several")
-    np.testing.assert_allclose(geo.read(one[0]), geo.read(several[0]), atol=1e-4)
-    np.testing.assert_array_equal(geo.read(one[1]), geo.read(several[1]))
-    np.testing.assert_allclose(geo.read(one[3]), geo.read(several[3]), rtol=1e-3)
+    assert "a ... b (2 scenes)" in capsys.readouterr().err  # a CPU's devices, too, have to have a window each
+    for a, b in zip(one, several, strict=True):
+        if a.suffix == ".tif":
+            np.testing.assert_allclose(geo.read(a), geo.read(b), rtol=1e-3, atol=1e-4)
 
 
 def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):
@@ -530,7 +567,7 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
     assert [p.name for p in written] == ["b.tif", "c.tif"]
     where = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE + 16)
     expected = generate.encode_input(STREAMS["coords"], np.array([geo.lonlat(where, 24, 24), geo.lonlat(where, 24, 40)]), {})
-    np.testing.assert_array_equal(copies[0]["inputs"]["coords"], [*expected, *expected])  # of both scenes, in one batch
+    np.testing.assert_array_equal(copies[0]["inputs"]["coords"], expected)
 
 
 def test_coordinates_are_json_null_where_missing(weights, copies, tmp_path):

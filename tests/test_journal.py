@@ -39,7 +39,7 @@ def test_an_error_before_anything_is_done_leaves_nothing(tmp_path):
         raise ValueError
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError), journal.start(tmp_path, COMMAND) as done:
-        done.finish("a", ["a"])
+        done.finish("a")
         raise ValueError
     assert journal.start(tmp_path, COMMAND).get("a") == 1
 

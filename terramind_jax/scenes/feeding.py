@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,23 +51,26 @@ class Network:
 class Work:
     """Scenes that are done together, side by side, how they are cut, and which of their windows hold data, ``[rows, columns]``.
 
-    `painted` are inputs that are outputs, too: of these a patch is seen only if all of it has data, so that holes are painted to their rim.
+    `width` is how many windows a row of such work has at most. `painted` are inputs that are outputs, too: of these a patch is seen only if
+    all of it has data, so that holes are painted to their rim.
     """
 
     scenes: Sequence[Scene]
     cut: Cut
     live: np.ndarray
+    width: int
     painted: Collection[str] = ()
 
     @property
     def name(self) -> str:
-        """In the journal: that of its first scene."""
-        return self.scenes[0].name
+        """In the journal; no other scenes together have it."""
+        return self.scenes[0].name + (f"/+{len(self.scenes) - 1}" if self.scenes[1:] else "")
 
     @property
     def title(self) -> str:
         """For people."""
-        return self.name if len(self.scenes) == 1 else f"{self.name} ... {self.scenes[-1].name} ({len(self.scenes)} scenes)"
+        first, *others = [scene.name for scene in self.scenes]
+        return f"{first} ... {others[-1]} ({len(self.scenes)} scenes)" if others else first
 
     @property
     def images(self) -> list[str]:
@@ -85,40 +89,56 @@ class Work:
 
 
 def unfinished(scenes: Sequence[Scene], cuts: Sequence[Cut], done: Journal, size: int) -> list[Work]:
-    """What is left to do of a command, a batch of `size` windows or more at once if scenes are small.
+    """What is left to do of a command; small scenes together, `size` windows a row at most.
 
     All of it is read before, so that a raster that cannot be is told now and not after hours of work.
     """
-    todo = [some for some in _together(cuts, size) if not done.get(scenes[some[0]].name)]
-    bar = tqdm(total=sum(map(len, todo)), desc="Reading", unit="scene", dynamic_ncols=True, disable=sum(map(len, todo)) < 2)
+    todo = [i for i, scene in enumerate(scenes) if not done.get(scene.name)]
+    bar = tqdm(todo, desc="Reading", unit="scene", dynamic_ncols=True, disable=len(todo) < 2)
+    live = {i: reading.measured(scenes[i], cuts[i]) for i in bar}
+    groups, widest = together(cuts, size), collections.Counter()
+    for some in groups:
+        rows, width = cuts[some[0]].rows, sum(len(cuts[i].columns) for i in some)
+        if width <= size:
+            widest[rows] = max(widest[rows], width)
+    left = []
+    for some in groups:
+        if some := [i for i in some if i in live]:
+            cut = windows.side_by_side([cuts[i] for i in some])
+            width = max(len(cut.columns), widest[cut.rows])  # others are as wide: one shape, one program
+            left.append(Work([scenes[i] for i in some], cut, np.concatenate([live[i] for i in some], axis=1), width))
+    return left
 
-    def measured(i: int) -> np.ndarray:
-        found = reading.measured(scenes[i], cuts[i])
-        bar.update()
-        return found
 
-    with bar:
-        return [
-            Work([scenes[i] for i in some], windows.side_by_side([cuts[i] for i in some]), np.concatenate([measured(i) for i in some], 1))
-            for some in todo
-        ]
+def at_once(network: Network, batch_size: int) -> int:
+    """How many windows of several scenes are done together: a batch. A CPU is no faster with several, and has the first scene sooner."""
+    return network.of_all_devices(1 if jax.default_backend() == "cpu" else batch_size)
 
 
-def _together(cuts: Sequence[Cut], size: int) -> list[list[int]]:
-    """Which scenes are done together: those that are cut at the same rows, as many as have `size` windows a row, or one that has more.
+def together(cuts: Sequence[Cut], size: int) -> list[list[int]]:
+    """Which scenes are done together: those that are cut at the same rows, in even groups of at most `size` windows a row, or one of more.
 
     It does not depend on what was done before, so that windows have the same neighbours after a stop.
     """
+    counts = collections.Counter()
+    for c in cuts:
+        counts[c.rows] += len(c.columns)
     groups: list[list[int]] = []
-    open_groups: dict[tuple[int, ...], tuple[list[int], int]] = {}  # by rows, with its windows a row
+    open_groups: dict[tuple[int, ...], tuple[list[int], int]] = {}  # by rows, and their windows a row
     for i, c in enumerate(cuts):
-        some, count = open_groups.get(c.rows, ([], size))
-        if count + len(c.columns) > size:
+        most = even(counts[c.rows], size)
+        some, count = open_groups.get(c.rows, ([], most))
+        if count + len(c.columns) > most:
             some, count = [], 0
             groups.append(some)
         some.append(i)
         open_groups[c.rows] = some, count + len(c.columns)
     return groups
+
+
+def even(count: int, size: int) -> int:
+    """The size of as few parts of at most `size` as there can be, but even ones: of 9 not 8 and 1, but 5 and 4."""
+    return -(-count // -(-count // size))
 
 
 def spread(network: Network) -> Network:
@@ -137,8 +157,7 @@ def batches(network: Network, work: Work, i: int, size: int, samples: int = 1) -
 
     No batch holds windows of two rows, so that a window has the same neighbours whatever was done before.
     """
-    most = samples * len(work.cut.columns)
-    size = network.of_all_devices(-(-most // -(-most // size)))  # as many batches, but even ones: of 9 windows not 8 and 1, but 5 and 4
+    size = network.of_all_devices(even(samples * work.width, size))
     todo = [(k, int(j)) for k in range(samples) for j in np.flatnonzero(work.live[i])]
     for start in range(0, len(todo), size):
         yield padded(todo[start : start + size], size)

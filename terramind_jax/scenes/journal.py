@@ -23,13 +23,14 @@ class Journal:
     done: dict[str, int]
 
     def of_scene(self, name: str) -> Path:
-        """A folder for what is half made of one scene."""
-        (self.folder / name).mkdir(exist_ok=True)
+        """A folder for what is half made of one scene, or of some that are done together."""
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
-    def finish(self, piece: str, scenes: Iterable[str]) -> None:
-        """The work of a piece of this name is done, and nothing needed of what is half made of its scenes."""
-        self.set(piece, count=1)
+    def finish(self, *scenes: str) -> None:
+        """These scenes are done, all at once, and nothing is needed of what was half made of them."""
+        self.done |= dict.fromkeys(scenes, 1)
+        self.save()
         for scene in scenes:
             shutil.rmtree(self.of_scene(scene))
 

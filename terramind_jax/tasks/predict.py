@@ -86,7 +86,7 @@ def run(
             if not done.get(scene.name):
                 reading.tell_place(scene)
                 _write_map(task, scene, cut, batch_size, done, written[scene.name])
-                done.finish(scene.name, [scene.name])
+                done.finish(scene.name)
                 print(f"{scene.name} -> {written[scene.name]}", flush=True)
     return list(written.values())
 
