@@ -1,4 +1,4 @@
-"""The notebooks: in the form that Colab opens, without outputs, in the README; and each runs from top to bottom (slow)."""
+"""The notebooks: in the form that Colab opens, without outputs, in the README; and each runs from top to bottom (the longer ones: slow)."""
 
 import json
 import os
@@ -18,14 +18,15 @@ INSTALL = '%pip install -q "terramind_jax[torch] @ git+https://github.com/terram
 
 # How many figures each shows, and what its variables are for a short run.
 SHORT = {
-    "1_any_to_any_generation": (7, {}),
+    "1_any_to_any_generation": (7, {"STEPS": "1"}),
     "2_tokenizers": (4, {}),
-    "3_large_scenes": (5, {"SIZE": "288"}),
+    "3_large_scenes": (5, {"SIZE, STEPS": "288, 1"}),
     "4_pretraining_on_your_own_data": (3, {"COUNT, STEPS": "16, 3"}),
     "5_finetuning_with_tim": (4, {"COUNT, SIZE, EPOCHS": "8, 64, 2"}),
     "6_exchange_with_terratorch": (1, {}),
     "7_looking_inside": (6, {}),
 }
+QUICK = ("3_large_scenes", "5_finetuning_with_tim", "7_looking_inside")
 
 
 def test_there_are_seven():
@@ -57,8 +58,9 @@ def test_the_readme_lists_them():
     assert re.findall(re.escape(COLAB) + r"([\w.]+)\)", readme) == [path.name for path in NOTEBOOKS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS]
+)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     figures, values = SHORT[path.stem]
     program = [sys.executable, Path(__file__).parent / "run_notebook.py", path, tmp_path / "figures"]
