@@ -3,8 +3,8 @@
 Small diffusion tokenizers are trained on the embedded world in DIR (what is there already is kept). Crops of held-out scenes are encoded,
 and decoded from one noise without a clip. The error of a sampler is its distance from where DDIM arrives with all 1000 steps; beside it is
 the distance from the image itself, which has the loss of the tokens in it. Both are root mean squares in standard deviations. A second
-table has the same under the published clip, which is the default, and where DDIM arrives with it: each step clips what it predicts, so that
-the result depends on their number in itself.
+table has distances under the published clip, which is the default, also from where DDIM arrives with it: each step clips what it predicts,
+so that the result depends on their number in itself.
 
 With ``--peer`` TerraTorch's DiVAE of the same sizes, which has loaded our weights, decodes the same tokens from the same noise, without a
 clip, too. That and our decoders are timed in processes of their own, one after the other.
@@ -62,7 +62,7 @@ def section(out: Path, rounds: int = 0) -> str:
         rows += [
             f"| {modality} | {name} | {n} | {x['limit']:.4f} | {x['image']:.4f} | {x['seconds']:.3f} |" for (name, n), x in found.items()
         ]
-        for name, n in keys(CLIPPED_STEPS):
+        for name, n in cases(CLIPPED_STEPS):
             made = ours(module, variables, given, name, n, "published")()
             clipped_rows.append(f"| {modality} | {name} | {n} | {rms(made - given['clipped']):.4f} | {rms(made - given['images']):.4f} |")
         enough = enough_steps(found)
@@ -114,10 +114,11 @@ def ours(
 
 def measure(module: tokenizer.Tokenizer, variables: dict, given: dict[str, np.ndarray]) -> dict[tuple[str, int], dict[str, float]]:
     """Distances and seconds an image of each sampler and number of steps."""
-    return timed({key: ours(module, variables, given, *key) for key in keys(STEPS)}, given)
+    return timed({key: ours(module, variables, given, *key) for key in cases(STEPS)}, given)
 
 
-def keys(steps: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+def cases(steps: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+    """Each sampler with each of its numbers of steps."""
     return [(sampler, n) for sampler, numbers in steps.items() for n in numbers]
 
 

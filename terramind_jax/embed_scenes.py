@@ -79,7 +79,7 @@ def run(
             for scene in work.scenes:
                 reading.tell_place(scene)
             embed_together(job, work)
-            done.finish(*[scene.name for scene in work.scenes])
+            done.finish(*work.names)
             for scene in work.scenes:
                 print(f"{scene.name} -> {output_path(out, scene.name, format)}", flush=True)
     return written

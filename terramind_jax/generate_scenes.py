@@ -77,8 +77,8 @@ def run(
         the number of windows at once and of devices, see `decoding.generate_tokens`.
       overlap: pixels that neighbouring windows share, a multiple of 16; None: half a window.
       samples: how often each scene is drawn. From two on, ``{modality}_std`` holds the standard deviation a band, of class maps the entropy
-        of the mean probabilities in nats; ``{modality}`` is the first draw, but for rounding as it is without others.
-      batch_size: windows at once, of all devices of this machine. Accelerators do scenes together that are too small for a batch.
+        of the mean probabilities in nats; ``{modality}`` is the first draw, but for rounding, as it is without others.
+      batch_size: windows at once, of all devices of this machine. Accelerators do small scenes of one height together.
       quicklook: whether to draw the picture.
       steps: in which an image's tokens are drawn, see `decoding.generate_tokens`.
       timesteps, sampler, clip: of diffusion decoders, see `terramind_jax.tokenizer.decode`; the published sampler is ``sampler="ddim"``.
@@ -126,13 +126,13 @@ def run(
     ) | dict(tags or {})
     with journal.start(out, command) as done:
         job = Job(spread(network), list(to), seed, samples, batch_size, options, out, done)
-        for work in feeding.unfinished(scenes, cuts, done, feeding.at_once(job.network, batch_size)):
+        for work in feeding.unfinished(scenes, cuts, done, feeding.at_once(job.network, batch_size, samples)):
             for scene in work.scenes:
                 reading.tell_place(scene)
             generate_together(job, work)
             for scene in work.scenes if quicklook else ():
                 _draw(out, scene, to)
-            done.finish(*[scene.name for scene in work.scenes])
+            done.finish(*work.names)
             for scene in work.scenes:
                 print(f"{scene.name}: {', '.join(to)} -> {out}", flush=True)
     return written

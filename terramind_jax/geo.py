@@ -265,7 +265,7 @@ def write(
 
     Bands are described by `bands`, or by `modality`'s names. float16, bfloat16 and bool, which GeoTIFF lacks, become float32 and
     uint8. The file appears whole or not at all. Raises ValueError for another size than `like`'s, channels-first arrays, or a
-    number of bands other than the modality's; OSError (ENOSPC) if the disk has no room for all of it.
+    number of bands other than the modality's; OSError if the disk has no room for all of it.
     """
     if os.path.splitext(path)[1].lower() not in (".tif", ".tiff"):
         raise ValueError(f"{os.fspath(path)} is no name of a GeoTIFF; expected one that ends in .tif or .tiff.")
@@ -281,7 +281,7 @@ def write(
     temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         _write_file(temporary, pixels, where, names, nodata)
-        check_whole(temporary)
+        check_whole(temporary, path)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -302,19 +302,24 @@ def _write_file(path: str, pixels: np.ndarray, where: Place | None, names: Seque
             out.set_band_description(i, name)
 
 
-def check_whole(path: str | os.PathLike) -> None:
-    """Reads the last pixel of all bands, and of all overviews: an OSError with ENOSPC if it is not there.
+def check_whole(path: str | os.PathLike, name: str | os.PathLike) -> None:
+    """Reads the last pixel of all bands, and of all overviews: an OSError with ENOSPC, for a file of this name, if it is not there.
 
     GDAL holds back what it writes until a file is closed, and nobody is told if the disk has no room for it then.
     """
+
+    def read_last(**level: int) -> int:
+        with rasterio.open(path, **level) as found:
+            found.read(window=rasterio.windows.Window(found.width - 1, found.height - 1, 1, 1))
+            return len(found.overviews(1))
+
     try:
-        with rasterio.open(path) as found:
-            overviews = range(len(found.overviews(1)))
-        for level in ({}, *({"overview_level": i} for i in overviews)):
-            with rasterio.open(path, **level) as found:
-                found.read(window=rasterio.windows.Window(found.width - 1, found.height - 1, 1, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            for i in range(read_last()):
+                read_last(overview_level=i)
     except rasterio.errors.RasterioError as error:
-        raise OSError(errno.ENOSPC, "No room for the end of the file", os.fspath(path)) from error
+        raise OSError(errno.ENOSPC, "No room for the end of the file", os.fspath(name)) from error
 
 
 def _check_writable(path: str | os.PathLike, pixels: np.ndarray, where: Place | None, names: Sequence[str]) -> None:

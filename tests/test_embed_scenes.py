@@ -195,6 +195,8 @@ def test_scenes_done_together_are_as_if_alone(weights, means, monkeypatch, tmp_p
             assert geo.read_header(mine).place == geo.read_header(one).place
         else:
             geopandas, compared = pytest.importorskip("geopandas"), pytest.importorskip("geopandas.testing")
+            table = geopandas.read_parquet(mine)
+            assert table.row.dtype == table.column.dtype == np.int64
             compared.assert_geodataframe_equal(geopandas.read_parquet(mine), geopandas.read_parquet(one))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tracemalloc
+import types
 
 import jax
 import launching
@@ -22,7 +24,7 @@ from elevations import PLACE, elevation, folder_with_a_bad_raster, with_a_bad_ra
 
 from terramind_jax import cli, coordinates, generate, generate_scenes, geo, locate, modalities
 from terramind_jax.modalities import STREAMS
-from terramind_jax.scenes import feeding, generating, reading, writing
+from terramind_jax.scenes import feeding, generating, reading, windows, writing
 
 TILE = 48
 
@@ -131,7 +133,7 @@ def test_every_pixel_of_any_size_is_covered(weights, copies, tmp_path, overlap, 
 @pytest.fixture
 def together(monkeypatch):
     """Small scenes are done together, as on an accelerator."""
-    monkeypatch.setattr(feeding, "at_once", lambda network, batch_size: batch_size)
+    monkeypatch.setattr(feeding, "at_once", lambda network, batch_size, samples: batch_size)
 
 
 def test_small_scenes_are_done_together(weights, copies, together, tmp_path):
@@ -155,8 +157,8 @@ def test_scenes_done_together_are_as_if_alone(weights, together, tmp_path):
     for seed, (name, width) in enumerate({"a": TILE, "b": TILE + 16, "c": TILE}.items()):
         elevation(tmp_path / "scenes" / f"{name}.tif", TILE, width, seed, hole=np.s_[:20, :40] if name == "c" else None)
     call = dict(weights=weights, to=["NDVI", "LULC", "coords"], samples=2, seed=1, quicklook=False)
-    together = generate_scenes.run(**call, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
-    for path in together:
+    written = generate_scenes.run(**call, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
+    for path in written:
         one = {"DEM": tmp_path / "scenes" / f"{path.stem}.tif"}
         if not (tmp_path / path.stem).exists():
             generate_scenes.run(**call, inputs=one, out=tmp_path / path.stem)
@@ -166,7 +168,7 @@ def test_scenes_done_together_are_as_if_alone(weights, together, tmp_path):
         else:
             np.testing.assert_allclose(geo.read(path), geo.read(alone), rtol=1e-3, atol=1e-4)
             assert geo.read_header(path).place == geo.read_header(alone).place
-    a, b = (geo.read(path) for path in together if path.parent.name == "NDVI" and path.stem in "ab")
+    a, b = (geo.read(path) for path in written if path.parent.name == "NDVI" and path.stem in "ab")
     assert np.abs(a - b[:, :TILE]).max() > 1  # they see different inputs
 
 
@@ -242,10 +244,10 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(weights, copies, tog
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["LULC", "LULC_std", "NDVI", "NDVI_std", *pictures]
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3])
-def test_a_stopped_run_goes_on_where_other_scenes_are_done_together(weights, copies, monkeypatch, tmp_path, calls):
-    """As with another number of devices."""
-    sizes = {"a": (48, 48), "b": (48, 64), "c": (48, 59), "d": (48, 48)}
+@pytest.mark.parametrize("stops", [[(3, 0)], [(3, 3)], [(3, 7)], [(3, 1), (1, 0)], [(3, 2), (1, 1)], [(3, 5), (1, 3)], [(1, 3), (3, 2)]])
+def test_a_stopped_run_goes_on_where_other_scenes_are_done_together(weights, copies, monkeypatch, tmp_path, stops):
+    """As with another number of devices, and then with that of the beginning. Stops are (windows a row together, calls before)."""
+    sizes = {"a": (96, 48), "b": (96, 64), "c": (96, 59), "d": (96, 48)}  # together: a and b, c and d; of two rows of windows
     for name, size in sizes.items():
         elevation(tmp_path / "scenes" / f"{name}.tif", *size)
     call = dict(weights=weights, inputs={"DEM": tmp_path / "scenes"}, to=["NDVI", "LULC"], overlap=0, out=tmp_path / "out")
@@ -256,17 +258,44 @@ def test_a_stopped_run_goes_on_where_other_scenes_are_done_together(weights, cop
         left.pop()
         return original(*args, **options)
 
-    left = [None] * calls
-    with monkeypatch.context() as first:
-        first.setattr(feeding, "at_once", lambda network, batch_size: 3)  # a and b, c and d
-        first.setattr(generate, "decode_output", stop)
-        with pytest.raises(KeyboardInterrupt):
-            generate_scenes.run(**call)
+    for size, calls in stops:
+        left = [None] * calls
+        with monkeypatch.context() as other:
+            other.setattr(feeding, "at_once", lambda *arguments, size=size: size)
+            other.setattr(generate, "decode_output", stop)
+            with pytest.raises(KeyboardInterrupt):
+                generate_scenes.run(**call)
+    monkeypatch.setattr(feeding, "at_once", lambda *arguments: 3)
     written = generate_scenes.run(**call)
     for path in written:
         expected = patches(*sizes[path.stem]) if path.parent.name == "NDVI" else patches(*sizes[path.stem]) % 10
         np.testing.assert_allclose(geo.read(path), expected, rtol=1e-5)
     assert not (tmp_path / "out" / "unfinished").exists() and len(written) == 8
+
+
+def test_which_scenes_are_done_together():
+    """As few groups as there can be, even ones, of those that are cut at the same rows; a wide one is alone."""
+
+    def groups(size, *scenes):
+        return feeding.together([windows.Cut(3, 0, rows, tuple(range(0, 3 * n, 3)), (0,) * n) for rows, n in scenes], size)
+
+    one, two = (0,), (0, 3)
+    assert groups(8, *[(one, 1)] * 9) == [([0, 1, 2, 3, 4], 5), ([5, 6, 7, 8], 5)]
+    assert groups(8, *[(two, 2)] * 5) == [([0, 1, 2], 6), ([3, 4], 6)]
+    assert groups(4, (one, 2), (two, 1), (one, 9), (two, 2), (one, 2)) == [([0, 4], 4), ([1, 3], 3), ([2], 9)]
+    assert groups(1, *[(one, 1), (one, 2)]) == [([0], 1), ([1], 2)]
+
+
+@pytest.mark.parametrize(
+    "devices, batch_size, samples, width, sizes",
+    [(1, 8, 1, 8, [8]), (1, 8, 3, 3, [5, 5]), (3, 8, 1, 9, [9]), (8, 1, 1, 8, [8]), (8, 20, 1, 24, [24]), (4, 4, 2, 2, [4])],
+)
+def test_batches_are_as_large_as_can_be(devices, batch_size, samples, width, sizes):
+    network = feeding.Network(None, {}, {}, sharding=types.SimpleNamespace(num_devices=devices))
+    work = feeding.Work([], windows.Cut(3, 0, (0,), tuple(range(0, 3 * width, 3)), (0,) * width), np.ones((1, width), bool), width)
+    batches = list(feeding.batches(network, work, 0, batch_size, samples))
+    assert [len(batch) for batch in batches] == sizes
+    assert {*itertools.chain(*batches)} == {(k, j) for k in range(samples) for j in range(width)}
 
 
 def test_a_full_disk_in_the_midst_of_a_scene_loses_nothing(weights, copies, monkeypatch, tmp_path):
@@ -531,6 +560,8 @@ def test_several_devices_make_the_same(weights, monkeypatch, tmp_path, capsys):
     for a, b in zip(one, several, strict=True):
         if a.suffix == ".tif":
             np.testing.assert_allclose(geo.read(a), geo.read(b), rtol=1e-3, atol=1e-4)
+        else:
+            assert a.read_text() == b.read_text()
 
 
 def test_a_file_in_the_place_of_the_folder_is_told_before_weights_are_loaded(tmp_path):

@@ -121,7 +121,7 @@ def _there(work: Work, row: int, height: int) -> np.ndarray:
 
 
 def _on_disk(job: Job, work: Work, shape: tuple[int, ...]) -> np.ndarray:
-    path = job.journal.of_scene(work.name) / "vectors.npy"
+    path = job.journal.folder_of(work.name) / "vectors.npy"
     return writing.mapped(path, np.float32, shape, goes_on=bool(job.journal.get(work.name, "vectors")))
 
 
@@ -141,7 +141,7 @@ def _write_raster(job: Job, scene: Scene, vectors: np.ndarray, path: Path) -> No
     place = geo.Place(scene.place.crs, transform, *vectors.shape[:2])
     bands = tuple(f"embedding {i}" for i in range(vectors.shape[2]))
     layer = writing.Layer(place, bands, "float32", "", np.nan, job.journal.tags(scene.name))
-    part = job.journal.of_scene(scene.name) / "part.tif"
+    part = job.journal.folder_of(scene.name) / "part.tif"
     writing.create(part, layer)
     for row in range(0, len(vectors), ROWS):
         writing.write_rows(part, row, vectors[row : row + ROWS])
@@ -155,7 +155,7 @@ def _write_table(job: Job, scene: Scene, vectors: np.ndarray, starts: tuple[Sequ
     """
     geopandas, shapely = libraries()
     rows, columns = np.nonzero(np.isfinite(vectors).all(-1))
-    tops, lefts = (np.array(first)[which] * PATCH for first, which in zip(starts, (rows, columns), strict=True))
+    tops, lefts = (np.asarray(first, np.int64)[which] * PATCH for first, which in zip(starts, (rows, columns), strict=True))
     place, side = scene.place, side * PATCH
     bottoms, rights = np.minimum(tops + side, place.height), np.minimum(lefts + side, place.width)
     corners = [place.xy(y, x) for y, x in ((tops, lefts), (tops, rights), (bottoms, rights), (bottoms, lefts))]
@@ -165,7 +165,7 @@ def _write_table(job: Job, scene: Scene, vectors: np.ndarray, starts: tuple[Sequ
         crs=place.crs or None,
     )
     frame.attrs = job.journal.tags(scene.name)
-    whole = job.journal.of_scene(scene.name) / path.name
+    whole = job.journal.folder_of(scene.name) / path.name
     with writing.space(path):
         frame.to_parquet(whole)
         os.replace(whole, path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -51,8 +51,8 @@ class Network:
 class Work:
     """Scenes that are done together, side by side, how they are cut, and which of their windows hold data, ``[rows, columns]``.
 
-    `width` is how many windows a row of such work has at most. `painted` are inputs that are outputs, too: of these a patch is seen only if
-    all of it has data, so that holes are painted to their rim.
+    For so many windows a row, `width`, are its batches made: that of the widest of like works, so that one program serves all. `painted`
+    are inputs that are outputs, too: of these a patch is seen only if all of it has data, so that holes are painted to their rim.
     """
 
     scenes: Sequence[Scene]
@@ -62,14 +62,19 @@ class Work:
     painted: Collection[str] = ()
 
     @property
+    def names(self) -> list[str]:
+        return [scene.name for scene in self.scenes]
+
+    @property
     def name(self) -> str:
-        """In the journal; no other scenes together have it."""
-        return self.scenes[0].name + (f"/+{len(self.scenes) - 1}" if self.scenes[1:] else "")
+        """In the journal, where no other scenes together have it: on other devices a scene may have other neighbours."""
+        first, *others = self.names
+        return f"{first}/{hashlib.sha256('/'.join(others).encode()).hexdigest()[:16]}" if others else first
 
     @property
     def title(self) -> str:
         """For people."""
-        first, *others = [scene.name for scene in self.scenes]
+        first, *others = self.names
         return f"{first} ... {others[-1]} ({len(self.scenes)} scenes)" if others else first
 
     @property
@@ -78,10 +83,15 @@ class Work:
 
     def parts(self) -> Iterator[tuple[Scene, slice, slice]]:
         """Its scenes, and for each which columns of patches are its own, and which columns of windows."""
-        origins = np.array(self.cut.origins)
-        for scene, origin in zip(self.scenes, np.unique(origins), strict=True):
-            mine = np.flatnonzero(origins == origin)
-            yield scene, slice(int(origin), int(origin) + scene.grid[1]), slice(int(mine[0]), int(mine[-1]) + 1)
+        left = first = 0
+        for scene in self.scenes:
+            count = self.cut.origins.count(left)
+            yield scene, slice(left, left + scene.grid[1]), slice(first, first + count)
+            left, first = left + scene.grid[1], first + count
+
+    def scene_of(self) -> list[int]:
+        """Of each column of windows the number of its scene."""
+        return [n for n, (*_, columns) in enumerate(self.parts()) for _ in self.cut.columns[columns]]
 
     def missing(self, row: int, height: int) -> np.ndarray:
         """`reading.missing` of all its scenes."""
@@ -96,43 +106,51 @@ def unfinished(scenes: Sequence[Scene], cuts: Sequence[Cut], done: Journal, size
     todo = [i for i, scene in enumerate(scenes) if not done.get(scene.name)]
     bar = tqdm(todo, desc="Reading", unit="scene", dynamic_ncols=True, disable=len(todo) < 2)
     live = {i: reading.measured(scenes[i], cuts[i]) for i in bar}
-    groups, widest = together(cuts, size), collections.Counter()
-    for some in groups:
-        rows, width = cuts[some[0]].rows, sum(len(cuts[i].columns) for i in some)
-        if width <= size:
-            widest[rows] = max(widest[rows], width)
     left = []
-    for some in groups:
+    for some, width in together(cuts, size):
         if some := [i for i in some if i in live]:
             cut = windows.side_by_side([cuts[i] for i in some])
-            width = max(len(cut.columns), widest[cut.rows])  # others are as wide: one shape, one program
             left.append(Work([scenes[i] for i in some], cut, np.concatenate([live[i] for i in some], axis=1), width))
     return left
 
 
-def at_once(network: Network, batch_size: int) -> int:
-    """How many windows of several scenes are done together: a batch. A CPU is no faster with several, and has the first scene sooner."""
-    return network.of_all_devices(1 if jax.default_backend() == "cpu" else batch_size)
+def at_once(network: Network, batch_size: int, samples: int = 1) -> int:
+    """How many windows a row scenes that are done together have: with their samples a batch.
 
-
-def together(cuts: Sequence[Cut], size: int) -> list[list[int]]:
-    """Which scenes are done together: those that are cut at the same rows, in even groups of at most `size` windows a row, or one of more.
-
-    It does not depend on what was done before, so that windows have the same neighbours after a stop.
+    A CPU is no faster with several, and has the first scene sooner.
     """
-    counts = collections.Counter()
-    for c in cuts:
-        counts[c.rows] += len(c.columns)
-    groups: list[list[int]] = []
-    open_groups: dict[tuple[int, ...], tuple[list[int], int]] = {}  # by rows, and their windows a row
+    return -(-network.of_all_devices(1 if jax.default_backend() == "cpu" else batch_size) // samples)
+
+
+def together(cuts: Sequence[Cut], size: int) -> list[tuple[list[int], int]]:
+    """Which scenes are done together, and how many windows a row the widest of like groups has; in the order of their first scenes.
+
+    Those that are cut at the same rows, with `size` windows a row at most; a wider one is alone. It does not depend on what was done
+    before, so that windows have the same neighbours after a stop.
+    """
+    alike: dict[object, list[int]] = {}
     for i, c in enumerate(cuts):
-        most = even(counts[c.rows], size)
-        some, count = open_groups.get(c.rows, ([], most))
-        if count + len(c.columns) > most:
-            some, count = [], 0
-            groups.append(some)
-        some.append(i)
-        open_groups[c.rows] = some, count + len(c.columns)
+        alike.setdefault(c.rows if len(c.columns) <= size else i, []).append(i)
+    found = []
+    for some in alike.values():
+        widths = {i: len(cuts[i].columns) for i in some}
+        fewest = len(_filled(widths, size))
+        # As few groups as there can be, but even ones: 5 and 4 windows rather than 8 and 1.
+        groups = next(groups for limit in range(1, size + 1) if len(groups := _filled(widths, limit)) == fewest)
+        widest = max(sum(widths[i] for i in group) for group in groups)
+        found += [(group, widest) for group in groups]
+    return sorted(found)
+
+
+def _filled(widths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Scenes, in their order, in groups that are no wider than `limit`, unless one scene is."""
+    groups, width = [], limit
+    for i, more in widths.items():
+        if width + more > limit:
+            groups.append([])
+            width = 0
+        groups[-1].append(i)
+        width += more
     return groups
 
 
@@ -157,7 +175,7 @@ def batches(network: Network, work: Work, i: int, size: int, samples: int = 1) -
 
     No batch holds windows of two rows, so that a window has the same neighbours whatever was done before.
     """
-    size = network.of_all_devices(even(samples * work.width, size))
+    size = network.of_all_devices(even(samples * work.width, network.of_all_devices(size)))
     todo = [(k, int(j)) for k in range(samples) for j in np.flatnonzero(work.live[i])]
     for start in range(0, len(todo), size):
         yield padded(todo[start : start + size], size)
@@ -208,6 +226,5 @@ def _windows(work: Work, js: Sequence[int], rows: np.ndarray) -> np.ndarray:
 
 def _positions(work: Work, i: int, js: Sequence[int]) -> np.ndarray:
     """(longitude, latitude) of the middles of windows ``[B, 2]``."""
-    places = [scene.place for scene, _, columns in work.parts() for _ in work.cut.columns[columns]]
-    middles = (work.cut.at(i, js) + work.cut.size / 2) * PATCH
-    return np.array([geo.lonlat(places[j], *middle) for j, middle in zip(js, middles, strict=True)])
+    scene_of, middles = work.scene_of(), (work.cut.at(i, js) + work.cut.size / 2) * PATCH
+    return np.array([geo.lonlat(work.scenes[scene_of[j]].place, *middle) for j, middle in zip(js, middles, strict=True)])

@@ -98,7 +98,7 @@ def _write_tokens(job: Job, work: Work, name: str, maps: Mapping[str, np.ndarray
     stream, passes = _decoder_stream(job, key), _token_passes(job, key)
     is_sequence = stream.kind == "sequence"
     shape = (len(c.rows) * len(c.columns), stream.max_tokens) if is_sequence else (*c.grid, *stream.codes)
-    path, done = job.journal.of_scene(work.name) / f"{name}.npy", job.journal.get(work.name, name, "tokens")
+    path, done = job.journal.folder_of(work.name) / f"{name}.npy", job.journal.get(work.name, name, "tokens")
     ids = writing.mapped(path, np.int32, (job.samples, *shape), goes_on=bool(done))
     owner = windows.owners(c, work.live)
     progress.resume(bar, passes * job.samples * int(work.live[:done].sum()))
@@ -141,10 +141,10 @@ def _sample(job: Job, work: Work, stream: Stream, i: int, batch: Batch, strip: S
 def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) -> None:
     """Decodes, blends and writes one target, and the spread of its samples."""
     c, piece = work.cut, (work.name, name, "pixels")
-    rasters = [_rasters(job, scene, name) for scene in work.scenes]
+    rasters = [_rasters(job, work, scene, name) for scene in work.scenes]
     done = job.journal.get(*piece)
     if not done:
-        for part, _, layer in itertools.chain(*rasters):
+        for part, _, layer in itertools.chain.from_iterable(rasters):
             writing.create(part, layer)
     progress.resume(bar, _pixel_passes(job, name) * job.samples * int(work.live[:done].sum()))
     tokenizer = job.network.tokenizers[modalities.output_stream(name).modality][0]
@@ -152,14 +152,12 @@ def _write_image(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm) ->
     decode = functools.partial(_decode, job, work, name, ids)
     for i, top, pixels in windows.joined(c, PATCH, lambda i: decode(i, bar if i >= done else None), shape, done):
         for (scene, columns, _), files_of in zip(work.parts(), rasters, strict=True):
-            if top >= scene.place.height:
-                continue
             mine = pixels[:, : scene.place.height - top, columns.start * PATCH :][:, :, : scene.place.width]
             mine[:, reading.missing(scene, top, mine.shape[1])[:, : scene.place.width]] = np.nan
-            for (part, _, _), made in zip(files_of, _summed_up(mine, tokenizer.config.is_class_map), strict=False):
+            for (part, _, _), made in zip(files_of, _with_spread(mine, tokenizer.config.is_class_map), strict=False):
                 writing.write_rows(part, top, made)
         job.journal.set(*piece, count=i + 1)
-    for part, path, layer in itertools.chain(*rasters):
+    for part, path, layer in itertools.chain.from_iterable(rasters):
         if part.exists():  # else it is finished since the last time
             writing.finish(part, path, layer)
 
@@ -179,14 +177,14 @@ def _decode(job: Job, work: Work, name: str, ids: np.ndarray, i: int, bar: tqdm 
                 bar.update(passes)
 
 
-def _rasters(job: Job, scene: Scene, name: str) -> list[tuple[Path, Path, writing.Layer]]:
+def _rasters(job: Job, work: Work, scene: Scene, name: str) -> list[tuple[Path, Path, writing.Layer]]:
     """The files of one target of a scene: where each is made, where it goes, and what it is."""
     layers, paths = (_layer(job, scene, name), _spread_layer(job, scene, name)), output_paths(job.out, scene.name, name, job.samples)
-    folder = job.journal.of_scene(scene.name)
+    folder = job.journal.folder_of(work.name, scene.name)  # as its rows are counted for this work
     return [(folder / f"{path.parent.name}.tif", path, layer) for path, layer in zip(paths, layers, strict=False)]
 
 
-def _summed_up(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
+def _with_spread(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]:
     """Of samples ``[K, n, W, C]``, NaN where there is no data: what is written, and their spread."""
     if not is_class_map:
         yield pixels[0]
@@ -224,13 +222,14 @@ def _write_sequence(job: Job, work: Work, name: str, ids: np.ndarray, bar: tqdm)
 
 def _write_density(job: Job, work: Work, name: str, bar: tqdm) -> None:
     """What `locate.density` says, the mean over the windows with data: each quarter degree's probability, given the inputs alone."""
-    piece, scene_of = (work.name, name, "density"), [n for n, (*_, columns) in enumerate(work.parts()) for _ in work.cut.columns[columns]]
+    piece, scene_of = (work.name, name, "density"), work.scene_of()
     done, (lons, lats) = job.journal.get(*piece), coordinates.grid()
-    sums_path, shape = job.journal.of_scene(work.name) / f"{name}_density.npy", (2, len(work.scenes), len(lats), len(lons))
+    sums_path, shape = job.journal.folder_of(work.name) / f"{name}_density.npy", (2, len(work.scenes), len(lats), len(lons))
     sums = writing.mapped(sums_path, np.float64, shape, goes_on=bool(done))  # of an even and an odd number of rows: one stays as it was
     progress.resume(bar, int(work.live[:done].sum()))
     for i in range(done, len(work.cut.rows)):
-        strip, total = feeding.read(work, i), sums[i % 2].copy()
+        strip, total = feeding.read(work, i), sums[(i + 1) % 2]
+        total[:] = sums[i % 2]
         for batch in feeding.batches(job.network, work, i, job.batch_size):
             js = [j for _, j in batch]
             values, visible = feeding.encode(job.network, work, i, js, strip)
@@ -238,7 +237,6 @@ def _write_density(job: Job, work: Work, name: str, bar: tqdm) -> None:
             for j, one in zip(dict.fromkeys(js), found, strict=False):
                 total[scene_of[j]] += one
                 bar.update()
-        sums[(i + 1) % 2] = total
         with writing.space(sums_path):
             sums.flush()
         job.journal.set(*piece, count=i + 1)
@@ -246,7 +244,7 @@ def _write_density(job: Job, work: Work, name: str, bar: tqdm) -> None:
     where = geo.Place("EPSG:4326", (step, 0, lons[0] - step / 2, 0, -step, lats[0] + step / 2), len(lats), len(lons))
     for scene, total in zip(work.scenes, sums[len(work.cut.rows) % 2], strict=True):
         layer = writing.Layer(where, ("probability",), "float32", "", np.nan, job.journal.tags(scene.name))
-        part = job.journal.of_scene(scene.name) / f"{name}_density.tif"
+        part = job.journal.folder_of(scene.name) / f"{name}_density.tif"
         writing.create(part, layer)
         writing.write_rows(part, 0, (total / total.sum()).astype(np.float32)[..., None])
         writing.finish(part, output_paths(job.out, scene.name, name, job.samples)[1], layer)

@@ -22,17 +22,18 @@ class Journal:
     command: Mapping[str, Any]
     done: dict[str, int]
 
-    def of_scene(self, name: str) -> Path:
-        """A folder for what is half made of one scene, or of some that are done together."""
-        (self.folder / name).mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+    def folder_of(self, *piece: str) -> Path:
+        """For what is half made of a scene, or within it of some that are done together."""
+        folder = self.folder.joinpath(*piece)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def finish(self, *scenes: str) -> None:
-        """These scenes are done, all at once, and nothing is needed of what was half made of them."""
-        self.done |= dict.fromkeys(scenes, 1)
+        """These scenes are done, all at once, and nothing is needed of what was half made of them, nor of its counts."""
+        self.done = {piece: count for piece, count in self.done.items() if piece.split("/")[0] not in scenes} | dict.fromkeys(scenes, 1)
         self.save()
         for scene in scenes:
-            shutil.rmtree(self.of_scene(scene))
+            shutil.rmtree(self.folder_of(scene))
 
     def get(self, *piece: str) -> int:
         return self.done.get("/".join(piece), 0)

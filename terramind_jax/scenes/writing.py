@@ -73,7 +73,7 @@ def finish(source: Path, path: Path, layer: Layer) -> None:
         # One thread: the order in which several write is not the same every time.
         options = dict(driver="COG", compress="DEFLATE", predictor="YES", overview_resampling=how, bigtiff="IF_SAFER", num_threads="1")
         rasterio.shutil.copy(source, whole, **options)
-        geo.check_whole(whole)
+        geo.check_whole(whole, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(whole, path)
     source.unlink()

@@ -139,7 +139,7 @@ def _write_map(task: Task, scene: Scene, cut: Cut, batch_size: int, done: Journa
     tags = {**done.tags(scene.name), **({"classes": ", ".join(task.facts.class_names)} if is_classes else {})}
     how = ("class",), "uint8", "", NO_CLASS
     layer = writing.Layer(scene.place, *(how if is_classes else (("value",), "float32", "", np.nan)), tags)
-    part, begun = done.of_scene(scene.name) / "part.tif", done.get(scene.name, "pixels")
+    part, begun = done.folder_of(scene.name) / "part.tif", done.get(scene.name, "pixels")
     if not begun:
         writing.create(part, layer)
     shape = 1, cut.grid[1] * PATCH, task.facts.num_classes if is_classes else 1
