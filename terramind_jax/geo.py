@@ -280,8 +280,10 @@ def write(
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        _write_file(temporary, pixels, where, names, nodata)
-        check_whole(temporary, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # where nobody gave a place
+            _write_file(temporary, pixels, where, names, nodata)
+            check_whole(temporary, path)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -314,10 +316,8 @@ def check_whole(path: str | os.PathLike, name: str | os.PathLike) -> None:
             return len(found.overviews(1))
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            for i in range(read_last()):
-                read_last(overview_level=i)
+        for i in range(read_last()):
+            read_last(overview_level=i)
     except rasterio.errors.RasterioError as error:
         raise OSError(errno.ENOSPC, "No room for the end of the file", os.fspath(name)) from error
 

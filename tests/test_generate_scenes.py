@@ -154,9 +154,9 @@ def test_small_scenes_are_done_together(weights, copies, together, tmp_path):
 
 def test_scenes_done_together_are_as_if_alone(weights, together, tmp_path):
     """With networks that see their inputs; of several draws the spread, too."""
-    for seed, (name, width) in enumerate({"a": TILE, "b": TILE + 16, "c": TILE}.items()):
-        elevation(tmp_path / "scenes" / f"{name}.tif", TILE, width, seed, hole=np.s_[:20, :40] if name == "c" else None)
-    call = dict(weights=weights, to=["NDVI", "LULC", "coords"], samples=2, seed=1, quicklook=False)
+    for seed, name in enumerate("abc"):
+        elevation(tmp_path / "scenes" / f"{name}.tif", TILE, TILE, seed, hole=np.s_[:20, :40] if name == "c" else None)
+    call = dict(weights=weights, to=["NDVI", "coords"], samples=2, seed=1, quicklook=False)
     written = generate_scenes.run(**call, inputs={"DEM": tmp_path / "scenes"}, out=tmp_path / "out")
     for path in written:
         one = {"DEM": tmp_path / "scenes" / f"{path.stem}.tif"}
@@ -169,7 +169,7 @@ def test_scenes_done_together_are_as_if_alone(weights, together, tmp_path):
             np.testing.assert_allclose(geo.read(path), geo.read(alone), rtol=1e-3, atol=1e-4)
             assert geo.read_header(path).place == geo.read_header(alone).place
     a, b = (geo.read(path) for path in written if path.parent.name == "NDVI" and path.stem in "ab")
-    assert np.abs(a - b[:, :TILE]).max() > 1  # they see different inputs
+    assert np.abs(a - b).max() > 1  # they see different inputs
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ SHORT = {
     "6_exchange_with_terratorch": (1, {}),
     "7_looking_inside": (6, {}),
 }
-QUICK = ("3_large_scenes", "5_finetuning_with_tim", "7_looking_inside")
+QUICK = ("3_large_scenes", "7_looking_inside")
 
 
 def test_there_are_seven():
