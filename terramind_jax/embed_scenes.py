@@ -69,7 +69,7 @@ def run(
         reading.check_size(scene, side)
     cuts = [windows.cut(scene.grid, side // PATCH, overlap) for scene in scenes]
     command = dict(
-        **generate_scenes.provenance(network, model or str(weights), inputs, found),
+        **generate_scenes.provenance(network, model, weights, inputs, found),
         **dict(layer=layer % depth, pooling=pooling, format=format, lulc_codes=lulc_codes, bands=bands),
         **dict(overlap=overlap, batch_size=batch_size),
     )

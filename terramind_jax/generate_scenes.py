@@ -120,7 +120,7 @@ def run(
         reading.check_size(scene, side)
     cuts = [windows.cut(scene.grid, side // PATCH, overlap) for scene in scenes]
     command = dict(
-        **provenance(network, model or str(weights), inputs, found),
+        **provenance(network, model, weights, inputs, found),
         **dict(to=list(to), lulc_codes=lulc_codes, bands=bands, seed=seed, overlap=overlap, samples=samples, batch_size=batch_size),
         **options,
     ) | dict(tags or {})
@@ -145,7 +145,7 @@ def load_network(
     weights: str | os.PathLike, model: str | None, inputs: Collection[str], to: Sequence[str], tokenizers: str | os.PathLike | None = None
 ) -> Network:
     """What generates `to` from `inputs`; weights, model and tokenizers as of `run`."""
-    print(f"Loading {model or weights}", flush=True)
+    print(f"Loading {model or weights}{', random weights: what they make says nothing' * (weights == 'random')}", flush=True)
     return _released(model, weights, inputs, to, tokenizers) if model else _trained(weights, inputs, to, tokenizers)
 
 
@@ -193,11 +193,14 @@ def digest(*variables: Any) -> str:
     return found.hexdigest()
 
 
-def provenance(network: Network, model: str, inputs: Mapping[str, str | os.PathLike], scenes: Iterable[str]) -> dict[str, Any]:
+def provenance(
+    network: Network, model: str | None, weights: str | os.PathLike, inputs: Mapping[str, str | os.PathLike], scenes: Iterable[str]
+) -> dict[str, Any]:
     """What the journal and the files of a command say of its model, inputs and scenes."""
     return dict(
         version=metadata.version("terramind_jax"),
-        model=model,
+        model=model or str(weights),
+        **({"weights": str(weights)} if model else {}),
         weights_sha256=digest(network.variables, {name: variables for name, (_, variables) in network.tokenizers.items()}),
         dtype=network.dtype,  # may follow the device: two would mix in one scene
         inputs={name: str(Path(path).absolute()) for name, path in inputs.items()},

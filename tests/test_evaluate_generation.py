@@ -111,7 +111,7 @@ def test_clear_pixels_of_shards(weights, tmp_path, capsys):
     assert "clear needs the cloud masks of shards" in capsys.readouterr().err
 
 
-def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
+def test_scenes_of_a_folder(weights, tmp_path, monkeypatch, capsys):
     """A scene larger than a window has seams and no reference, and pixels without truth do not count."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     ndvi = rng.uniform(-0.2, 0.9, (80, 48, 1)).astype(np.float32)
@@ -119,7 +119,10 @@ def test_scenes_of_a_folder(weights, tmp_path, monkeypatch):
     for name, image in (("DEM", rng.integers(0, 2000, (80, 48, 1)).astype(np.int16)), ("NDVI", ndvi)):
         (data / name).mkdir(parents=True)
         geo.write(data / name / "a.tif", image, like=PLACE, modality=name)
-    found = generation.run(weights=weights, data=data, inputs=["DEM"], to=["NDVI"], out=tmp_path / "out")["NDVI"]
+    call = dict(weights=weights, data=data, inputs=["DEM"], lulc_codes="terramesh")
+    found = generation.run(**call, to=["NDVI", "LULC"], out=tmp_path / "out")["NDVI"]
+    assert "LULC: none of these samples has it, so it was not generated.\n" in capsys.readouterr().out
+    assert (tmp_path / "out" / "samples.png").is_file()
     made = np.asarray(geo.read(tmp_path / "out" / "generated" / "NDVI" / "a.tif"))
     expected = np.abs(made[20:] - ndvi[20:])
     assert found.errors.mae == pytest.approx(expected.mean(), rel=1e-5)

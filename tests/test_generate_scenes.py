@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import launching
 import numpy as np
 import pytest
 import random_networks
+import rasterio
 import tqdm
 from elevations import PLACE, elevation, folder_with_a_bad_raster, with_a_bad_raster
 
@@ -529,7 +531,9 @@ def test_files_tell_what_they_were_made_from(weights, copies, tmp_path):
     assert found["dtype"] == "float32"
     assert found["model"] == str(weights) and found["seed"] == "3" and found["timesteps"] == "4" and found["steps"] == "1"
     assert json.loads(found["inputs"]) == {"DEM": str(tmp_path / "scenes")} and len(found["weights_sha256"]) == 64
-    assert geo.read_header(lulc).tags["classes"].startswith("no data, water, trees")
+    assert geo.read_header(lulc).tags["classes"].startswith("0 no data, 1 water, 2 trees")
+    with rasterio.open(lulc) as file:  # the colours of a picture's legend
+        assert file.colormap(1)[2][:3] == (0x2F, 0x7D, 0x3B) and file.nodata == 255
     assert tags["terramind_jax_scene"] == "a" and geo.read_header(other).tags["terramind_jax_scene"] == "b"
     assert "terramind_jax_scenes" not in tags  # which may be thousands
 
@@ -588,7 +592,14 @@ def test_a_scene_without_crs_is_said(weights, copies, tmp_path, capsys):
     assert "a: the input does not say where it lies (it has no CRS), so the outputs do not either.\n" in capsys.readouterr().out
 
 
-def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copies, tmp_path):
+def test_two_files_of_one_scene_are_refused(weights, copies, tmp_path):
+    for name in ("a.tif", "a.tiff"):
+        elevation(tmp_path / "dem" / name, TILE, TILE)
+    with pytest.raises(ValueError, match=r"a\.tif and .*a\.tiff are of one scene, a; rename one of them"):
+        generate_scenes.run(weights=weights, inputs={"DEM": tmp_path / "dem"}, to=["NDVI"], out=tmp_path / "out")
+
+
+def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copies, tmp_path, capsys):
     for folder, names in (("dem", "abc"), ("where", "bcd")):
         for name in names:
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -596,6 +607,7 @@ def test_folders_join_by_file_name_and_a_raster_gives_its_position(weights, copi
     inputs = {"DEM": tmp_path / "dem", "coords": tmp_path / "where"}
     written = generate_scenes.run(weights=weights, inputs=inputs, to=["NDVI"], out=tmp_path / "out")
     assert [p.name for p in written] == ["b.tif", "c.tif"]
+    assert re.search(r"Left out: 2 scenes that are not in all of .*dem, .*where; the first is a\.\n", capsys.readouterr().out)
     where = geo.Place(PLACE.crs, PLACE.transform, TILE, TILE + 16)
     expected = generate.encode_input(STREAMS["coords"], np.array([geo.lonlat(where, 24, 24), geo.lonlat(where, 24, 40)]), {})
     np.testing.assert_array_equal(copies[0]["inputs"]["coords"], expected)

@@ -267,7 +267,13 @@ def _add_generate(commands) -> None:
     parser.add_argument("--top_p", type=float, default=0.8, help=text)
     text = "beyond 1 what the inputs tell counts more than the model says, which takes a second pass without them; default: 1"
     parser.add_argument("--guidance_scale", type=float, default=1.0, help=text)
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="draw N times, and write the spread: MODALITY_std; default: 1")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw N times, and write the spread beside the first draw, as MODALITY_std; default: 1",
+    )
     _add_windows(parser)
     parser.add_argument("--no-quicklook", dest="quicklook", action="store_false", help="draw no picture")
     parser.epilog = (

@@ -137,22 +137,27 @@ def run(
     job = Job(network, weights, inputs, to, seed, batch_size, options, theirs)
     with results.folder(out) as partial:
         samples = _of_shards(job, index, limit, clear) if index is not None else _of_folder(job, Path(data), partial, lulc_codes, limit)
-        total, each, shown = {by: {name: scores_of(name) for name in to} for by in job.makers}, [], []
+        total, each = {by: {name: scores_of(name) for name in to} for by in job.makers}, []
+        shown: dict[tuple[str, ...], list[plot.Scene]] = {}  # by what was generated
         for sample in samples:
             for by, images in _of_makers(job, sample).items():
                 for name, made in images.items():
                     given = made, sample.truth[name], sample.valid.get(name), sample.lines
                     total[by][name].add(*given)
                     each.append({"sample": sample.name, **_labels(name, by, job), **scores.summary(scores_of(name).add(*given))})
-            if len(shown) < pictures and len(sample.made) == len(to):
+            alike = shown.setdefault(tuple(sample.made), [])
+            if len(alike) < pictures:
                 seen = {name: x for name, x in sample.inputs.items() if modalities.get(name).is_image}
-                shown.append(plot.Scene(sample.name, seen, sample.made, sample.truth))
+                alike.append(plot.Scene(sample.name, seen, sample.made, sample.truth))
         if not each:
             raise FileNotFoundError(
                 f"{data} has no sample with {', '.join(inputs)} and one of {', '.join(to)}{' and a cloud mask' * clear}."
             )
-        if shown:
-            plot.contact_sheet(partial / "samples.png", shown, title=f"Generated from {', '.join(inputs)}")
+        for name in to:
+            if total[OURS][name].is_empty:
+                print(f"{name}: none of these samples has it, so it was not generated.", flush=True)
+        if pictures:
+            plot.contact_sheet(partial / "samples.png", shown[max(shown, key=len)], title=f"Generated from {', '.join(inputs)}")
         found = {(name, by): of[name] for name in to for by, of in total.items() if not of[name].is_empty}
         results.write_csv(partial / "scores.csv", [*each, *_rows(found, job)])
         print("\n" + _report(partial / "report.md", job, found, len({row["sample"] for row in each}), model or str(weights), clear))

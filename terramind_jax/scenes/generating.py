@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from terramind_jax import coordinates, files, generate, geo, locate, modalities, sampling
+from terramind_jax import coordinates, files, generate, geo, locate, modalities, plot, sampling
 from terramind_jax.decoding import generate_tokens, target_passes
 from terramind_jax.draws import entropy, probabilities
 from terramind_jax.modalities import Stream
@@ -198,14 +198,15 @@ def _with_spread(pixels: np.ndarray, is_class_map: bool) -> Iterator[np.ndarray]
 def _layer(job: Job, scene: Scene, name: str) -> writing.Layer:
     m, tags = modalities.get(modalities.output_stream(name).modality, job.network.version), job.journal.tags(scene.name)
     if m.kind == "classes":
-        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, tags | {"classes": ", ".join(m.classes)})
+        tags |= {"classes": ", ".join(f"{i} {name}" for i, name in enumerate(m.classes))}
+        return writing.Layer(scene.place, m.bands, "uint8", m.unit, NO_CLASS, tags, plot.LULC_COLOURS)
     return writing.Layer(scene.place, m.bands, "float32", m.unit, np.nan, tags)
 
 
 def _spread_layer(job: Job, scene: Scene, name: str) -> writing.Layer:
     layer = _layer(job, scene, name)
     if layer.is_class_map:
-        return dataclasses.replace(layer, bands=("entropy",), dtype="float32", unit="nat", nodata=np.nan)
+        return dataclasses.replace(layer, bands=("entropy",), dtype="float32", unit="nat", nodata=np.nan, colours=())
     return dataclasses.replace(layer, bands=tuple(f"{band} standard deviation" for band in layer.bands))
 
 

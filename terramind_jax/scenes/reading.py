@@ -49,7 +49,7 @@ def find(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, Path]]:
         return {next(iter(paths.values())).stem: paths}
     if any(path.is_file() for path in paths.values()):
         raise ValueError("The inputs mix files and folders; give files for one scene, or folders for many.")
-    files = {name: {p.stem: p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES} for name, path in paths.items()}
+    files = {name: _of_folder(path) for name, path in paths.items()}
     empty = [(paths[name], paths[name] / name) for name, found in files.items() if not found]
     if empty:
         folder, inner = empty[0]
@@ -58,7 +58,20 @@ def find(inputs: Mapping[str, str | os.PathLike]) -> dict[str, dict[str, Path]]:
     shared = sorted(set.intersection(*(set(found) for found in files.values())))
     if not shared:
         raise ValueError(f"The folders {', '.join(map(str, paths.values()))} share no file name; a scene has one name in all of them.")
+    alone = sorted(set.union(*(set(found) for found in files.values())) - {*shared})
+    if alone:
+        folders = ", ".join(map(str, paths.values()))
+        print(f"Left out: {len(alone)} scenes that are not in all of {folders}; the first is {alone[0]}.", flush=True)
     return {scene: {name: found[scene] for name, found in files.items()} for scene in shared}
+
+
+def _of_folder(folder: Path) -> dict[str, Path]:
+    """GeoTIFFs by scene; a ValueError for two of one."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and found.setdefault(path.stem, path) != path:
+            raise ValueError(f"{found[path.stem]} and {path} are of one scene, {path.stem}; rename one of them, or take it away.")
+    return found
 
 
 def check_names(inputs: Mapping[str, object], lulc_codes: str | None) -> None:

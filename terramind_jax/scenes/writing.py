@@ -8,7 +8,8 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class Layer:
     unit: str
     nodata: float
     tags: Mapping[str, str]
+    colours: Sequence[str] = ()  # of the classes, "#rrggbb", for programs that show class maps
 
     @property
     def is_class_map(self) -> bool:
@@ -48,12 +50,15 @@ def create(path: Path, layer: Layer) -> None:
     profile |= dict(tiled=True, blockxsize=BLOCK, blockysize=BLOCK, bigtiff="yes")
     profile |= dict(crs=CRS.from_user_input(place.crs) if place.crs else None, transform=Affine(*place.transform))
     tiles = -(-place.height // BLOCK) * -(-place.width // BLOCK)
-    with space(path):
+    with space(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # the command says so of a scene without a place
         with rasterio.open(path, "w", **profile) as out:
             out.update_tags(**layer.tags)
             for i, name in enumerate(layer.bands, 1):
                 out.set_band_description(i, name)
                 out.set_band_unit(i, layer.unit)
+            if layer.colours:
+                out.write_colormap(1, {i: tuple(bytes.fromhex(colour[1:])) for i, colour in enumerate(layer.colours)})
         # GDAL fills the file when it closes it, and says nothing if that fails.
         if path.stat().st_size < tiles * BLOCK**2 * len(layer.bands) * np.dtype(layer.dtype).itemsize:
             raise OSError(errno.ENOSPC, "The file is too short", str(path))
