@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,8 +198,7 @@ def _open(path: str | os.PathLike):
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file {os.fspath(path)}; expected a GeoTIFF.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # what asks for a place says so itself
+        with unplaced():
             source = rasterio.open(path)
     except rasterio.errors.RasterioIOError as error:
         raise ValueError(f"{os.fspath(path)} is no raster that GDAL can read; expected a GeoTIFF.") from error
@@ -280,8 +279,7 @@ def write(
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # where nobody gave a place
+        with unplaced():
             _write_file(temporary, pixels, where, names, nodata)
             check_whole(temporary, path)
         os.replace(temporary, path)
@@ -302,6 +300,14 @@ def _write_file(path: str, pixels: np.ndarray, where: Place | None, names: Seque
         out.write(np.moveaxis(pixels, -1, 0))
         for i, name in enumerate(names, 1):
             out.set_band_description(i, name)
+
+
+@contextlib.contextmanager
+def unplaced() -> Iterator[None]:
+    """Without rasterio's warning of a file that lies nowhere: what needs a place says so itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        yield
 
 
 def check_whole(path: str | os.PathLike, name: str | os.PathLike) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,8 +49,7 @@ def create(path: Path, layer: Layer) -> None:
     profile |= dict(tiled=True, blockxsize=BLOCK, blockysize=BLOCK, bigtiff="yes")
     profile |= dict(crs=CRS.from_user_input(place.crs) if place.crs else None, transform=Affine(*place.transform))
     tiles = -(-place.height // BLOCK) * -(-place.width // BLOCK)
-    with space(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # the command says so of a scene without a place
+    with space(path), geo.unplaced():
         with rasterio.open(path, "w", **profile) as out:
             out.update_tags(**layer.tags)
             for i, name in enumerate(layer.bands, 1):
